@@ -1,0 +1,238 @@
+// What every op demands of its arguments. CPU and CUDA kernels call the same function, so a bad call reads the same
+// on every device: ValueError for values, TypeError for kinds, never torch's own prefixed text.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "format.h"
+
+namespace nf4lora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+template <class... Parts>
+void require_value(bool held, const Parts&... parts) {
+  if (!held) throw std::invalid_argument(text(parts...));
+}
+
+template <class... Parts>
+void require_kind(bool held, const Parts&... parts) {
+  if (!held) throw pybind11::type_error(text(parts...));
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_weight_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline void check_dtype(const char* op, const char* what, const Tensor& tensor, ScalarType dtype) {
+  require_kind(tensor.scalar_type() == dtype, op, ": ", what, " must be ", name_of(dtype), ", got ",
+               name_of(tensor.scalar_type()));
+}
+
+inline void check_float(const char* op, const char* what, const Tensor& tensor) {
+  require_kind(is_weight_dtype(tensor.scalar_type()), op, ": ", what, " must be float32, bfloat16 or float16, got ",
+               name_of(tensor.scalar_type()));
+}
+
+inline void check_blocksize(const char* op, int64_t blocksize) {
+  require_value(is_blocksize(blocksize), op, ": blocksize must be a power of two between ", kMinBlocksize, " and ",
+                kMaxBlocksize, ", got ", blocksize);
+}
+
+inline void check_same_device(const char* op, const char* what, const Tensor& tensor, const Tensor& other) {
+  require_value(tensor.device() == other.device(), op, ": ", what,
+                " must be on the device of the first argument, got another; move it with .to(x.device)");
+}
+
+// weight: [..., K] float32, bfloat16 or float16, K a multiple of blocksize.
+inline void check_nf4_quantize(const Tensor& weight, int64_t blocksize) {
+  constexpr const char* op = "nf4_quantize";
+  check_blocksize(op, blocksize);
+  check_float(op, "weight", weight);
+  require_value(weight.dim() >= 1 && weight.size(weight.dim() - 1) % blocksize == 0, op,
+                ": the last dimension of weight must be a multiple of blocksize ", blocksize, ", got shape ",
+                shape_of(weight));
+}
+
+// A weight that is not finite has no nearest code. `block` is where it was met.
+inline void fail_nf4_quantize_finite(int64_t block, int64_t blocksize) {
+  require_value(false, "nf4_quantize: weight must be finite, got NaN or Inf in block ", block, " (flat elements ",
+                block * blocksize, " to ", (block + 1) * blocksize - 1, ")");
+}
+
+// qweight: uint8 [..., K/2]; absmax: float32 [..., K/blocksize] (or any shape with as many elements).
+inline void check_nf4_dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
+  constexpr const char* op = "nf4_dequantize";
+  check_blocksize(op, blocksize);
+  check_dtype(op, "qweight", qweight, ScalarType::Byte);
+  check_dtype(op, "absmax", absmax, ScalarType::Float);
+  check_same_device(op, "absmax", absmax, qweight);
+  require_kind(is_weight_dtype(dtype), op, ": dtype must be float32, bfloat16 or float16, got ", name_of(dtype));
+  require_value(qweight.dim() >= 1 && qweight.size(qweight.dim() - 1) * 2 % blocksize == 0, op,
+                ": the last dimension of qweight must be a multiple of blocksize / 2 = ", blocksize / 2, ", got shape ",
+                shape_of(qweight));
+  require_value(absmax.numel() * blocksize == qweight.numel() * 2, op, ": absmax must hold ",
+                qweight.numel() * 2 / blocksize, " values (one per ", blocksize, " weights), got shape ",
+                shape_of(absmax));
+}
+
+// out: [..., K] contiguous, for the qweight [..., K/2] of check_nf4_dequantize.
+inline void check_nf4_dequantize_out(const Tensor& qweight, const Tensor& out) {
+  constexpr const char* op = "nf4_dequantize";
+  bool same = out.dim() == qweight.dim();
+  for (int64_t i = 0; same && i < out.dim(); ++i) {
+    same = out.size(i) == qweight.size(i) * (i + 1 == out.dim() ? 2 : 1);
+  }
+  require_value(same, op, ": out must have the shape of qweight with the last dimension doubled, got ", shape_of(out),
+                " for qweight ", shape_of(qweight));
+  require_value(out.is_contiguous(), op, ": out must be contiguous, got strides that are not; pass out.contiguous()");
+  check_same_device(op, "out", out, qweight);
+}
+
+// absmax: float32, any shape, finite.
+inline void check_absmax_quantize(const Tensor& absmax) {
+  check_dtype("absmax_quantize", "absmax", absmax, ScalarType::Float);
+}
+
+inline void fail_absmax_quantize_finite() {
+  require_value(false, "absmax_quantize: absmax must be finite, got NaN or Inf");
+}
+
+inline int64_t nested_size(int64_t absmax_count) {
+  return (absmax_count + kNestedBlocksize - 1) / kNestedBlocksize + 1;
+}
+
+inline void check_nested(const char* op, const Tensor& absmax, const Tensor& nested) {
+  check_dtype(op, "absmax", absmax, ScalarType::Byte);
+  check_dtype(op, "nested", nested, ScalarType::Float);
+  check_same_device(op, "nested", nested, absmax);
+  require_value(nested.numel() == nested_size(absmax.numel()), op, ": nested must hold ", nested_size(absmax.numel()),
+                " values (one per ", kNestedBlocksize, " absmax, and the offset), got shape ", shape_of(nested));
+}
+
+// absmax_q: uint8, any shape; nested: float32 [ceil(n/256) + 1].
+inline void check_absmax_dequantize(const Tensor& absmax_q, const Tensor& nested) {
+  constexpr const char* op = "absmax_dequantize";
+  check_nested(op, absmax_q, nested);
+}
+
+struct LinearShape {
+  int64_t M, N, K, R;  // tokens, out features, in features, rank (0 without LoRA)
+};
+
+// x: [..., K]; qweight: uint8 [N, K/2]; absmax: float32 [N, K/blocksize], or uint8 with nested float32;
+// bias: [N]; lora_A: [R, K]; lora_B: [N, R]; seed: int64 [1], needed when dropout > 0.
+inline LinearShape check_lora_linear(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                                     const OptionalTensor& nested, const OptionalTensor& bias,
+                                     const OptionalTensor& lora_A, const OptionalTensor& lora_B, double dropout,
+                                     const OptionalTensor& seed, int64_t blocksize) {
+  check_blocksize(op, blocksize);
+  check_float(op, "x", x);
+  check_dtype(op, "qweight", qweight, ScalarType::Byte);
+  require_value(qweight.dim() == 2, op, ": qweight must be [N, K/2], got shape ", shape_of(qweight));
+  LinearShape shape{0, qweight.size(0), qweight.size(1) * 2, 0};
+  require_value(shape.K % blocksize == 0, op, ": qweight must have a multiple of blocksize / 2 = ", blocksize / 2,
+                " columns, got shape ", shape_of(qweight));
+  require_value(x.dim() >= 1 && x.size(x.dim() - 1) == shape.K, op, ": the last dimension of x must be ", shape.K,
+                " (in features of qweight), got shape ", shape_of(x));
+  shape.M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.M *= x.size(i);
+  check_same_device(op, "qweight", qweight, x);
+  check_same_device(op, "absmax", absmax, x);
+  const int64_t blocks = shape.N * (shape.K / blocksize);
+  require_value(absmax.numel() == blocks, op, ": absmax must hold ", blocks, " values (one per ", blocksize,
+                " weights), got shape ", shape_of(absmax));
+  if (nested) {
+    check_nested(op, absmax, *nested);
+  } else {
+    require_kind(absmax.scalar_type() == ScalarType::Float, op, ": absmax must be float32, or uint8 with nested, got ",
+                 name_of(absmax.scalar_type()));
+  }
+  if (bias) {
+    check_float(op, "bias", *bias);
+    check_same_device(op, "bias", *bias, x);
+    require_value(bias->dim() == 1 && bias->size(0) == shape.N, op, ": bias must be [", shape.N, "], got shape ",
+                  shape_of(*bias));
+  }
+  require_value(lora_A.has_value() == lora_B.has_value(), op, ": lora_A and lora_B must come together, got only one");
+  require_value(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
+  if (!lora_A) return shape;
+  check_float(op, "lora_A", *lora_A);
+  check_float(op, "lora_B", *lora_B);
+  check_same_device(op, "lora_A", *lora_A, x);
+  check_same_device(op, "lora_B", *lora_B, x);
+  require_value(lora_A->dim() == 2 && lora_A->size(1) == shape.K && lora_A->size(0) >= 1, op, ": lora_A must be [R, ",
+                shape.K, "] with R >= 1, got shape ", shape_of(*lora_A));
+  shape.R = lora_A->size(0);
+  require_value(lora_B->dim() == 2 && lora_B->size(0) == shape.N && lora_B->size(1) == shape.R, op,
+                ": lora_B must be [", shape.N, ", ", shape.R, "] (out features, rank of lora_A), got shape ",
+                shape_of(*lora_B));
+  if (dropout > 0.0) {
+    require_value(seed.has_value(), op, ": dropout > 0 needs a seed, got None; pass torch.randint(2**62, (1,))");
+    check_dtype(op, "seed", *seed, ScalarType::Long);
+    check_same_device(op, "seed", *seed, x);
+    require_value(seed->numel() == 1, op, ": seed must hold one value, got shape ", shape_of(*seed));
+  }
+  return shape;
+}
+
+// dy: [..., N] of x's dtype; S: [M, R] of x's dtype, as the forward returned it.
+inline LinearShape check_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S, const Tensor& qweight,
+                                              const Tensor& absmax, const OptionalTensor& nested,
+                                              const OptionalTensor& lora_A, const OptionalTensor& lora_B,
+                                              double dropout, const OptionalTensor& seed, int64_t blocksize) {
+  constexpr const char* op = "lora_linear_backward";
+  const LinearShape shape =
+      check_lora_linear(op, x, qweight, absmax, nested, std::nullopt, lora_A, lora_B, dropout, seed, blocksize);
+  check_dtype(op, "dy", dy, x.scalar_type());
+  check_dtype(op, "S", S, x.scalar_type());
+  check_same_device(op, "dy", dy, x);
+  check_same_device(op, "S", S, x);
+  require_value(dy.dim() >= 1 && dy.size(dy.dim() - 1) == shape.N && dy.numel() == shape.M * shape.N, op,
+                ": dy must be [", shape.M, " tokens, ", shape.N, "], got shape ", shape_of(dy));
+  require_value(S.dim() == 2 && S.size(0) == shape.M && S.size(1) == shape.R, op, ": S must be [", shape.M, ", ",
+                shape.R, "], got shape ", shape_of(S));
+  return shape;
+}
+
+}  // namespace nf4lora

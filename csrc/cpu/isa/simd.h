@@ -1,0 +1,239 @@
+// One vector of floats and what the loops do with it, for the instruction set that this file is compiled for.
+//
+// Everything lives in namespace NF4LORA_ISA and is forced inline: a function shared between two instruction sets
+// under one name would let the linker keep the copy that the older processor cannot run. For the same reason no
+// standard library template is used below this line. NEON and AMX would be further branches here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../../format.h"
+#include "loops.h"
+
+#define NF4LORA_INLINE static inline __attribute__((always_inline))
+#define NF4LORA_UNROLL _Pragma("GCC unroll 64")
+
+namespace nf4lora::NF4LORA_ISA {
+
+NF4LORA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NF4LORA_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+NF4LORA_INLINE float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To bfloat16, nearest even, kept as float32. The carry of the addition would turn a NaN into an infinity or a zero.
+NF4LORA_INLINE float to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return float_of((bits | 0x00400000) & 0xFFFF0000);
+  return float_of((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+}
+
+#if defined(__AVX512F__)
+
+inline constexpr int kLanes = 16;
+using Float = __m512;
+
+NF4LORA_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+NF4LORA_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+NF4LORA_INLINE Float broadcast(float v) { return _mm512_set1_ps(v); }
+NF4LORA_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+NF4LORA_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+
+NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+NF4LORA_INLINE Float load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+NF4LORA_INLINE Float round_bf16(Float v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+NF4LORA_INLINE Float round_f16(Float v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(v)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif defined(__AVX2__)
+
+inline constexpr int kLanes = 8;
+using Float = __m256;
+
+NF4LORA_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+NF4LORA_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+NF4LORA_INLINE Float broadcast(float v) { return _mm256_set1_ps(v); }
+NF4LORA_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+NF4LORA_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+
+NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+NF4LORA_INLINE Float load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+NF4LORA_INLINE Float round_bf16(Float v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const Float nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const Float chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan);
+  return _mm256_and_ps(chosen, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+NF4LORA_INLINE Float round_f16(Float v) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else  // any processor: four lanes that the compiler maps to what it has
+
+inline constexpr int kLanes = 4;
+typedef float Float __attribute__((vector_size(16)));
+
+NF4LORA_INLINE Float load(const float* p) {
+  Float v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+NF4LORA_INLINE void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
+NF4LORA_INLINE Float broadcast(float v) { return Float{v, v, v, v}; }
+NF4LORA_INLINE Float multiply(Float a, Float b) { return a * b; }
+NF4LORA_INLINE Float add(Float a, Float b) { return a + b; }
+NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }
+
+// IEEE binary16 without the instructions: exact one way, nearest even the other.
+NF4LORA_INLINE float from_f16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7FFF;
+  if (magnitude >= 0x7C00) return float_of(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+  // Shifting the exponent field into place and multiplying by 2^112 also normalises the subnormals.
+  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+}
+NF4LORA_INLINE uint16_t to_f16(float value) {
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+  uint32_t magnitude = bits & 0x7FFFFFFF;
+  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to 2^16 or beyond
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 puts the last half bit at the last float bit
+    return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000));
+  }
+  magnitude += 0xFFF + (magnitude >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((magnitude >> 13) - (112 << 10)));
+}
+
+NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
+  Float v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float_of(static_cast<uint32_t>(p[i]) << 16);
+  return v;
+}
+NF4LORA_INLINE Float load_f16(const uint16_t* p) {
+  Float v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from_f16(p[i]);
+  return v;
+}
+NF4LORA_INLINE Float round_bf16(Float v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = to_bf16(v[i]);
+  return v;
+}
+NF4LORA_INLINE Float round_f16(Float v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = from_f16(to_f16(v[i]));
+  return v;
+}
+NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(bits_of(to_bf16(v[i])) >> 16);
+}
+NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
+}
+
+#endif
+
+// The three dtypes behind one face. F32, Bf16 and F16 are tags; `Element` is what memory holds.
+struct F32 {
+  using Element = float;
+  NF4LORA_INLINE Float load(const float* p) { return NF4LORA_ISA::load(p); }
+  NF4LORA_INLINE void store(float* p, Float v) { NF4LORA_ISA::store(p, v); }
+  NF4LORA_INLINE Float round(Float v) { return v; }
+};
+struct Bf16 {
+  using Element = uint16_t;
+  NF4LORA_INLINE Float load(const uint16_t* p) { return load_bf16(p); }
+  NF4LORA_INLINE void store(uint16_t* p, Float v) { store_bf16(p, v); }
+  NF4LORA_INLINE Float round(Float v) { return round_bf16(v); }
+};
+struct F16 {
+  using Element = uint16_t;
+  NF4LORA_INLINE Float load(const uint16_t* p) { return load_f16(p); }
+  NF4LORA_INLINE void store(uint16_t* p, Float v) { store_f16(p, v); }
+  NF4LORA_INLINE Float round(Float v) { return round_f16(v); }
+};
+
+// fn(tag) for the dtype's tag.
+template <class Fn>
+NF4LORA_INLINE auto with_dtype(Dtype dtype, Fn&& fn) {
+  switch (dtype) {
+    case Dtype::bf16: return fn(Bf16{});
+    case Dtype::f16: return fn(F16{});
+    default: return fn(F32{});
+  }
+}
+
+// `count` elements of a row as floats, `begin` elements in; the tail goes through a padded vector.
+template <class T>
+NF4LORA_INLINE void widen(const typename T::Element* row, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) NF4LORA_ISA::store(out + i, T::load(row + i));
+  if (i == count) return;
+  typename T::Element padded[kLanes] = {};
+  float values[kLanes];
+  std::memcpy(padded, row + i, static_cast<size_t>(count - i) * sizeof padded[0]);
+  NF4LORA_ISA::store(values, T::load(padded));
+  std::memcpy(out + i, values, static_cast<size_t>(count - i) * sizeof values[0]);
+}
+
+template <class T>
+NF4LORA_INLINE void narrow(const float* row, Float scale, int64_t count, typename T::Element* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) T::store(out + i, multiply(NF4LORA_ISA::load(row + i), scale));
+  if (i == count) return;
+  float padded[kLanes] = {};
+  typename T::Element values[kLanes];
+  std::memcpy(padded, row + i, static_cast<size_t>(count - i) * sizeof padded[0]);
+  T::store(values, multiply(NF4LORA_ISA::load(padded), scale));
+  std::memcpy(out + i, values, static_cast<size_t>(count - i) * sizeof values[0]);
+}
+
+}  // namespace nf4lora::NF4LORA_ISA

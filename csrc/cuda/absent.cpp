@@ -1,0 +1,60 @@
+// Compiled instead of the rest of this folder where the build found no CUDA compiler: every op of the catalogue answers
+// a CUDA tensor with what is missing and how to get it, where torch would only say that no kernel is registered.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace nf4lora::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// An op's name as a template argument, so that each function below knows which op it stands for.
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&literal)[N]) { std::copy_n(literal, N, text); }  // NOLINT: implicit on purpose
+};
+
+// Takes its arguments typed, not as a raw stack, so that torch's box frees them when this throws.
+template <Name op, class Signature>
+struct Absent;
+template <Name op, class Result, class... Arguments>
+struct Absent<op, Result(Arguments...)> {
+  static Result call(Arguments...) {
+    throw std::runtime_error(std::string(op.text) +
+                             ": a CUDA tensor must meet a build with CUDA, got a build of nf4lora for the CPU only; put "
+                             "nvcc on PATH and reinstall: pip install --force-reinstall --no-deps --no-cache-dir .");
+  }
+};
+
+template <Name op, class Signature>
+void impl(torch::stable::detail::StableLibrary& library) {
+  library.impl(op.text, TORCH_BOX((&Absent<op, Signature>::call)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
+  using Pair = std::tuple<Tensor, Tensor>;
+  using Triple = std::tuple<Tensor, Tensor, Tensor>;
+  impl<"nf4_quantize", Pair(Tensor, int64_t)>(m);
+  impl<"nf4_dequantize", Tensor(Tensor, Tensor, int64_t, ScalarType)>(m);
+  impl<"nf4_dequantize.out", void(Tensor, Tensor, int64_t, Tensor)>(m);
+  impl<"absmax_quantize", Pair(Tensor)>(m);
+  impl<"absmax_dequantize", Tensor(Tensor, Tensor)>(m);
+  impl<"lora_linear", Pair(Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                           double, double, OptionalTensor, int64_t)>(m);
+  impl<"lora_linear_backward", Triple(Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor,
+                                      OptionalTensor, double, double, OptionalTensor, int64_t, bool)>(m);
+}
+
+}  // namespace nf4lora::cuda

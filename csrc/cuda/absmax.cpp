@@ -1,0 +1,57 @@
+// absmax_quantize and absmax_dequantize for CUDA tensors: checks, allocation, registration. Kernels: absmax.cu.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "check.h"
+#include "cuda/launch.h"
+#include "cuda/stream.h"
+
+namespace nf4lora::cuda {
+namespace {
+
+// Waits for the device once, as nf4_quantize does and for its reason: the offset is finite only where all of absmax is.
+std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
+  check_absmax_quantize(absmax);
+  const OnDeviceOf device(absmax);
+  const Tensor input = torch::stable::contiguous(absmax);
+  const int64_t count = absmax.numel(), nested_count = nested_size(count);
+  Tensor absmax_q = torch::stable::new_empty(input, absmax.sizes(), ScalarType::Byte);
+  Tensor nested = torch::stable::new_empty(input, {nested_count}, ScalarType::Float);
+  Tensor block_sums = torch::stable::new_empty(input, {nested_count - 1}, ScalarType::Double);
+
+  float* const values = static_cast<float*>(nested.mutable_data_ptr());
+  require_launched("absmax_quantize",
+                   absmax_quantize(static_cast<const float*>(input.const_data_ptr()),
+                                   static_cast<uint8_t*>(absmax_q.mutable_data_ptr()), values,
+                                   static_cast<double*>(block_sums.mutable_data_ptr()), count, device.stream()));
+  float offset = 0.0f;
+  require_launched("absmax_quantize", read(&offset, values + nested_count - 1, sizeof(offset), device.stream()));
+  if (!std::isfinite(offset)) fail_absmax_quantize_finite();
+  return {absmax_q, nested};
+}
+
+Tensor dequantize(const Tensor& absmax_q, const Tensor& nested) {
+  check_absmax_dequantize(absmax_q, nested);
+  const OnDeviceOf device(absmax_q);
+  const Tensor codes = torch::stable::contiguous(absmax_q);
+  const Tensor scales = torch::stable::contiguous(nested);
+  Tensor absmax = torch::stable::new_empty(codes, absmax_q.sizes(), ScalarType::Float);
+  require_launched("absmax_dequantize",
+                   absmax_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
+                                     static_cast<const float*>(scales.const_data_ptr()),
+                                     static_cast<float*>(absmax.mutable_data_ptr()), absmax.numel(),
+                                     device.stream()));
+  return absmax;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
+  m.impl("absmax_quantize", TORCH_BOX(&quantize));
+  m.impl("absmax_dequantize", TORCH_BOX(&dequantize));
+}
+
+}  // namespace nf4lora::cuda

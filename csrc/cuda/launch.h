@@ -1,0 +1,39 @@
+// The CUDA kernels as plain functions: device pointers, sizes, a stream. No torch and no CUDA headers, so that the ops
+// (.cpp, torch) and the kernels (.cu, nvcc) meet here and nowhere else. Every launcher is asynchronous unless it says
+// otherwise and returns nullptr, or what CUDA said went wrong. The caller has made the stream's device current.
+#pragma once
+
+#include <cstdint>
+
+namespace nf4lora::cuda {
+
+using Error = const char*;
+
+enum class Dtype { f32, bf16, f16 };
+
+// What nf4_quantize leaves in first_bad where every weight is finite.
+inline constexpr uint64_t kNoBlock = ~uint64_t{0};
+
+// weight [count] -> qweight [count / 2], absmax [count / blocksize], and in first_bad [1] the lowest block that holds NaN
+// or Inf. count is a multiple of blocksize.
+Error nf4_quantize(const void* weight, Dtype dtype, uint8_t* qweight, float* absmax, uint64_t* first_bad, int64_t count,
+                   int64_t blocksize, void* stream);
+
+// qweight [count / 2], absmax [count / blocksize] -> weight [count]
+Error nf4_dequantize(const uint8_t* qweight, const float* absmax, void* weight, Dtype dtype, int64_t count,
+                     int64_t blocksize, void* stream);
+
+// absmax [count] -> absmax_q [count], nested [ceil(count / 256) + 1]; block_sums [ceil(count / 256)] is work space.
+Error absmax_quantize(const float* absmax, uint8_t* absmax_q, float* nested, double* block_sums, int64_t count,
+                      void* stream);
+
+// absmax_q [count], nested [ceil(count / 256) + 1] -> absmax [count]
+Error absmax_dequantize(const uint8_t* absmax_q, const float* nested, float* absmax, int64_t count, void* stream);
+
+// What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.
+Error launched();
+
+// Copies bytes from the device and waits for everything before it in the stream.
+Error read(void* host, const void* device, int64_t bytes, void* stream);
+
+}  // namespace nf4lora::cuda

@@ -1,0 +1,80 @@
+// nf4_quantize and nf4_dequantize for CUDA tensors: checks, allocation, registration. The kernels are in nf4.cu.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cuda/launch.h"
+#include "cuda/stream.h"
+
+namespace nf4lora::cuda {
+namespace {
+
+Dtype dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? Dtype::f32 : dtype == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
+// The shape of tensor with its last dimension replaced.
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+// Waits for the device once, to refuse NaN and Inf with the block that holds them: quantising happens while a model
+// loads, where an error now is worth more than a stream that never stops. So it cannot be captured in a CUDA graph.
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
+  check_nf4_quantize(weight, blocksize);
+  const OnDeviceOf device(weight);
+  const Tensor input = torch::stable::contiguous(weight);
+  const int64_t K = weight.size(weight.dim() - 1);
+  Tensor qweight = torch::stable::new_empty(input, with_last(weight, K / 2), ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(input, with_last(weight, K / blocksize), ScalarType::Float);
+  Tensor first_bad = torch::stable::new_empty(input, {1}, ScalarType::Long);
+
+  require_launched("nf4_quantize",
+                   nf4_quantize(input.const_data_ptr(), dtype_of(weight.scalar_type()),
+                                static_cast<uint8_t*>(qweight.mutable_data_ptr()),
+                                static_cast<float*>(absmax.mutable_data_ptr()),
+                                static_cast<uint64_t*>(first_bad.mutable_data_ptr()), weight.numel(), blocksize,
+                                device.stream()));
+  uint64_t block = kNoBlock;
+  require_launched("nf4_quantize", read(&block, first_bad.const_data_ptr(), sizeof(block), device.stream()));
+  if (block != kNoBlock) fail_nf4_quantize_finite(static_cast<int64_t>(block), blocksize);
+  return {qweight, absmax};
+}
+
+void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, Tensor& weight) {
+  const OnDeviceOf device(qweight);
+  const Tensor codes = torch::stable::contiguous(qweight);
+  const Tensor scales = torch::stable::contiguous(absmax);
+  require_launched("nf4_dequantize",
+                   nf4_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
+                                  static_cast<const float*>(scales.const_data_ptr()), weight.mutable_data_ptr(),
+                                  dtype_of(weight.scalar_type()), weight.numel(), blocksize, device.stream()));
+}
+
+Tensor dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
+  check_nf4_dequantize(qweight, absmax, blocksize, dtype);
+  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, qweight.size(qweight.dim() - 1) * 2), dtype);
+  dequantize_into(qweight, absmax, blocksize, weight);
+  return weight;
+}
+
+void dequantize_out(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, Tensor out) {
+  check_nf4_dequantize(qweight, absmax, blocksize, out.scalar_type());
+  check_nf4_dequantize_out(qweight, out);
+  dequantize_into(qweight, absmax, blocksize, out);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
+  m.impl("nf4_quantize", TORCH_BOX(&quantize));
+  m.impl("nf4_dequantize", TORCH_BOX(&dequantize));
+  m.impl("nf4_dequantize.out", TORCH_BOX(&dequantize_out));
+}
+
+}  // namespace nf4lora::cuda

@@ -1,0 +1,25 @@
+// Every op of the library: its name, its signature, what it computes. M tokens, N out features, K in features, R rank.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nf4lora, m) {
+  // weight [..., K] -> qweight uint8 [..., K/2], absmax float32 [..., K/blocksize]
+  m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
+  // weight = round_to_dtype(code[qweight] * absmax)  [..., K]
+  m.def("nf4_dequantize(Tensor qweight, Tensor absmax, int blocksize, ScalarType dtype) -> Tensor");
+  m.def("nf4_dequantize.out(Tensor qweight, Tensor absmax, int blocksize, *, Tensor(a!) out) -> ()");
+
+  // absmax float32 -> absmax_q uint8 (same shape), nested float32 [ceil(n/256) + 1], the offset last
+  m.def("absmax_quantize(Tensor absmax) -> (Tensor absmax_q, Tensor nested)");
+  // absmax = RN(RN(map[absmax_q] * nested) + offset)
+  m.def("absmax_dequantize(Tensor absmax_q, Tensor nested) -> Tensor");
+
+  // y = x W^T + bias + scaling * S B^T  [..., N];  S = dropout(x) A^T  [M, R]
+  m.def(
+      "lora_linear(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
+      "Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize) -> (Tensor y, Tensor S)");
+  // dx = dy W + dropout'(scaling * T A), dA = scaling * T^T dropout(x), dB = scaling * dy^T S;  T = dy B
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor qweight, Tensor absmax, Tensor? nested, "
+      "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
+      "(Tensor dx, Tensor dA, Tensor dB)");
+}

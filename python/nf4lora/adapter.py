@@ -1,0 +1,153 @@
+"""PEFT's LoRA layer with our compute, and the one place where PEFT learns of it.
+
+Adapters are PEFT's own: their creation, names, files, switching and hot-swapping. What changes is the forward of one
+plain active adapter over an `NF4Linear`, which becomes a single fused op. Importing this file imports PEFT, so only
+functions import it: `import nf4lora` does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from nf4lora.linear import NF4Linear
+
+SEEDS = 2**63 - 1
+# PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
+INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
+
+
+class NF4LoraLinear(lora.Linear):
+    """PEFT's `lora.Linear` over an `NF4Linear`: one fused op, `y = x W^T + bias + scaling (dropout(x) A^T) B^T`.
+
+    Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the adapter's
+    own layers: all of these run PEFT's code, on top of the same base layer. Adapters stay float32.
+    """
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        init = config.init_lora_weights
+        if isinstance(init, str) and init.lower().startswith(INITS_OF_A_FLOAT_BASE):
+            raise ValueError(
+                f"NF4LoraLinear: init_lora_weights must be True, False, 'gaussian' or 'eva' on a base packed in NF4, "
+                f"got {init!r}, which works on a floating-point base only"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT would round a freshly created, or even a freshly loaded, adapter to the base's compute_dtype.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None if isinstance(base_layer, NF4Linear) else dtype
+
+    def _fused_adapter(self) -> str | None:
+        """Name of the adapter that the fused op can compute; None where PEFT's own forward has to."""
+        if self._disable_adapters or self.merged_adapters or not isinstance(self.base_layer, NF4Linear):
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1:
+            return None
+        (name,) = active
+        lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        plain = (
+            name not in self.lora_variant
+            and lora_B.bias is None
+            and isinstance(self.scaling[name], (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
+            and (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and dropout.p < 1))
+            and not _hooked(lora_A)
+            and not _hooked(lora_B)
+        )
+        return name if plain else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else self._fused_adapter()
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        # From torch's generator, so that checkpointing, which restores its state, draws the same mask again.
+        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
+        return self.base_layer(
+            x,
+            lora_A=self.lora_A[name].weight.float(),  # float32 already, except in FSDP's mixed precision
+            lora_B=self.lora_B[name].weight.float(),
+            scaling=self.scaling[name],
+            dropout=p,
+            seed=seed,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into a 16-bit base as PEFT does; refuse a packed one."""
+        if isinstance(self.get_base_layer(), NF4Linear) and check_adapters_to_merge(self, adapter_names):
+            # W lies exactly on the NF4 grid, so that W + delta rounds back to W: 96 to 99.5 % of a normal adapter is lost.
+            raise ValueError(
+                "merge: the base must be in 16 or 32 bits, got NF4, where rounding to 4 bits would silently lose most "
+                "of the adapter; call model.get_base_model().dequantize(), then model.merge_and_unload()"
+            )
+        super().merge(safe_merge, adapter_names)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: the fused op reads the weight and would skip that."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
+
+
+def install() -> None:
+    """Make every way into PEFT's LoRA put an `NF4LoraLinear` over an `NF4Linear`; a second call does nothing.
+
+    One function of PEFT decides on the class of a new layer, `LoraModel._create_new_module`: `get_peft_model`,
+    `PeftModel.from_pretrained`, `add_adapter`, transformers' `load_adapter` and TRL's `peft_config` all come through
+    it. (PEFT's public way, `LoraConfig._register_custom_module`, is forgotten when an adapter is saved.) A model that
+    was loaded in NF4, `prepare` and `load_adapter` call this; it cannot happen at `import nf4lora`, which must not
+    import PEFT.
+
+    Raises:
+        ImportError: this release of PEFT builds its layers in another way.
+    """
+    model_class = lora.LoraModel
+    original = model_class.__dict__.get("_create_new_module")
+    if getattr(original, "installed_by_nf4lora", False):
+        return
+    expected = {"lora_config", "adapter_name", "target"}
+    if not isinstance(original, staticmethod) or not expected <= set(inspect.signature(original).parameters):
+        raise ImportError(
+            f"nf4lora: peft must build its layers in LoraModel._create_new_module(lora_config, adapter_name, target), "
+            f"got peft {peft.__version__}, which does not; install a release that nf4lora was tested with: "
+            f"pip install 'peft>=0.21,<0.22'"
+        )
+    create = original.__func__
+
+    def create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, NF4Linear):
+            return create(lora_config, adapter_name, target, **kwargs)
+        if kwargs.pop("parameter_name", None) is not None:
+            raise ValueError(
+                "NF4LoraLinear: target_parameters must name floating-point parameters, got one packed in NF4; name its "
+                "layer in target_modules instead"
+            )
+        return NF4LoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    replacement = staticmethod(create_new_module)
+    replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
+    model_class._create_new_module = replacement  # type: ignore[method-assign,assignment]
+    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works.
+    NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
+
+
+def fuse(model: nn.Module) -> int:
+    """Give LoRA layers that PEFT made before `install`, or over bitsandbytes, the fused forward; how many changed."""
+    changed = 0
+    for module in model.modules():
+        plain = type(module) is lora.Linear
+        from_bnb = type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
+        if (plain or from_bnb) and isinstance(module.get_base_layer(), NF4Linear):  # type: ignore[operator]
+            module.__class__ = NF4LoraLinear
+            module.is_target_conv_1d_layer = False  # the one attribute that PEFT's Linear4bit lacks
+            changed += 1
+    return changed

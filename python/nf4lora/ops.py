@@ -1,0 +1,262 @@
+"""The ops as Python sees them: docstring, fake and gradient of each, concept by concept.
+
+The schemas are in csrc/ops.cpp, the checks and every error text in csrc/check.h, the meaning in reference.py. Letters:
+M tokens, N out features, K in features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nf4lora import _C
+
+_ops = torch.ops.nf4lora
+
+BLOCKSIZE: int = _C.BLOCKSIZE
+BLOCKSIZES: tuple[int, ...] = _C.BLOCKSIZES
+NESTED_BLOCKSIZE: int = _C.NESTED_BLOCKSIZE
+
+
+# ---- nf4: the weight ------------------------------------------------------------------------------------------------
+
+
+def nf4_quantize(weight: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor]:
+    """Pack a weight to 4 bits per value.
+
+    `absmax` is the largest magnitude of a block of `blocksize` neighbours in a row, and each value becomes the index
+    of the nearest NF4 code to `value / absmax`, a tie taking the lower one. Bytes and absmax are those of
+    bitsandbytes. Not differentiable: gradients do not flow through it.
+
+    Args:
+        weight: [..., K] float32, bfloat16 or float16, finite; K a multiple of blocksize
+        blocksize: a power of two between 32 and 4096
+
+    Returns:
+        qweight: [..., K/2] uint8, two codes a byte, the lower k in the high nibble
+        absmax: [..., K/blocksize] float32
+
+    Raises:
+        ValueError: an illegal blocksize; K no multiple of it; NaN or Inf in weight.
+        TypeError: a dtype that is none of the three.
+
+    Source: QLoRA (arXiv:2305.14314), section 3 and appendix E.
+
+    >>> qweight, absmax = nf4_quantize(torch.linspace(-2, 2, 64))
+    >>> qweight.shape, absmax
+    (torch.Size([32]), tensor([2.]))
+    """
+    return _ops.nf4_quantize(weight.detach(), blocksize)
+
+
+@torch.library.register_fake("nf4lora::nf4_quantize")
+def _(weight, blocksize):
+    *lead, K = weight.shape
+    return weight.new_empty([*lead, K // 2], dtype=torch.uint8), weight.new_empty(
+        [*lead, K // blocksize], dtype=torch.float32
+    )
+
+
+def nf4_dequantize(
+    qweight: Tensor,
+    absmax: Tensor,
+    blocksize: int = BLOCKSIZE,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Unpack a weight: `round_to_dtype(code[q] * absmax)`, one float32 multiply and one rounding.
+
+    This is the weight that every other op computes with, on every device.
+
+    Args:
+        qweight: [..., K/2] uint8
+        absmax: [..., K/blocksize] float32 (see absmax_dequantize for the double-quantised)
+        dtype: float32, bfloat16 or float16; ignored where `out` is given
+        out: [..., K] contiguous, of one of those dtypes, written instead of a new tensor
+
+    Returns:
+        weight: [..., K]
+
+    Raises:
+        ValueError: shapes that do not belong together; an illegal blocksize; another device.
+        TypeError: a dtype that is not as above.
+
+    >>> qweight, absmax = nf4_quantize(torch.tensor([2.0, -2.0] * 32))
+    >>> nf4_dequantize(qweight, absmax)[:2]
+    tensor([ 2., -2.], dtype=torch.bfloat16)
+    """
+    if out is None:
+        return _ops.nf4_dequantize(qweight, absmax, blocksize, dtype)
+    _ops.nf4_dequantize.out(qweight, absmax, blocksize, out=out)
+    return out
+
+
+@torch.library.register_fake("nf4lora::nf4_dequantize")
+def _(qweight, absmax, blocksize, dtype):
+    *lead, half = qweight.shape
+    return qweight.new_empty([*lead, half * 2], dtype=dtype)
+
+
+@torch.library.register_fake("nf4lora::nf4_dequantize.out")
+def _(qweight, absmax, blocksize, *, out):
+    return None
+
+
+# ---- absmax: its scales ---------------------------------------------------------------------------------------------
+
+
+def absmax_quantize(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise the scales again, to 8 bits each (double quantisation).
+
+    The mean is subtracted (summed in float64, stored as the offset); then each block of 256 is scaled by its largest
+    magnitude and takes the nearest value of the signed dynamic 8-bit map, a tie the lower one.
+
+    Args:
+        absmax: any shape, float32, finite
+
+    Returns:
+        absmax_q: the same shape, uint8
+        nested: [ceil(n/256) + 1] float32, one scale per 256 values, the offset last
+
+    Raises:
+        ValueError: NaN or Inf in absmax.
+        TypeError: absmax is not float32.
+
+    Source: QLoRA (arXiv:2305.14314), section 3; the map: arXiv:2110.02861, section 1.3.
+
+    >>> absmax_q, nested = absmax_quantize(torch.tensor([1.0, 2.0, 3.0]))
+    >>> absmax_q, nested
+    (tensor([  0, 127, 255], dtype=torch.uint8), tensor([1., 2.]))
+    """
+    return _ops.absmax_quantize(absmax.detach())
+
+
+@torch.library.register_fake("nf4lora::absmax_quantize")
+def _(absmax):
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(
+        [(absmax.numel() + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE + 1], dtype=torch.float32
+    )
+
+
+def absmax_dequantize(absmax_q: Tensor, nested: Tensor) -> Tensor:
+    """Decode double-quantised scales: `RN(RN(map[q] * nested) + offset)`, two roundings.
+
+    Args:
+        absmax_q: any shape, uint8
+        nested: [ceil(n/256) + 1] float32, the offset last
+
+    Returns:
+        absmax: the shape of absmax_q, float32
+
+    Raises:
+        ValueError: nested is not as long as absmax_q asks for.
+        TypeError: another dtype.
+
+    >>> absmax_dequantize(*absmax_quantize(torch.tensor([2.0, 2.0, 3.5])))
+    tensor([2., 2., 3.5000])
+    """
+    return _ops.absmax_dequantize(absmax_q, nested)
+
+
+@torch.library.register_fake("nf4lora::absmax_dequantize")
+def _(absmax_q, nested):
+    return absmax_q.new_empty(absmax_q.shape, dtype=torch.float32)
+
+
+# ---- lora: the linear layer -----------------------------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    blocksize: int = BLOCKSIZE,
+) -> Tensor:
+    """The frozen 4-bit linear layer and its LoRA branch in one pass over the packed weight.
+
+    `y = x W^T + bias + scaling * S B^T`, with `S = dropout(x) A^T` and W exactly as nf4_dequantize gives it in x's
+    dtype. A, B, S and, in the backward pass, T = dy B are rounded once to x's dtype; all sums are float32. Dropout
+    keeps element (m, k) where the word of Philox4x32-10(seed, m * K + k) says so, on every device alike.
+    Differentiable in x, lora_A and lora_B. For that it keeps x, S and the seed; the bias and the weight are frozen.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16
+        qweight: [N, K/2] uint8
+        absmax: [N, K/blocksize] float32, or uint8 with nested
+        nested: [ceil(N*K/blocksize/256) + 1] float32
+        bias: [N]
+        lora_A: [R, K], lora_B: [N, R]; together or not at all
+        scaling: lora_alpha / r, applied in float32
+        dropout: probability in [0, 1) of an element of x to be left out of the LoRA branch
+        seed: [1] int64, needed when dropout > 0; draw it with torch.randint, so that torch.manual_seed rules it
+
+    Returns:
+        y: [..., N] of x's dtype
+
+    Raises:
+        ValueError: shapes that do not belong together; two devices; dropout outside [0, 1) or without a seed.
+        TypeError: a dtype that is not as above.
+
+    Source: LoRA (arXiv:2106.09685); Philox: Salmon et al., SC'11.
+
+    >>> qweight, absmax = nf4_quantize(torch.eye(64)[:3])
+    >>> lora_linear(torch.arange(64.0), qweight, absmax)
+    tensor([0., 1., 2.])
+    """
+    if bias is not None:
+        bias = bias.detach()
+    y, _ = _ops.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize)
+    return y
+
+
+@torch.library.register_fake("nf4lora::lora_linear")
+def _(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize):
+    *lead, _ = x.shape
+    tokens = 1
+    for size in lead:
+        tokens = tokens * size
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    return x.new_empty([*lead, qweight.shape[0]]), x.new_empty([tokens, rank])
+
+
+@torch.library.register_fake("nf4lora::lora_linear_backward")
+def _(dy, x, S, qweight, absmax, nested, lora_A, lora_B, scaling, dropout, seed, blocksize, need_dx):
+    dx = x.new_empty(x.shape if need_dx else [0])
+    if lora_A is None:
+        return dx, x.new_empty([0], dtype=torch.float32), x.new_empty([0], dtype=torch.float32)
+    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, qweight, absmax, nested, _, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize = inputs
+    _, S = output
+    ctx.mark_non_differentiable(S)
+    # x matters to dA alone; everything else here is there anyway, and is saved as it is, not copied.
+    ctx.save_for_backward(x, S, qweight, absmax, nested, lora_A, lora_B, seed)
+
+
+def _backward(ctx, dy, _):
+    x, S, qweight, absmax, nested, lora_A, lora_B, seed = ctx.saved_tensors
+    need_dx, need_lora = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:7])
+    dx, dA, dB = _ops.lora_linear_backward(
+        dy, x, S, qweight, absmax, nested, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize, need_dx
+    )
+    dx = dx if need_dx else None
+    dA, dB = (dA, dB) if need_lora else (None, None)
+    return dx, None, None, None, None, dA, dB, None, None, None, None
+
+
+torch.library.register_autograd("nf4lora::lora_linear", _backward, setup_context=_setup_context)
+
+if _C.CUDA_VERSION:  # until the fused kernels are there; csrc/cuda/absent.cpp answers in a build without CUDA
+    from nf4lora import unfused
+
+    torch.library.register_kernel("nf4lora::lora_linear", "cuda", unfused.lora_linear)
+    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", unfused.lora_linear_backward)

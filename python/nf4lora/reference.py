@@ -1,0 +1,161 @@
+"""The ops again in plain torch: slow, obvious, the specification. Only tests and bench import it.
+
+`acc` is the dtype in which sums are kept: float32 repeats the arithmetic of the kernels, float64 gives the truth
+to measure them against.
+"""
+
+from functools import reduce
+from operator import add
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# QLoRA, arXiv:2305.14314, appendix E; the values that bitsandbytes stores. Written down a second time on purpose.
+CODE = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+NESTED_BLOCKSIZE = 256
+
+
+def linspace(steps: int) -> Tensor:
+    """torch.linspace(0.1, 1, steps) as it is where fused multiply-adds are used, on any processor: [steps] float32."""
+    low, high = torch.tensor(0.1), torch.tensor(1.0)
+    step = ((high - low) / (steps - 1)).double()  # a float32 times a small integer is exact in float64
+    up, down = low + step * torch.arange(steps), high - step * torch.arange(steps - 1, -1, -1)
+    return torch.cat([up[: steps // 2], down[steps // 2 :]]).float()
+
+
+def nested_code() -> Tensor:
+    """Signed dynamic 8-bit map (bitsandbytes `create_dynamic_map`): [256] float32, ascending, zero at index 127."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = linspace(2**i + 1)
+        means = 10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values))
+
+
+def nearest(values: Tensor, code: Tensor) -> Tensor:
+    """Index of the nearest entry of an ascending code; a tie takes the lower index."""
+    midpoints = (code[1:] + code[:-1]) / 2
+    return torch.bucketize(values, midpoints.to(values.device), right=False)
+
+
+def nf4_quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
+    """[..., K] -> packed codes uint8 [..., K/2], absmax float32 [..., K/blocksize]."""
+    *lead, K = weight.shape
+    blocks = weight.float().reshape(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1) if blocks.numel() else blocks.new_empty(0)
+    inverse = 1.0 / absmax.clamp(min=1e-38)
+    codes = nearest(blocks * inverse[:, None], CODE).to(torch.uint8).reshape(-1, 2)
+    return (codes[:, 0] << 4 | codes[:, 1]).reshape(*lead, K // 2), absmax.reshape(*lead, K // blocksize)
+
+
+def nf4_dequantize(qweight: Tensor, absmax: Tensor, blocksize: int = 64, dtype=torch.bfloat16) -> Tensor:
+    """round_to_dtype(code[q] * absmax): one float32 multiply, one rounding."""
+    *lead, half = qweight.shape
+    codes = torch.stack([qweight >> 4, qweight & 15], dim=-1).reshape(-1, blocksize).long()
+    weight = CODE.to(qweight.device)[codes] * absmax.reshape(-1, 1)
+    return weight.to(dtype).reshape(*lead, 2 * half)
+
+
+def absmax_quantize(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """[...] float32 -> codes uint8 [...], nested float32 [ceil(n/256) + 1]: one absmax per 256, the offset last."""
+    flat = absmax.reshape(-1)
+    blocks = F.pad(flat, (0, -len(flat) % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
+    sums = [reduce(add, block) for block in blocks.double().tolist()]  # not sum(): Python 3.12 compensates there
+    offset = torch.tensor(reduce(add, sums, 0.0) / max(len(flat), 1), dtype=torch.float32)
+    centred = F.pad(flat - offset, (0, -len(flat) % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
+    nested_absmax = centred.abs().amax(dim=1) if len(flat) else flat
+    scaled = centred / nested_absmax[:, None]
+    codes = nearest(scaled.where(nested_absmax[:, None] > 0, torch.zeros(())), nested_code())
+    return codes.to(torch.uint8).flatten()[: len(flat)].reshape(absmax.shape), torch.cat([nested_absmax, offset[None]])
+
+
+def absmax_dequantize(absmax_q: Tensor, nested: Tensor) -> Tensor:
+    """RN(RN(map[q] * nested_absmax) + offset): two roundings, never a fused multiply-add."""
+    scale = nested[:-1].repeat_interleave(NESTED_BLOCKSIZE)[: absmax_q.numel()]
+    product = nested_code().to(absmax_q.device)[absmax_q.flatten().long()] * scale
+    return (product + nested[-1]).reshape(absmax_q.shape)
+
+
+def philox(seed: int, count: int) -> Tensor:
+    """Words 0 .. count-1 of Philox4x32-10 (Salmon et al., SC'11): [count] int64 below 2^32.
+
+    Word i is word i % 4 of the block whose counter is (low 32 bits of i // 4, high 32 bits, 0, 0) and whose key is
+    (low 32 bits of the seed, high 32 bits).
+    """
+    mask = 0xFFFFFFFF
+    block = torch.arange((count + 3) // 4)
+    c = [block & mask, block >> 32, torch.zeros_like(block), torch.zeros_like(block)]
+    key = [seed & mask, (seed >> 32) & mask]
+
+    def multiply(constant, word):  # 32 x 32 -> (high, low); int64 products would overflow, so by 16-bit halves
+        low = constant * (word & 0xFFFF)
+        high = constant * (word >> 16) + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c[0])
+        high1, low1 = multiply(0xCD9E8D57, c[2])
+        c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return torch.stack(c, dim=1).flatten()[:count]
+
+
+def dropout_mask(M: int, K: int, dropout: float, seed: Tensor) -> Tensor:
+    """bool [M, K], True where kept: word(row * K + column) >= round(dropout * 2^32)."""
+    return (philox(int(seed), M * K) >= round(dropout * 2**32)).reshape(M, K)
+
+
+def _operands(x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc):
+    """What forward and backward share, in the accumulation dtype: x and W as 2-D, A and B rounded to x's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if nested is not None:
+        absmax = absmax_dequantize(absmax, nested)
+    W = nf4_dequantize(qweight, absmax, blocksize, x.dtype).to(acc)
+    A, B = (None if p is None else p.to(x.dtype).to(acc) for p in (lora_A, lora_B))
+    mask = torch.ones((), dtype=torch.bool)
+    if dropout > 0 and A is not None:
+        mask = dropout_mask(*rows.shape, dropout, seed).to(x.device)
+    return rows.to(acc), W, A, B, mask, 1.0 / (1.0 - dropout)
+
+
+def lora_linear(
+    x, qweight, absmax, nested=None, bias=None, lora_A=None, lora_B=None,
+    scaling=1.0, dropout=0.0, seed=None, blocksize=64, acc=torch.float32,
+):  # fmt: skip
+    """y = x W^T + bias + scaling * S B^T with S = dropout(x) A^T rounded to x's dtype: y [..., N], S [M, R]."""
+    rows, W, A, B, mask, inverse_keep = _operands(
+        x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc
+    )
+    y = rows @ W.T
+    S = rows.new_empty(len(rows), 0)
+    if A is not None:
+        S = (((rows * mask) @ A.T) * inverse_keep).to(x.dtype)
+        y = y + scaling * (S.to(acc) @ B.T)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype).reshape(*x.shape[:-1], len(W)), S.to(x.dtype)
+
+
+def lora_linear_backward(
+    dy, x, S, qweight, absmax, nested=None, lora_A=None, lora_B=None,
+    scaling=1.0, dropout=0.0, seed=None, blocksize=64, acc=torch.float32,
+):  # fmt: skip
+    """dx = dy W + mask/(1-p) * scaling * T A, dA = scaling/(1-p) * T^T (mask x), dB = scaling * dy^T S; T = dy B."""
+    rows, W, A, B, mask, inverse_keep = _operands(
+        x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc
+    )
+    grad = dy.reshape(-1, dy.shape[-1]).to(acc)
+    dx = grad @ W
+    if A is None:
+        return dx.to(x.dtype).reshape(x.shape), None, None
+    T = (grad @ B).to(x.dtype).to(acc)
+    dx = dx + mask * (scaling * inverse_keep) * (T @ A)
+    dA = scaling * inverse_keep * (T.T @ (rows * mask))
+    dB = scaling * (grad.T @ S.to(acc))
+    return dx.to(x.dtype).reshape(x.shape), dA.to(lora_A.dtype), dB.to(lora_B.dtype)

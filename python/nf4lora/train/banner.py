@@ -1,0 +1,123 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from nf4lora.train.data import Data, Split
+from nf4lora.train.memory import human
+from nf4lora.train.options import TrainConfig
+from nf4lora.train.progress import duration
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
+
+
+def say(console: Console, name: str, text: str) -> None:
+    console.print(Text(f"{name:<9}", style="bold") + Text(text), soft_wrap=True)
+
+
+def data_line(split: Split) -> str:
+    rows = len(split.input_ids)
+    longest = max(map(len, split.input_ids))
+    share = split.trained / max(split.tokens, 1)
+    return (
+        f"{split.table.name}: {number(rows)} rows ({split.kind}), {number(split.tokens)} tokens, "
+        f"{share:.0%} trained, longest {longest}"
+    )
+
+
+def show_data(console: Console, data: Data) -> None:
+    say(console, "data", data_line(data.train))
+    if data.eval is not None:
+        say(console, "held out", data_line(data.eval))
+    say(console, "loss on", "the answers" if data.answers_only else "all tokens")
+    for note in data.notes:
+        say(console, "note", note)
+
+
+def show_sample(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:
+    """One sample; what is trained stands between [[ ]], and in green on a terminal."""
+    text = Text()
+    for piece, trained in pieces:
+        text.append(f"[[{piece}]]" if trained else piece, style="bold green" if trained else "dim")
+    say(console, "sample", "the first row as the model sees it, [[trained]]:")
+    console.print(text, soft_wrap=True)
+
+
+def show_machine(console: Console, device: str, why: str) -> None:
+    import torch
+
+    import nf4lora
+
+    build = nf4lora.build_info()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kernels = build.get("cuda" if device == "cuda" else "cpu") or build.get("isa")
+    say(console, "nf4lora", f"{nf4lora.__version__}, torch {torch.__version__}, {where}" + (f" ({why})" if why else ""))
+    say(console, "kernels", str(kernels) if kernels else "unknown")
+
+
+def show_model(console: Console, config: TrainConfig, model: Any, dtype: Any) -> None:
+    import nf4lora
+
+    base = "NF4" if config.load_in_4bit else "16-bit" if "float32" not in str(dtype) else "32-bit"
+    say(console, "model", f"{config.model_name_or_path}, {base} base, computing in {str(dtype).removeprefix('torch.')}")
+    console.print(Text(str(nf4lora.report(model))), soft_wrap=True)
+
+
+def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epochs: float) -> None:
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    say(
+        console,
+        "plan",
+        f"{number(steps)} steps of {size} rows ({config.per_device_train_batch_size} x "
+        f"{config.gradient_accumulation_steps}), {epochs:.3g} epochs of {number(rows)} rows",
+    )
+
+
+def how_to_use(config: TrainConfig) -> str:
+    """Three lines that load what was trained."""
+    name, folder = config.model_name_or_path, config.output_dir
+    revision = f", revision={config.model_revision!r}" if config.model_revision else ""
+    if not config.load_in_4bit:
+        return (
+            f"    model = AutoModelForCausalLM.from_pretrained({name!r}{revision})\n"
+            f"    model = PeftModel.from_pretrained(model, {folder!r})\n"
+            f"    tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        )
+    quant = "nf4lora.NF4Config()" if config.bnb_4bit_use_double_quant else "nf4lora.NF4Config(double_quant=False)"
+    return (
+        f"    model = AutoModelForCausalLM.from_pretrained({name!r}{revision}, quantization_config={quant})\n"
+        f"    model = nf4lora.load_adapter(model, {folder!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
+
+
+def show_end(
+    console: Console,
+    config: TrainConfig,
+    losses: Sequence[float],
+    metrics: dict[str, Any],
+    files: Sequence[Path],
+) -> None:
+    """Held-out loss before and after, speed, memory, files, and the three lines."""
+    if len(losses) > 1:
+        before, after = losses[0], losses[-1]
+        perplexity = f"perplexity {math.exp(min(before, 99)):.4g} -> {math.exp(min(after, 99)):.4g}"
+        say(console, "held out", f"loss {before:.4f} -> {after:.4f} ({perplexity})")
+    say(
+        console,
+        "speed",
+        f"{number(metrics['train_tokens_per_second'])} tokens/s, {duration(metrics['train_runtime'])} in all, "
+        f"peak memory {human(metrics['peak_memory'])}",
+    )
+    say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
+    say(console, "use it", "")
+    console.print(Text(how_to_use(config)), soft_wrap=True)

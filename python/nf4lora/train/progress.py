@@ -1,0 +1,158 @@
+"""One live line while training, and metrics.jsonl beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback
+
+from nf4lora.train.memory import human, peak_bytes, total_bytes
+from nf4lora.train.trainer import Trainer
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(61), duration(3700)
+    ('1:01', '1:01:40')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress(TrainerCallback):
+    """Shows step, loss, held-out loss, learning rate, tokens/s, peak memory and time left.
+
+    On a terminal it is one line that is rewritten; elsewhere one line for each log. tokens/s counts tokens that are not
+    padding, over the time spent in steps: evaluations and checkpoints are left out.
+    """
+
+    def __init__(self, trainer: Trainer, console: Console, path: Path, device: str) -> None:
+        self.trainer, self.console, self.path, self.device = trainer, console, path, device
+        self.live: Live | None = None
+        self.loss = self.held_out = self.rate = None
+        self.training_seconds = 0.0
+        self.elapsed_before = 0.0
+        self.began = self.step_began = time.monotonic()
+        self.first_step = self.first_tokens = 0
+        self.evaluated = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.trainer._total_train_tokens) - self.first_tokens
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second of training in this call."""
+        return self.tokens / self.training_seconds if self.training_seconds else 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.elapsed_before = trim_metrics(self.path, state.global_step)
+        self.began = time.monotonic()
+        self.first_step, self.first_tokens = state.global_step, int(self.trainer._total_train_tokens)
+        held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        self.held_out = held_out[-1] if held_out else None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        self.training_seconds += time.monotonic() - self.step_began
+        self.loss, self.rate = self.trainer.step_loss, lr_scheduler.get_last_lr()[0]
+        self.show(self.line(state))
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        self.evaluated += 1
+        self.show(f"{self.line(state)} | evaluating {self.evaluated}/{len(eval_dataloader)}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.evaluated = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if "eval_loss" in logs:
+            self.held_out = logs["eval_loss"]
+            self.console.print(f"step {state.global_step}: held-out loss {self.held_out:.4f}", highlight=False)
+        elif "loss" in logs:
+            self.loss, self.rate = logs["loss"], logs["learning_rate"]
+            if self.live is None:
+                self.console.print(self.line(state), highlight=False, soft_wrap=True)
+        if "loss" in logs or "eval_loss" in logs:
+            self.write(logs, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def show(self, line: str) -> None:
+        if self.live is not None:
+            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def remaining(self, state: Any) -> float | None:
+        done = state.global_step - self.first_step
+        return (self.elapsed - self.elapsed_before) / done * (state.max_steps - state.global_step) if done else None
+
+    def line(self, state: Any) -> str:
+        parts = [f"step {state.global_step}/{state.max_steps} {state.global_step / max(state.max_steps, 1):.0%}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.held_out is not None:
+            parts.append(f"eval {self.held_out:.4f}")
+        if self.rate is not None:
+            parts.append(f"lr {self.rate:.2g}")
+        if self.throughput:
+            parts.append(f"{self.throughput:,.0f} tok/s".replace(",", " "))
+        total = total_bytes(self.device)
+        parts.append(f"peak {human(peak_bytes(self.device))}" + (f" of {human(total)}" if total else ""))
+        left = self.remaining(state)
+        if left is not None:
+            parts.append(f"ETA {duration(left)}")
+        return " | ".join(parts)
+
+    def write(self, logs: dict, state: Any) -> None:
+        """One line of metrics.jsonl: Hugging Face's keys, and seconds, tokens/s and bytes."""
+        left = self.remaining(state)
+        record = {
+            "step": state.global_step,
+            **logs,
+            "percentage": round(100 * state.global_step / max(state.max_steps, 1), 2),
+            "elapsed_time": round(self.elapsed, 3),
+            "remaining_time": None if left is None else round(left, 3),
+            "throughput": round(self.throughput, 1),
+            "peak_memory": peak_bytes(self.device),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def trim_metrics(path: Path, step: int) -> float:
+    """Drop what a run that was broken off logged behind its checkpoint; returns the seconds spent up to there."""
+    if not path.exists():
+        return 0.0
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written
+            continue
+        if record.get("step", 0) <= step:
+            records.append(record)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return records[-1].get("elapsed_time", 0.0) if records else 0.0

@@ -1,0 +1,101 @@
+// A CUDA runtime without a device, for Launchers in cudart.py: the host code that nvcc compiled from csrc/cuda calls
+// these functions, and every launch, copy and fill goes on to Python. Entry points as in crt/host_runtime.h.
+#include <cuda_runtime.h>
+
+#include <map>
+#include <string>
+
+namespace {
+
+std::map<const void*, std::string> kernels;  // host stub -> name in the PTX
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+} configuration;
+cudaError_t last_error = cudaSuccess;
+
+using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
+                        uint64_t shared);
+using Fill = void (*)(uint64_t to, int value, uint64_t bytes);
+using Fetch = void (*)(void* to, uint64_t from, uint64_t bytes);
+Launch launch_handler;
+Fill fill_handler;
+Fetch fetch_handler;
+
+bool is_legal(const dim3& grid, const dim3& block) {
+  const bool counts = grid.x && grid.y && grid.z && block.x && block.y && block.z;
+  const bool grid_fits = grid.x <= 0x7FFFFFFFu && grid.y <= 65535 && grid.z <= 65535;
+  return counts && grid_fits && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
+         block.x * block.y * block.z <= 1024;
+}
+
+}  // namespace
+
+extern "C" {
+
+void nf4lora_test_handlers(Launch launch, Fill fill, Fetch fetch) {
+  launch_handler = launch;
+  fill_handler = fill;
+  fetch_handler = fetch;
+}
+void nf4lora_test_fail_next(int error) { last_error = static_cast<cudaError_t>(error); }
+
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle = nullptr;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  kernels[stub] = name;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {
+  configuration = {grid, block, shared, stream};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared = configuration.shared;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+  if (!is_legal(grid, block)) return last_error = cudaErrorInvalidConfiguration;
+  const unsigned grid_extent[3] = {grid.x, grid.y, grid.z}, block_extent[3] = {block.x, block.y, block.z};
+  launch_handler(kernels.at(stub).c_str(), grid_extent, block_extent, arguments, shared);
+  return cudaSuccess;
+}
+// CUDA 13 launches through handles; the stub itself serves as one.
+cudaError_t __cudaGetKernel(const void** kernel, const void* stub) {
+  *kernel = stub;
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
+}
+
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  fill_handler(reinterpret_cast<uint64_t>(to), value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (kind != cudaMemcpyDeviceToHost) return last_error = cudaErrorInvalidMemcpyDirection;
+  fetch_handler(to, reinterpret_cast<uint64_t>(from), bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return last_error; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "an error of the test";
+}
+
+}  // extern "C"

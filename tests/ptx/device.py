@@ -1,0 +1,115 @@
+"""A device with a loaded PTX module: buffers in its memory, launches of its kernels."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from ptx import instructions, tensor_core  # noqa: F401  they register what instructions mean
+from ptx.grid import Grid
+from ptx.memory import Memory, PtxError
+from ptx.parser import Kernel, parse
+
+BASE = 0x7F0000  # the first byte of memory; a null or small pointer is out of bounds
+GAP = 1 << 12  # invalid bytes after each buffer
+
+
+class Buffer:
+    """An array in device memory."""
+
+    def __init__(self, device: "Device", shape, dtype, address: int):
+        self.device, self.shape, self.dtype, self.address = device, shape, np.dtype(dtype), address
+
+    @property
+    def _bytes(self) -> slice:
+        return slice(self.address, self.address + int(np.prod(self.shape)) * self.dtype.itemsize)
+
+    def numpy(self) -> np.ndarray:
+        """A copy of the array; every byte of it must have been written."""
+        if missing := int((~self.device.memory.written[self._bytes]).sum()):
+            raise PtxError(f"{missing} bytes of a buffer of shape {self.shape} were never written")
+        return self.device.memory.data[self._bytes].copy().view(self.dtype).reshape(self.shape)
+
+    def untouched(self) -> bool:
+        return not self.device.memory.written[self._bytes].any()
+
+
+class Device:
+    def __init__(self, *texts: str, size: int = 1 << 25):
+        modules = [parse(text) for text in texts]
+        self.kernels = {name: kernel for module in modules for name, kernel in module.kernels.items()}
+        self.memory = Memory(size, "global", poison=False)
+        self.memory.used = BASE
+        self.late_copies = True
+        self.symbols: dict[str, int | None] = {}
+        for name, variable in [item for module in modules for item in module.variables.items()]:
+            if variable.space == "shared":  # of a size that the launch chooses
+                self.symbols[name] = None
+                continue
+            address = self.symbols[name] = self.memory.allocate(variable.size, max(variable.alignment, 16), GAP)
+            content = variable.content if variable.content is not None else bytes(variable.size)
+            self._write(address, np.frombuffer(content, np.uint8))
+
+    def _write(self, address: int, content: np.ndarray) -> None:
+        self.memory.data[address : address + len(content)] = content
+        self.memory.written[address : address + len(content)] = True
+
+    def empty(self, shape, dtype, offset: int = 0) -> Buffer:
+        """Memory that nobody has written, `offset` bytes past an alignment of 256."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = self.memory.allocate(size + offset, 256, GAP) + offset
+        self.memory.valid[address - offset : address] = False
+        return Buffer(self, shape, dtype, address)
+
+    def upload(self, array: np.ndarray, offset: int = 0) -> Buffer:
+        buffer = self.empty(array.shape, array.dtype, offset)
+        self._write(buffer.address, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return buffer
+
+    def kernel(self, *fragments: str) -> Kernel:
+        """The one kernel whose mangled name holds all fragments."""
+        found = [k for n, k in self.kernels.items() if all(f in n for f in fragments)]
+        if len(found) != 1:
+            raise PtxError(f"{len(found)} kernels match {fragments}, of {sorted(self.kernels)}")
+        return found[0]
+
+    def launch(self, kernel: str | Kernel, grid, block, arguments: Sequence | bytes, shared: int = 0) -> None:
+        """Runs a kernel to its end. Arguments are buffers, integers, ctypes values, or already packed bytes."""
+        kernel = self.kernel(kernel) if isinstance(kernel, str) else kernel
+        packed = arguments if isinstance(arguments, bytes) else self._pack(kernel, arguments)
+        symbols = dict(self.symbols)
+        for name, (at, _) in self.layout(kernel).items():
+            symbols[name] = at
+        self.memory.forget_accesses()
+        run = Grid(kernel, symbols, self.memory, packed, _three(grid), _three(block), shared)
+        run.late_copies = self.late_copies
+        run.run()
+
+    @staticmethod
+    def layout(kernel: Kernel) -> dict[str, tuple[int, int]]:
+        """Offset and size of each parameter."""
+        places, at = {}, 0
+        for name, parameter in kernel.parameters.items():
+            at = -(-at // parameter.alignment) * parameter.alignment
+            places[name] = (at, parameter.size)
+            at += parameter.size
+        return places
+
+    def _pack(self, kernel: Kernel, arguments: Sequence) -> bytes:
+        packed, layout = bytearray(), self.layout(kernel)
+        if len(layout) != len(arguments):
+            raise PtxError(f"{kernel.name} takes {len(layout)} arguments, got {len(arguments)}")
+        for (at, size), argument in zip(layout.values(), arguments, strict=True):
+            packed.extend(bytes(at - len(packed)))
+            if isinstance(argument, ctypes._SimpleCData):
+                packed.extend(bytes(argument))
+            else:
+                value = argument.address if isinstance(argument, Buffer) else int(argument)
+                packed.extend((value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+        return bytes(packed)
+
+
+def _three(extent) -> tuple[int, int, int]:
+    extent = (extent,) if isinstance(extent, int) else tuple(extent)
+    return (*extent, 1, 1)[:3]

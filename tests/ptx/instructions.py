@@ -1,0 +1,344 @@
+"""What each PTX instruction computes. Only IEEE forms exist here: .approx and .ftz are refused, as the contract does.
+
+An instruction that a new kernel needs is a few lines more; until then the interpreter names it and stops.
+"""
+
+import numpy as np
+
+from ptx.grid import GENERIC_SHARED, SIGNED, UNSIGNED, Grid, dtype_of, elements, operation
+from ptx.memory import PtxError
+from ptx.parser import Instruction, Pack
+
+IGNORED = {"rn", "uni", "sync", "aligned", "to", "nc", "ca", "cg", "cs", "lo", "L1::no_allocate", "relaxed", "gpu", "cta"}
+TWICE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+
+
+def require_known(instruction: Instruction, *known: str) -> None:
+    """Refuses a modifier whose meaning would be lost."""
+    if unknown := [m for m in instruction.modifiers[:-1] if m not in IGNORED and m not in known]:
+        raise PtxError(f"unsupported modifier .{unknown[0]}")
+
+
+# ---- arithmetic
+
+
+def _divide(x, y):
+    if x.dtype.kind == "f":
+        return x / y
+    if (y == 0).any():
+        raise PtxError("integer division by zero")
+    return (x - np.fmod(x, y)) // y  # towards zero, as in C
+
+
+def _remainder(x, y):
+    if (y == 0).any():
+        raise PtxError("integer division by zero")
+    return np.fmod(x, y)
+
+
+BINARY = {
+    "add": np.add, "sub": np.subtract, "div": _divide, "rem": _remainder,
+    "min": lambda x, y: np.fmin(x, y) if x.dtype.kind == "f" else np.minimum(x, y),
+    "max": lambda x, y: np.fmax(x, y) if x.dtype.kind == "f" else np.maximum(x, y),
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+UNARY = {"abs": np.abs, "neg": np.negative, "not": np.invert, "rcp": lambda x: x.dtype.type(1) / x, "sqrt": np.sqrt}
+
+
+@operation(*BINARY)
+def binary(grid: Grid, instruction: Instruction) -> None:
+    require_known(instruction)
+    to, *operands = instruction.operands
+    x, y = (grid.read(o, instruction.type) for o in operands)
+    grid.write(to, BINARY[instruction.opcode](x, y))
+
+
+@operation(*UNARY)
+def unary(grid: Grid, instruction: Instruction) -> None:
+    require_known(instruction)
+    to, operand = instruction.operands
+    grid.write(to, UNARY[instruction.opcode](grid.read(operand, instruction.type)))
+
+
+def _product(instruction: Instruction, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if "wide" not in instruction.modifiers and "hi" not in instruction.modifiers:
+        return x * y
+    wide = dtype_of(TWICE[instruction.type])
+    product = x.astype(wide) * y.astype(wide)
+    return product if "wide" in instruction.modifiers else (product >> 8 * x.dtype.itemsize).astype(x.dtype)
+
+
+@operation("mul", "mad")
+def multiply(grid: Grid, instruction: Instruction) -> None:
+    require_known(instruction, "wide", "hi")
+    to, *operands = instruction.operands
+    value = _product(instruction, *(grid.read(o, instruction.type) for o in operands[:2]))
+    if instruction.opcode == "mad":
+        kind = TWICE[instruction.type] if "wide" in instruction.modifiers else instruction.type
+        value = value + grid.read(operands[2], kind)
+    grid.write(to, value)
+
+
+@operation("fma")
+def fused_multiply_add(grid: Grid, instruction: Instruction) -> None:
+    """One rounding: float32 products are exact in float64; their sum is rounded to odd there, which keeps enough."""
+    require_known(instruction)
+    if instruction.type != "f32":
+        raise PtxError("unsupported type")
+    to, *operands = instruction.operands
+    x, y, z = (grid.read(o, "f32").astype(np.float64) for o in operands)
+    product = x * y
+    total = product + z
+    virtual = total - product
+    error = (product - (total - virtual)) + (z - virtual)
+    even = total.view(np.int64) & 1 == 0
+    inexact = even & (error != 0) & np.isfinite(total)
+    total[inexact] = np.nextafter(total[inexact], np.copysign(np.inf, error[inexact]))
+    grid.write(to, total.astype(np.float32))
+
+
+@operation("shl", "shr")
+def shift(grid: Grid, instruction: Instruction) -> None:
+    to, value, amount = instruction.operands
+    x, by = grid.read(value, instruction.type), grid.read(amount, "u32")
+    bits = 8 * x.dtype.itemsize
+    clamped = np.minimum(by, bits - 1).astype(x.dtype)
+    shifted = x << clamped if instruction.opcode == "shl" else x >> clamped
+    beyond = x >> (bits - 1) if instruction.opcode == "shr" and x.dtype.kind == "i" else np.zeros_like(x)
+    grid.write(to, np.where(by < bits, shifted, beyond))
+
+
+@operation("bfe")
+def bit_field_extract(grid: Grid, instruction: Instruction) -> None:
+    if instruction.type != "u32":
+        raise PtxError("unsupported type")
+    to, *operands = instruction.operands
+    value, position, length = (grid.read(o, "u32").astype(np.uint64) & m for o, m in zip(operands, (0xFFFFFFFF, 255, 255)))
+    grid.write(to, (value >> position & (np.uint64(1) << length) - 1).astype(np.uint32))
+
+
+@operation("bfi")
+def bit_field_insert(grid: Grid, instruction: Instruction) -> None:
+    if instruction.type != "b32":
+        raise PtxError("unsupported type")
+    to, *operands = instruction.operands
+    field, base, position, length = (grid.read(o, "u32").astype(np.uint64) for o in operands)
+    mask = ((np.uint64(1) << (length & 255)) - 1 << (position & 255)) & 0xFFFFFFFF
+    grid.write(to, (base & ~mask | field << (position & 255) & mask).astype(np.uint32))
+
+
+@operation("prmt")
+def permute_bytes(grid: Grid, instruction: Instruction) -> None:
+    require_known(instruction)
+    to, *operands = instruction.operands
+    low, high, selector = (grid.read(o, "u32").astype(np.uint64) for o in operands)
+    source, result = high << 32 | low, np.zeros(len(low), np.uint64)
+    for i in range(4):
+        choice = selector >> 4 * i & 15
+        byte = source >> 8 * (choice & 7) & 255
+        sign = np.where(byte & 128, np.uint64(255), np.uint64(0))
+        result |= np.where(choice & 8, sign, byte) << 8 * i
+    grid.write(to, result.astype(np.uint32))
+
+
+# ---- predicates
+
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "ls": np.less_equal, "hs": np.greater_equal,
+    # the forms that also hold where an operand is NaN, as what their opposites are not
+    "equ": lambda x, y: ~((x < y) | (x > y)), "neu": lambda x, y: ~(x == y), "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y), "gtu": lambda x, y: ~(x <= y), "geu": lambda x, y: ~(x < y),
+}  # fmt: skip
+
+
+@operation("setp")
+def set_predicate(grid: Grid, instruction: Instruction) -> None:
+    to, *operands = instruction.operands
+    comparison, kind = instruction.modifiers[0], instruction.type
+    x, y = (grid.read(o, kind) for o in operands[:2])
+    unequal = x.dtype.kind == "f" and comparison == "ne"
+    holds = (x < y) | (x > y) if unequal else COMPARE[comparison](x, y)  # .ne is false where an operand is NaN
+    if isinstance(to, Pack):
+        raise PtxError("unsupported: a second predicate")
+    if len(instruction.modifiers) == 3:
+        holds = BINARY[instruction.modifiers[1]](holds, grid.read(operands[2], "pred"))
+    grid.write(to, holds)
+
+
+@operation("selp")
+def select(grid: Grid, instruction: Instruction) -> None:
+    to, yes, no, condition = instruction.operands
+    kind = instruction.type
+    grid.write(to, np.where(grid.read(condition, "pred"), grid.read(yes, kind), grid.read(no, kind)))
+
+
+# ---- moving and converting
+
+
+@operation("mov")
+def move(grid: Grid, instruction: Instruction) -> None:
+    to, source = instruction.operands
+    kind = instruction.type
+    if kind == "pred":
+        grid.write(to, grid.read(source, kind))
+        return
+    width = dtype_of(kind).itemsize
+    if isinstance(source, Pack):
+        part = 8 * width // len(source.elements)
+        parts = [grid.read(e, f"u{part}").astype(f"u{width}") << part * i for i, e in enumerate(source.elements)]
+        grid.write(to, np.bitwise_or.reduce(parts))
+    elif isinstance(to, Pack):
+        part = 8 * width // len(to.elements)
+        value = grid.read(source, f"u{8 * width}")
+        for i, e in enumerate(to.elements):
+            grid.write(e, (value >> part * i).astype(UNSIGNED[str(part)]))
+    else:
+        grid.write(to, grid.read(source, f"u{8 * width}"))
+
+
+@operation("cvta")
+def convert_address(grid: Grid, instruction: Instruction) -> None:
+    to, source = instruction.operands
+    value = grid.read(source, instruction.type)
+    if "shared" in instruction.modifiers:
+        value = value - GENERIC_SHARED if "to" in instruction.modifiers else value + GENERIC_SHARED
+    grid.write(to, value)
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, to nearest, ties to even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def to_float16(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
+
+
+NARROW = {"bf16": to_bfloat16, "f16": to_float16}
+
+
+@operation("cvt")
+def convert(grid: Grid, instruction: Instruction) -> None:
+    *_, target, source = instruction.modifiers
+    require_known(instruction, target)
+    to, *operands = instruction.operands
+    if target in ("bf16x2", "f16x2"):
+        high, low = (NARROW[target[:-2]](grid.read(o, "f32")).astype(np.uint32) for o in operands)
+        grid.write(to, high << 16 | low)
+    elif target in NARROW:
+        grid.write(to, NARROW[target](grid.read(operands[0], source)))
+    elif source == "bf16":
+        grid.write(to, (grid.read(operands[0], "u16").astype(np.uint32) << 16).view(np.float32))
+    else:
+        x, dtype = grid.read(operands[0], source), dtype_of(target)
+        rounds = x.dtype.kind == "f" and (dtype.kind != "f" or dtype.itemsize < x.dtype.itemsize)
+        if rounds and (dtype.kind != "f" or "rn" not in instruction.modifiers):
+            raise PtxError("unsupported rounding")
+        grid.write(to, x.astype(dtype))
+
+
+# ---- memory
+
+
+def _widths(instruction: Instruction) -> tuple[str, int, int]:
+    """Element type, bytes of an element, number of elements."""
+    vector = next((int(m[1]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
+    require_known(instruction, "param", "const", "global", "shared", "v2", "v4")
+    return instruction.type, dtype_of(instruction.type).itemsize, vector
+
+
+@operation("ld")
+def load(grid: Grid, instruction: Instruction) -> None:
+    to, source = instruction.operands
+    kind, size, vector = _widths(instruction)
+    space, address = instruction.modifiers[0], grid.address(source)
+    now = grid.clock.now[grid.threads]
+    if space == "param":
+        at = int(address[0])
+        values = np.frombuffer(grid.arguments[at : at + size * vector], np.uint8)
+        values = np.broadcast_to(values, (len(grid.threads), size * vector))
+    elif space == "shared":
+        at = grid.shared_address(address, grid.threads)
+        values = grid.shared_memory.load(at, size * vector, grid.clock, now)
+    elif space in ("global", "const"):
+        constant = space == "const" or "nc" in instruction.modifiers
+        values = grid.global_memory.load(address, size * vector, grid.clock, now, constant)
+    else:
+        raise PtxError("unsupported address space")
+    values = np.ascontiguousarray(values).view(f"u{size}")
+    for i, register in enumerate(elements(to)):
+        column = np.ascontiguousarray(values[:, i])
+        grid.write(register, column.view(SIGNED[kind[1:]]) if kind[0] == "s" else column)
+
+
+@operation("st")
+def store(grid: Grid, instruction: Instruction) -> None:
+    target, source = instruction.operands
+    kind, size, vector = _widths(instruction)
+    values = np.stack([grid.read(e, f"u{8 * size}") for e in elements(source)], axis=1).view(np.uint8)
+    write_memory(grid, instruction.modifiers[0], grid.address(target), values, grid.threads)
+
+
+def write_memory(grid: Grid, space: str, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+    now = grid.clock.now[threads]
+    if space == "shared":
+        grid.shared_memory.store(grid.shared_address(address, threads), values, grid.clock, now)
+    elif space == "global":
+        grid.global_memory.store(address, values, grid.clock, now)
+    else:
+        raise PtxError("unsupported address space")
+
+
+ATOMIC = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "exch": lambda _, value: value}
+
+
+@operation("atom", "red")
+def atomic(grid: Grid, instruction: Instruction) -> None:
+    """Integers only: a float sum in the order of arrival would differ from run to run."""
+    if instruction.type[0] == "f":
+        raise PtxError("an atomic on floats is not deterministic")
+    require_known(instruction, "global", "shared", *ATOMIC)
+    *to, target, source = instruction.operands
+    address, memory = grid.address(target), grid.global_memory
+    if instruction.modifiers[0] == "shared":
+        address, memory = grid.shared_address(address, grid.threads), grid.shared_memory
+    update = next(ATOMIC[m] for m in instruction.modifiers if m in ATOMIC)
+    values = grid.read(source, instruction.type)
+    found = memory.atomic(address, values, update, grid.clock, grid.clock.now[grid.threads])
+    for register in to:
+        grid.write(register, found)
+
+
+# ---- lanes of a warp
+
+
+@operation("shfl", warp=True)
+def shuffle(grid: Grid, instruction: Instruction) -> None:
+    to, value, offset, clamp, _ = instruction.operands
+    x, by, bounds = (grid.read(o, "u32") for o in (value, offset, clamp))
+    lane, by = grid.lane[grid.threads], (by & 31).astype(np.int64)
+    segment = (bounds >> 8 & 31).astype(np.int64)
+    last = lane & segment | (bounds & 31).astype(np.int64) & ~segment
+    mode = instruction.modifiers[1]
+    source = {"bfly": lane ^ by, "idx": lane & segment | by & ~segment, "down": lane + by, "up": lane - by}[mode]
+    inside = source >= last if mode == "up" else source <= last
+    source = np.where(inside, source, lane)
+    everyone = np.full(grid.size + 32, -1, np.int64)
+    everyone[grid.threads] = np.arange(len(grid.threads))
+    found = everyone[grid.threads - lane + source]
+    if (found < 0).any():
+        raise PtxError("divergence: shfl reads a lane that takes no part in it")
+    register, *predicate = elements(to)
+    grid.write(register, x[found])
+    for p in predicate:
+        grid.write(p, inside)
+
+
+@operation("bar", warp=True)
+def warp_barrier(grid: Grid, instruction: Instruction) -> None:
+    if (grid.read(instruction.operands[0], "u32") != 0xFFFFFFFF).any():
+        raise PtxError("unsupported: a warp barrier of only some lanes")
+    grid.clock.after_warp_barrier(grid.threads)

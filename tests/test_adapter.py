@@ -1,0 +1,436 @@
+"""The fused LoRA layer against PEFT's own on the dequantised model, and every way into and around it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import tiny_llama
+from torch import nn
+
+from nf4lora import adapter, ops, reference
+from nf4lora.adapter import NF4LoraLinear
+from nf4lora.linear import NF4Linear
+
+peft = pytest.importorskip("peft")
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners import lora  # noqa: E402
+
+IDS = torch.randint(0, 259, (3, 17), generator=torch.Generator().manual_seed(7))
+
+
+def packed_llama(**options):
+    """A tiny Llama whose linear layers, but for the head, are NF4Linear."""
+    layer_options = {key: options.pop(key) for key in ("compute_dtype", "double_quant") if key in options}
+    model = tiny_llama(**options)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            model.set_submodule(name, NF4Linear.from_linear(module, **layer_options))
+    return model
+
+
+def dequantised(model):
+    """A copy of the model with plain float32 or 16-bit linear layers that hold the same weights."""
+    model = copy.deepcopy(model)
+    dtype = model.lm_head.weight.dtype
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NF4Linear):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
+            plain.weight.data = module.dequantize(dtype)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+    return model
+
+
+def config(**options):
+    """Rank 4 on all linear layers, B not zero, so that an adapter that is not applied shows."""
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(**{**defaults, "task_type": "CAUSAL_LM", **options})
+
+
+def adapted(model, **options):
+    adapter.install()
+    torch.manual_seed(1)
+    return get_peft_model(model, config(**options))
+
+
+def pair(model_options=None, **options):
+    """Ours, and PEFT on the dequantised model with the very same adapter."""
+    packed = packed_llama(**(model_options or {}))
+    return adapted(copy.deepcopy(packed), **options), adapted(dequantised(packed), **options)
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, NF4LoraLinear)]
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def step(model, seed=3, ids=IDS):
+    """Logits and gradients of one training step."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    return output.logits.detach(), {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often a layer ran with an adapter inside the op."""
+    calls = []
+    original = ops.lora_linear
+
+    def spy(x, *args, **kwargs):
+        calls.extend([1] if kwargs.get("lora_A") is not None else [])
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "lora_linear", spy)
+    return calls
+
+
+# --- the same numbers as PEFT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}])
+def test_logits_and_gradients_are_those_of_peft_on_the_dequantised_model(options):
+    ours, theirs = pair(**options)
+    (logits, grads), (expected, expected_grads) = step(ours), step(theirs)
+    # Both sum in float32, in another order: a few units in the last place through two layers.
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys() and len(grads) == 28
+    for name, grad in grads.items():
+        assert grad.norm() > 0 and relative(grad, expected_grads[name]) < 1e-5, name
+
+
+def test_in_bfloat16_we_are_no_further_from_the_truth_than_peft():
+    ours, theirs = pair({"dtype": torch.bfloat16})
+    # The truth: the same bfloat16 weights in float32 arithmetic.
+    truth = copy.deepcopy(theirs).float()
+    expected, expected_grads = step(truth)
+    (logits, grads), (peft_logits, peft_grads) = step(ours), step(theirs)
+    # A and B are rounded once to bfloat16 where PEFT computes in float32: allow that one more rounding.
+    assert relative(logits.float(), expected) < 1.5 * relative(peft_logits.float(), expected)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert relative(grad, expected_grads[name]) < 2 * relative(peft_grads[name], expected_grads[name]) + 1e-2, name
+
+
+def test_every_adapter_runs_inside_the_op(fused_calls):
+    model = adapted(packed_llama())
+    model(IDS)
+    assert len(layers(model)) == 14 == len(fused_calls)
+
+
+def test_dropout_draws_its_seed_from_torchs_generator_and_its_mask_from_philox():
+    layer = layers(adapted(packed_llama(), lora_dropout=0.5).train())[0]
+    x = torch.randn(2, 5, 128)
+    torch.manual_seed(11)
+    y = layer(x)
+    torch.manual_seed(11)
+    seed = torch.randint(adapter.SEEDS, (1,))
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected, _ = reference.lora_linear(
+        x, **layer.base_layer.op_arguments(), lora_A=A, lora_B=B, scaling=2.0, dropout=0.5, seed=seed
+    )
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(layer(x), y), "another call must draw another mask"
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_dropout_has_the_mean_of_no_dropout():
+    layer = layers(adapted(packed_llama(), lora_dropout=0.25).train())[0]
+    x = torch.randn(1, 128)
+    with torch.no_grad():
+        mean = torch.stack([layer(x) for _ in range(2000)]).mean(0)
+        expected = layer.eval()(x)
+        noise = expected - layer.base_layer(x)
+    assert relative(mean - layer.base_layer(x), noise) < 0.1  # 1 / sqrt(2000) times a spread of about 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_dropout_mask(reentrant):
+    model = adapted(packed_llama(), lora_dropout=0.4).train()
+    logits, grads = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again, grads_again = step(model)
+    assert torch.equal(logits, again)
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+
+def test_under_autocast_the_layer_computes_in_autocasts_dtype():
+    layer = layers(adapted(packed_llama()))[0]
+    x = torch.randn(4, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer(x.bfloat16()))
+
+
+def test_a_deep_copy_and_a_pickle_compute_the_same():
+    model = adapted(packed_llama())
+    logits = model(IDS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(layers(twin)) == 14
+        assert torch.equal(twin(IDS).logits, logits)
+
+
+@pytest.mark.slow
+def test_a_whole_model_compiles_into_one_graph_for_all_lengths():
+    model = adapted(packed_llama(num_hidden_layers=1), lora_dropout=0.2).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length in ((2, 8), (3, 12), (5, 20)):
+        ids = IDS[:1, :1].repeat(batch, length)
+        (logits, grads), (expected, expected_grads) = step(compiled, ids=ids), step(model, ids=ids)
+        assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+        for name, grad in expected_grads.items():
+            assert relative(grads[f"_orig_mod.{name}"], grad) < 1e-5, name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# --- every way into PEFT ---------------------------------------------------------------------------------------------
+
+
+def test_every_way_into_peft_gives_the_fused_layer(tmp_path):
+    from peft import PeftModel, inject_adapter_in_model
+
+    saved = adapted(packed_llama())
+    saved.save_pretrained(tmp_path)
+    added = packed_llama()
+    added.add_adapter(config())
+    loaded = packed_llama()
+    loaded.load_adapter(str(tmp_path))
+    second = adapted(packed_llama())
+    second.add_adapter("other", config())
+    ways = {
+        "get_peft_model": saved,
+        "from_pretrained": PeftModel.from_pretrained(packed_llama(), tmp_path),
+        "inject_adapter_in_model": inject_adapter_in_model(config(), packed_llama()),
+        "transformers add_adapter": added,
+        "transformers load_adapter": loaded,
+        "a second adapter": second,
+        "mixed": get_peft_model(packed_llama(), config(), mixed=True),
+    }
+    for way, model in ways.items():
+        assert len(layers(model)) == 14, way
+    assert torch.equal(loaded(IDS).logits, saved(IDS).logits)
+
+
+def test_a_bare_import_is_enough_for_peft(tmp_path):
+    """`import nf4lora`, then PEFT: no `prepare`, no other call of ours. And the import alone does not import PEFT."""
+    model = tiny_llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    get_peft_model(model, config()).save_pretrained(tmp_path / "adapter")
+    program = f"""
+import sys, nf4lora
+assert not {{"peft", "trl", "datasets", "rich", "bitsandbytes"}} & set(sys.modules), "imported too early"
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, quantization_config=nf4lora.NF4Config())
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, {str(tmp_path / "adapter")!r})
+print(type(model.base_model.model.model.layers[0].mlp.up_proj).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "NF4LoraLinear"
+
+
+def test_layers_that_peft_made_before_us_are_fused_in_place(monkeypatch, fused_calls):
+    adapter.install()
+    monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(original_create_new_module()))
+    model = get_peft_model(packed_llama(), config())
+    assert not layers(model)
+    logits = model(IDS).logits
+    assert not fused_calls
+    assert adapter.fuse(model) == 14
+    assert torch.allclose(model(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+    assert len(fused_calls) == 14
+    assert adapter.fuse(model) == 0
+
+
+def original_create_new_module():
+    """PEFT's own function, from under ours."""
+    replaced = lora.LoraModel.__dict__["_create_new_module"].__func__
+    return next(cell.cell_contents for cell in replaced.__closure__ if callable(cell.cell_contents))
+
+
+def test_installing_twice_changes_nothing():
+    adapter.install()
+    first = lora.LoraModel.__dict__["_create_new_module"]
+    adapter.install()
+    assert lora.LoraModel.__dict__["_create_new_module"] is first
+
+
+def test_a_peft_that_builds_layers_elsewhere_is_an_import_error(monkeypatch):
+    monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(lambda config, name: None))
+    with pytest.raises(ImportError, match=r"_create_new_module.*got peft .*pip install 'peft"):
+        adapter.install()
+
+
+def test_other_layers_stay_with_peft():
+    model = adapted(packed_llama(), target_modules=["lm_head", "q_proj"])
+    assert len(layers(model)) == 2
+    assert type(model.base_model.model.lm_head) is lora.Linear
+
+
+# --- what the op does not cover runs PEFT's code ---------------------------------------------------------------------
+
+
+def test_a_disabled_adapter_leaves_the_base(fused_calls):
+    base = packed_llama()
+    model = adapted(copy.deepcopy(base))
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert not fused_calls
+    assert not torch.allclose(model(IDS).logits, base(IDS).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.5}])
+def test_variants_compute_what_peft_does(options, fused_calls):
+    with_bias = {"attention_bias": True, "mlp_bias": True}  # lora_bias wants a bias to merge into
+    ours, theirs = pair(with_bias, **options)
+    (logits, grads), (expected, expected_grads) = step(ours.train()), step(theirs.train())
+    assert not fused_calls
+    # PEFT asks DoRA's base for its weight in bfloat16, the default of dequantize(); lora_bias sees float32.
+    tolerance = 2e-2 if "use_dora" in options else 1e-5
+    assert relative(logits, expected) < tolerance
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert relative(grad, expected_grads[name]) < 2 * tolerance, name
+
+
+def test_two_active_adapters_add_up_as_in_peft(fused_calls):
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        model.add_adapter("other", config(r=2))
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert not fused_calls
+    for model in (ours, theirs):
+        model.set_adapter("other")
+    assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert len(fused_calls) == 14
+
+
+def test_a_mixed_batch_gives_each_row_its_adapter():
+    model = adapted(packed_llama()).eval()
+    torch.manual_seed(2)
+    model.add_adapter("other", config(r=2))
+    with torch.no_grad():
+        mixed = model(IDS, adapter_names=["default", "other", "__base__"]).logits
+        alone = [model(IDS[:1]).logits]
+        model.set_adapter("other")
+        alone.append(model(IDS[1:2]).logits)
+        with model.disable_adapter():
+            alone.append(model(IDS[2:]).logits)
+    assert torch.allclose(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_hot_swapping_an_adapter_changes_what_the_op_computes(tmp_path, fused_calls):
+    from peft.utils.hotswap import hotswap_adapter
+
+    other = adapted(packed_llama(), lora_alpha=16)
+    for parameter in trainable(other).values():
+        nn.init.normal_(parameter, std=0.1)
+    other.save_pretrained(tmp_path)
+    model = adapted(packed_llama())
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    fused_calls.clear()
+    assert torch.equal(model(IDS).logits, other(IDS).logits)
+    assert len(fused_calls) == 28
+
+
+def test_a_hook_on_the_adapters_own_layer_is_called():
+    layer = layers(adapted(packed_llama()))[0]
+    x, seen = torch.randn(3, 128), []
+    y = layer(x)
+    handle = layer.lora_A["default"].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert torch.allclose(layer(x), y, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+    handle.remove()
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_adapters_are_float32_whatever_the_base_is(autocast_adapter_dtype, tmp_path):
+    adapter.install()
+    model = packed_llama(dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    model = get_peft_model(model, config(), autocast_adapter_dtype=autocast_adapter_dtype)
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    weight = layers(model)[0].lora_A["default"].weight
+    assert not torch.equal(weight, weight.bfloat16().float()), "the start must not have been rounded on the way"
+    # PEFT rounds a loaded adapter to the base's compute dtype when it assigns instead of copying.
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        packed_llama(dtype=torch.bfloat16, compute_dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=True
+    )
+    assert torch.equal(layers(again)[0].lora_A["default"].weight, weight)
+
+
+def test_adapters_that_were_cast_to_16_bits_still_train():
+    model = adapted(packed_llama(dtype=torch.bfloat16)).to(torch.bfloat16)
+    _, grads = step(model)
+    assert all(grad.dtype == torch.bfloat16 and grad.isfinite().all() and grad.norm() > 0 for grad in grads.values())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", [lambda m: m.merge_and_unload(), lambda m: m.merge_adapter(), lambda m: m.merge_adapter(safe_merge=True)])
+def test_merging_into_the_packed_base_is_refused_and_loses_nothing(merge):
+    model = adapted(packed_llama())
+    logits = model(IDS).logits
+    with pytest.raises(ValueError, match=r"merge: the base must be in 16 or 32 bits, got NF4.*dequantize\(\).*merge_and_unload"):
+        merge(model)
+    assert torch.equal(model(IDS).logits, logits)
+
+
+def test_after_dequantising_the_base_peft_merges():
+    model = adapted(packed_llama())
+    logits = model(IDS).logits
+    for module in layers(model):
+        base = module.base_layer
+        module.base_layer = nn.Linear(base.in_features, base.out_features, bias=False)
+        module.base_layer.weight.data = base.dequantize(torch.float32)
+    assert torch.allclose(model(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_unloading_gives_the_base_back():
+    base = packed_llama()
+    expected = base(IDS).logits
+    assert torch.equal(adapted(base).unload()(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "loftq", "mica"])
+def test_an_init_that_needs_a_float_base_is_refused_by_name(init):
+    options = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
+    adapter.install()
+    try:
+        wanted = config(init_lora_weights=init, **options)
+    except ImportError as error:
+        pytest.skip(str(error))
+    with pytest.raises(ValueError, match=f"init_lora_weights must be .*got '{init}'"):
+        get_peft_model(packed_llama(), wanted)
+
+
+def test_a_packed_parameter_as_target_is_refused():
+    adapter.install()
+    with pytest.raises(ValueError, match="target_parameters must name floating-point parameters"):
+        get_peft_model(packed_llama(), config(target_modules=[], target_parameters=["q_proj.weight"]))
