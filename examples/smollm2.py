@@ -78,7 +78,8 @@ def check_surroundings(destination: Path) -> None:
     free = shutil.disk_usage(destination.parent).free
     if free < DISK:
         raise RuntimeError(
-            f"smollm2: {destination.parent} must have {DISK >> 20} MB free, got {free >> 20} MB; make room or give another --destination"
+            f"smollm2: {destination.parent} must have {DISK >> 20} MB free, got {free >> 20} MB; "
+            "make room or give another --destination"
         )
 
 

@@ -30,9 +30,10 @@ struct Absent;
 template <Name op, class Result, class... Arguments>
 struct Absent<op, Result(Arguments...)> {
   static Result call(Arguments...) {
-    throw std::runtime_error(std::string(op.text) +
-                             ": a CUDA tensor must meet a build with CUDA, got a build of nf4lora for the CPU only; put "
-                             "nvcc on PATH and reinstall: pip install --force-reinstall --no-deps --no-cache-dir .");
+    const std::string name(op.text);
+    throw std::runtime_error(name.substr(0, name.find('.')) +
+                             ": a CUDA tensor needs a build of nf4lora with CUDA, got one for the CPU only; put nvcc on "
+                             "PATH and reinstall: pip install --force-reinstall --no-deps --no-cache-dir .");
   }
 };
 

@@ -2,9 +2,9 @@
 //
 // Quantising happens once, while a model loads, on 1/64 of its numbers: its kernels are written to keep the order of
 // summation, not to be fast. Dequantising is part of every use of a weight and moves 5 bytes per 64 weights.
-#include "cuda/launch.h"
-#include "cuda/vector.cuh"
-#include "format.h"
+#include "launch.h"
+#include "vector.cuh"
+#include "../format.h"
 
 namespace nf4lora::cuda {
 namespace {

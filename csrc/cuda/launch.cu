@@ -1,5 +1,5 @@
 // What every launcher shares: the verdict on a launch, and the one way back from the device.
-#include "cuda/launch.h"
+#include "launch.h"
 
 #include <cuda_runtime.h>
 

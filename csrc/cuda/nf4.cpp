@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
-#include "cuda/launch.h"
-#include "cuda/stream.h"
+#include "../check.h"
+#include "launch.h"
+#include "stream.h"
 
 namespace nf4lora::cuda {
 namespace {

@@ -5,9 +5,9 @@
 // compiler's flags.
 #include <bit>
 
-#include "cuda/launch.h"
-#include "cuda/vector.cuh"
-#include "format.h"
+#include "launch.h"
+#include "vector.cuh"
+#include "../format.h"
 
 namespace nf4lora::cuda {
 namespace {

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.h"
+#include "launch.h"
 
 namespace nf4lora::cuda {
 

@@ -32,12 +32,7 @@ class NF4LoraLinear(lora.Linear):
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        init = config.init_lora_weights
-        if isinstance(init, str) and init.lower().startswith(INITS_OF_A_FLOAT_BASE):
-            raise ValueError(
-                f"NF4LoraLinear: init_lora_weights must be True, False, 'gaussian' or 'eva' on a base packed in NF4, "
-                f"got {init!r}, which works on a floating-point base only"
-            )
+        check_init("NF4LoraLinear", config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -84,12 +79,22 @@ class NF4LoraLinear(lora.Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a 16-bit base as PEFT does; refuse a packed one."""
         if isinstance(self.get_base_layer(), NF4Linear) and check_adapters_to_merge(self, adapter_names):
-            # W lies exactly on the NF4 grid, so that W + delta rounds back to W: 96 to 99.5 % of a normal adapter is lost.
+            # W lies on the NF4 grid, so that W + delta rounds back to W: 96 to 99.5 % of a normal adapter is lost.
             raise ValueError(
                 "merge: the base must be in 16 or 32 bits, got NF4, where rounding to 4 bits would silently lose most "
                 "of the adapter; call model.get_base_model().dequantize(), then model.merge_and_unload()"
             )
         super().merge(safe_merge, adapter_names)
+
+
+def check_init(who: str, config: LoraConfig) -> None:
+    """Refuse ways to start an adapter that need a base in floating point."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(INITS_OF_A_FLOAT_BASE):
+        raise ValueError(
+            f"{who}: init_lora_weights must be True, False, 'gaussian' or 'eva' on a base packed in NF4, got {init!r}, "
+            f"which works on a floating-point base only"
+        )
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -143,10 +148,11 @@ def install() -> None:
 def fuse(model: nn.Module) -> int:
     """Give LoRA layers that PEFT made before `install`, or over bitsandbytes, the fused forward; how many changed."""
     changed = 0
+    module: Any
     for module in model.modules():
         plain = type(module) is lora.Linear
         from_bnb = type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
-        if (plain or from_bnb) and isinstance(module.get_base_layer(), NF4Linear):  # type: ignore[operator]
+        if (plain or from_bnb) and isinstance(module.get_base_layer(), NF4Linear):
             module.__class__ = NF4LoraLinear
             module.is_target_conv_1d_layer = False  # the one attribute that PEFT's Linear4bit lacks
             changed += 1

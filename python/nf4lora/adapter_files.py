@@ -7,14 +7,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nf4lora import _C  # type: ignore[attr-defined]
 from nf4lora.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1  # of nf4lora.json
 CONFIG_FILE, TENSOR_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "nf4lora.json"
+WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer that it put another around
 
 
 def nf4_layers(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:
@@ -39,20 +42,35 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def base_name(name: str) -> str:
     """Name of a module or tensor without what PEFT's layers put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPED)
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the modules and tensors that PEFT put into a model: adapters, and copies of layers trained in full.
+
+    A wrapper is known by its shape, not its class, so that PEFT need not be there.
+    """
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        kept = next((child for child in WRAPPED if child in module._modules), None)
+        if kept is None:
+            continue
+        start = f"{prefix}." if prefix else ""
+        names |= {start + name for name, _ in module.named_parameters(recurse=False)}
+        for key, child in module.named_children():
+            if key != kept:
+                inside = [name for name, _ in child.named_modules(remove_duplicate=False) if name]
+                inside += [name for name, _ in child.named_parameters(remove_duplicate=False)]
+                inside += [name for name, _ in child.named_buffers(remove_duplicate=False)]
+                names |= {start + key} | {f"{start}{key}.{name}" for name in inside}
+    return names
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """State dict of the model as if PEFT had never been there: its own names, no adapter."""
     model = base_of(model)
-    state = model.state_dict()
-    for prefix, module in model.named_modules():
-        kept = next((child for child in ("base_layer", "original_module") if child in module._modules), None)
-        if kept is not None:
-            start = f"{prefix}." if prefix else ""
-            for name in [name for name in state if name.startswith(start) and not name.startswith(f"{start}{kept}.")]:
-                del state[name]
-    return {base_name(name): tensor for name, tensor in state.items()}
+    of_adapters = adapter_names(model)
+    return {base_name(name): tensor for name, tensor in model.state_dict().items() if name not in of_adapters}
 
 
 def base_hash(model: nn.Module) -> str:
@@ -81,15 +99,15 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
     >>> save_adapter(model, "out")                                          # doctest: +SKIP
     """
-    from peft import get_peft_model_state_dict
+    import peft
 
+    model = getattr(model, "_orig_mod", model)
     name, layers = _one_adapter("save_adapter", model), [layer for _, layer in nf4_layers(model)]
     if not layers:
         raise ValueError("save_adapter: the base must be in NF4, got no NF4 layer; use model.save_pretrained instead")
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_adapter: folder must be a folder, got the file {folder}")
-    model = getattr(model, "_orig_mod", model)
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True  # as PEFT writes it
     base_class = type(base_of(model))
@@ -97,14 +115,17 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     tensors = {
         # safetensors refuses aliases, which tied adapters are
         key: tensor.detach().clone().contiguous()
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
+        for key, tensor in peft.get_peft_model_state_dict(model, adapter_name=name).items()
     }
     about = {
         "format_version": FORMAT_VERSION,
         "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one
         "double_quant": layers[0].double_quant,
         "base_sha256": base_hash(model),
-        "versions": {package: _version(package) for package in ("nf4lora", "torch", "transformers", "peft")},
+        "versions": {
+            "nf4lora": _C.__version__,
+            **{package.__name__: package.__version__ for package in (torch, transformers, peft)},
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
@@ -147,21 +168,27 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
         )
     adapter.install()
-    if isinstance(getattr(model, "_orig_mod", model), PeftModel):
-        name = _one_adapter("load_adapter", model)
-        model = getattr(model, "_orig_mod", model)
+    loaded: Any = getattr(model, "_orig_mod", model)
+    if isinstance(loaded, PeftModel):
+        name = _one_adapter("load_adapter", loaded)
         for option in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
-            ours, theirs = getattr(model.peft_config[name], option), getattr(config, option)
+            ours, theirs = getattr(loaded.peft_config[name], option), getattr(config, option)
             if ours != theirs:
                 raise ValueError(
                     f"load_adapter: {option} of the model's adapter must be that of {folder}, {theirs!r}, got {ours!r}"
                 )
-        _check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name))
+        _check_tensors(folder, tensors, get_peft_model_state_dict(loaded, adapter_name=name))
+    elif adapter_names(loaded):
+        raise ValueError(
+            f"load_adapter: a model with PEFT's layers must come as its PeftModel, got the {type(loaded).__name__} "
+            f"inside; pass what prepare or get_peft_model returned, or call unload() on that first"
+        )
     else:
-        name, trainable = "default", {parameter: parameter.requires_grad for parameter in model.parameters()}
+        name, trainable = "default", {parameter: parameter.requires_grad for parameter in loaded.parameters()}
+        base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
         config.inference_mode = False
         try:
-            wrapped = get_peft_model(model, config)
+            wrapped = get_peft_model(loaded, config)
         except ValueError as error:
             raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
         try:
@@ -171,28 +198,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             for parameter, required in trainable.items():
                 parameter.requires_grad_(required)
             raise
-        model = wrapped
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
-    return model
+        loaded = wrapped
+        loaded.peft_config[name].base_model_name_or_path = base_id
+    set_peft_model_state_dict(loaded, tensors, adapter_name=name)
+    return loaded
 
 
 def _one_adapter(who: str, model: Any) -> str:
     """Name of the only active adapter."""
     from peft import PeftModel
 
-    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
         raise TypeError(f"{who}: model must be a PeftModel, as nf4lora.prepare returns it, got {type(model).__name__}")
     if len(model.active_adapters) != 1:
         raise ValueError(f"{who}: exactly one adapter must be active, got {model.active_adapters}; call set_adapter")
     return model.active_adapters[0]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from the source tree
-        return "unknown"
 
 
 def _describe(about: Mapping[str, Any]) -> str:
@@ -219,8 +239,8 @@ def _read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str,
         version = about.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(
-                f"load_adapter: format_version in {folder / BASE_FILE} must be at most {FORMAT_VERSION}, got {version!r}; "
-                f"it was written by a newer nf4lora, install that"
+                f"load_adapter: format_version in {folder / BASE_FILE} must be at most {FORMAT_VERSION}, got "
+                f"{version!r}; it was written by a newer nf4lora: pip install --upgrade nf4lora"
             )
         if not isinstance(about.get("base_sha256"), str):
             raise ValueError(f"load_adapter: {folder / BASE_FILE} must hold base_sha256, got {sorted(about)}")
@@ -257,6 +277,6 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mappin
     for name in sorted(expected):
         if tensors[name].shape != expected[name].shape:
             raise ValueError(
-                f"load_adapter: {name} in {file} must be {list(expected[name].shape)}, got {list(tensors[name].shape)}; "
-                f"the adapter belongs to another model or has another rank"
+                f"load_adapter: {name} in {file} must be {list(expected[name].shape)}, got "
+                f"{list(tensors[name].shape)}; the adapter belongs to another model or has another rank"
             )

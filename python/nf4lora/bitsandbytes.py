@@ -59,7 +59,7 @@ class PackedWeight:
         return state | {"weight_absmax": absmax, "weight_nested": self.nested.view(torch.int32)}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[N, K]: what bitsandbytes' dequantize_4bit gives."""
+        """[N, K]; bitsandbytes' CPU kernel differs where blocks straddle rows: it begins a new block at each row."""
         count = self.shape[0] * self.shape[1]
         absmax = self.absmax if self.nested is None else ops.absmax_dequantize(self.absmax, self.nested)
         bytes_of_whole_blocks = absmax.numel() * self.blocksize // 2
@@ -162,11 +162,11 @@ def adopt(model: nn.Module) -> dict[str, str]:
         layer = model.get_submodule(name)
         if weight.straddles or layer is head:
             reasons[_base_name(name)] = HEAD if layer is head else STRADDLES
-            _replace(model, name, _dequantized_layer(layer, weight))
+            replace_layer(model, name, _dequantized_layer(layer, weight))
         else:
             blocksizes = (blocksizes - {64}) | {weight.blocksize}
             double_quant |= weight.nested is not None
-            _replace(model, name, _packed_layer(layer, weight))
+            replace_layer(model, name, _packed_layer(layer, weight))
     if names:
         _take_over(model, double_quant, max(blocksizes), reasons)
     return reasons
@@ -196,7 +196,7 @@ def _dequantized_layer(layer: Any, weight: PackedWeight) -> nn.Linear:
     return result.train(layer.training)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     old = model.get_submodule(name)
     if hook := getattr(old, "_hf_hook", None):  # accelerate's, where the model is spread over devices
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -210,6 +210,7 @@ def _take_over(model: nn.Module, double_quant: bool, blocksize: int, reasons: di
     """Tell transformers whose model it is now; `is_loaded_in_4bit` would make TRL round the adapters to bfloat16."""
     from transformers.quantizers import AutoHfQuantizer
 
+    owner: Any
     for owner in model.modules():
         owner.__dict__.pop("is_loaded_in_4bit", None)
         if "hf_quantizer" not in owner.__dict__:

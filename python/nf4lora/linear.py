@@ -164,11 +164,10 @@ class NF4Linear(nn.Linear):
 
     def op_arguments(self) -> dict[str, Any]:
         """The layer's state as `ops.lora_linear` takes it: qweight, absmax, nested (float32 views) and blocksize."""
+        arguments: dict[str, Any] = {"qweight": self.weight, "blocksize": self.blocksize}
         if self.double_quant:
-            absmax, nested = self.weight_absmax, self.weight_nested.view(torch.float32)
-        else:
-            absmax, nested = self.weight_absmax.view(torch.float32), None
-        return {"qweight": self.weight, "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
+            return arguments | {"absmax": self.weight_absmax, "nested": self.weight_nested.view(torch.float32)}
+        return arguments | {"absmax": self.weight_absmax.view(torch.float32), "nested": None}
 
     def forward(  # type: ignore[override]
         self,

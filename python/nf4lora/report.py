@@ -1,6 +1,6 @@
 """What a model is made of: bytes by kind and dtype, what stayed in 16 bits and why, who carries adapters.
 
-It asks the modules that are there, not a configuration, so that it is true of any model: plain, packed, with PEFT on it.
+It asks the modules that are there, not a configuration, so that it is true of any model: plain, packed, with adapters.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from nf4lora.adapter_files import WRAPPED, adapter_names, base_name, base_of
 from nf4lora.linear import BLOCKSIZES, NF4Linear
 
 PACKED_KINDS = {"weight": "packed codes", "weight_absmax": "absmax", "weight_nested": "nested absmax", "bias": "biases"}
@@ -95,7 +95,9 @@ class Report:
         if self.adapters:
             share = self.adapted_layers / max(self.linear_layers, 1)
             names = ", ".join(f"{row.name} {row.count}/{row.of}" for row in self.adapters)
-            lines.append(f"adapters on {self.adapted_layers} of {self.linear_layers} linear layers ({share:.1%}): {names}")
+            lines.append(
+                f"adapters on {self.adapted_layers} of {self.linear_layers} linear layers ({share:.1%}): {names}"
+            )
             if loose := sum(row.count - row.packed for row in self.adapters):
                 lines.append(f"  {loose} of them over a layer that is not packed: PEFT's own compute")
         if self.trained_in_full:
@@ -115,14 +117,14 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: model is no nn.Module.
 
-    >>> layer = NF4Linear.from_linear(torch.nn.Linear(256, 1024, bias=False))
-    >>> report(torch.nn.Sequential(layer)).bits_per_weight
+    >>> layer = NF4Linear.from_linear(nn.Linear(256, 1024, bias=False))
+    >>> report(nn.Sequential(layer)).bits_per_weight
     4.126953125
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    adapter_ids, wrappers = _adapters(model)
+    of_adapters, wrappers = adapter_names(model), _wrappers(model)
     head, why_kept = _output_head(model), _reasons(model)
     seen: set[Any] = set()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -131,9 +133,8 @@ def report(model: nn.Module) -> Report:
     suffixes: Counter[str] = Counter()
     trainable = parameters = packed_bytes = packed_weights = packed_layers = 0
     for prefix, module in model.named_modules():
-        name = _base_name(prefix)
-        of_adapter = any(id(tensor) in adapter_ids for tensor in module.parameters(recurse=False))
-        if isinstance(module, nn.Linear) and not of_adapter and module is not head:
+        name = base_name(prefix)
+        if isinstance(module, nn.Linear) and prefix not in of_adapters and module is not head:
             suffixes[name.rpartition(".")[2]] += 1
         if isinstance(module, NF4Linear):
             packed_layers += 1
@@ -141,12 +142,13 @@ def report(model: nn.Module) -> Report:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
-            kind = "adapters" if id(tensor) in adapter_ids else _kind(module, key, tensor, head)
+            of_adapter = (f"{prefix}.{key}" if prefix else key) in of_adapters
+            kind = "adapters" if of_adapter else _kind(module, key, tensor, head)
             new = (identity := _identity(tensor)) not in seen
             seen.add(identity)
             size = tensor.numel() * tensor.element_size() if new else 0
             if _is_kept_matrix(module, key, tensor, kind):
-                kept.append(Kept(_joined(name, key), _dtype(tensor), size, why_kept(name, module, new)))
+                kept.append(Kept(_joined(name, key), _dtype(tensor), size, why_kept(_joined(name, key), module, new)))
             if not new:
                 continue
             sizes[kind, _dtype(tensor)] += size
@@ -181,28 +183,18 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _adapters(model: nn.Module) -> tuple[set[int], list[tuple[str, nn.Module | None]]]:
-    """Ids of the adapters' tensors; for each wrapper of PEFT its name and base (None for a layer trained in full).
-
-    Known by their shape, not their class: PEFT is not imported for a model that it has not touched.
-    """
-    ids: set[int] = set()
-    wrappers: list[tuple[str, nn.Module | None]] = []
+def _wrappers(model: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    """For each of PEFT's wrappers the layer's name and the layer; None for one that is trained in full."""
+    found: list[tuple[str, nn.Module | None]] = []
     for prefix, module in model.named_modules():
-        kept = next((child for child in ("base_layer", "original_module") if child in module._modules), None)
-        if kept is None:
-            continue
-        original = {id(tensor) for tensor in _tensors(module._modules[kept])}
-        ids |= {id(tensor) for tensor in _tensors(module)} - original
         base: Any = module
         while "base_layer" in base._modules:
             base = base.base_layer
-        wrappers.append((_base_name(prefix), base if kept == "base_layer" else None))
-    return ids, wrappers
-
-
-def _tensors(module: nn.Module | None) -> Iterable[Tensor]:
-    return () if module is None else (*module.parameters(), *module.buffers())
+        if base is not module and not prefix.endswith(".base_layer"):
+            found.append((base_name(prefix), base))
+        if "original_module" in module._modules:
+            found.append((base_name(prefix), None))
+    return found
 
 
 def _kind(module: nn.Module, key: str, tensor: Tensor, head: nn.Module | None) -> str:
@@ -237,17 +229,17 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     head, packed = _output_head(model), any(isinstance(module, NF4Linear) for module in model.modules())
     quantization_config = getattr(getattr(model, "config", None), "quantization_config", None)
     skipped = getattr(quantization_config, "modules_to_not_convert", None)
-    foreign = getattr(model, "nf4lora_dequantized", ())
+    known = getattr(base_of(model), "nf4lora_skipped", {})  # what the quantizer said when it decided
 
     def reason(name: str, module: nn.Module, new: bool) -> str:
         if isinstance(module, nn.Embedding):
             return "an embedding is looked up, not multiplied"
         if module is head:
             return "output head" if new else "output head, tied to the embedding"
+        if name in known:
+            return known[name]
         if not isinstance(module, nn.Linear):
             return f"{type(module).__name__} is not a linear layer"
-        if name in foreign:
-            return "foreign blocks straddle its rows: dequantised"
         if not module.weight.is_floating_point():
             return f"packed as {type(module).__name__}; nf4lora.prepare adopts it"
         if module.in_features % BLOCKSIZES[0]:
@@ -258,7 +250,7 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
             return f"{type(module).__name__} is not torch.nn.Linear itself"
         if skipped and not should_convert_module(name, skipped):
             return "named in modules_to_not_convert"
-        return "the model keeps it"
+        return "left as it is"
 
     return reason
 
@@ -270,7 +262,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         head = find() if find is not None else None
     except (AttributeError, NotImplementedError):  # a PEFT model over a plain module; a model without a head
         return None
-    for child in ("base_layer", "original_module"):
+    for child in WRAPPED:
         head = getattr(head, child, head)
     return head
 
@@ -291,11 +283,6 @@ def _identity(tensor: Tensor) -> Any:
     return (tensor.device, tensor.data_ptr(), tensor.numel())
 
 
-def _base_name(name: str) -> str:
-    parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-
-
 def _joined(name: str, key: str) -> str:
     return name if key == "weight" else f"{name}.{key}"
 
@@ -310,7 +297,8 @@ def _grouped(title: str, kept: Iterable[Kept]) -> list[str]:
     for row in kept:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)
         groups.setdefault((pattern, row.dtype, row.reason), []).append(row.bytes)
-    return [
-        f"{title}: {pattern}{f' x{len(sizes)}' if len(sizes) > 1 else ''} ({dtype}, {sum(sizes) / 2**20:.2f} MiB): {reason}"
-        for (pattern, dtype, reason), sizes in groups.items()
-    ]
+    lines = []
+    for (pattern, dtype, reason), sizes in groups.items():
+        times = f" x{len(sizes)}" if len(sizes) > 1 else ""
+        lines.append(f"{title}: {pattern}{times} ({dtype}, {sum(sizes) / 2**20:.2f} MiB): {reason}")
+    return lines

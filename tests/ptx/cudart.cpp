@@ -7,7 +7,11 @@
 
 namespace {
 
-std::map<const void*, std::string> kernels;  // host stub -> name in the PTX
+// Host stub -> name in the PTX. Made on first use: the kernels register before this file's globals exist.
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> map;
+  return map;
+}
 struct Configuration {
   dim3 grid, block;
   size_t shared;
@@ -50,7 +54,7 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  kernels[stub] = name;
+  kernels()[stub] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {
   configuration = {grid, block, shared, stream};
@@ -66,7 +70,7 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
   if (!is_legal(grid, block)) return last_error = cudaErrorInvalidConfiguration;
   const unsigned grid_extent[3] = {grid.x, grid.y, grid.z}, block_extent[3] = {block.x, block.y, block.z};
-  launch_handler(kernels.at(stub).c_str(), grid_extent, block_extent, arguments, shared);
+  launch_handler(kernels().at(stub).c_str(), grid_extent, block_extent, arguments, shared);
   return cudaSuccess;
 }
 // CUDA 13 launches through handles; the stub itself serves as one.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptx.device import Buffer, Device
 from ptx.memory import PtxError
-from ptx.nvcc import CSRC, FLAGS, find_nvcc, run
+from ptx.nvcc import CSRC, FLAGS, NVCC, run
 
 LAUNCH = ctypes.CFUNCTYPE(
     None,
@@ -29,7 +29,7 @@ def _build(folder: Path) -> tuple[ctypes.CDLL, dict[str, str]]:
     library = folder / "launchers.so"
     sources = [*sorted(CSRC.glob("cuda/*.cu")), Path(__file__).with_suffix(".cpp")]
     options = ["-arch=compute_80", "-shared", "-Xcompiler", "-fPIC", "--cudart", "none", "-o", str(library)]
-    run([find_nvcc() or "nvcc", *FLAGS, *options, *map(str, sources)])
+    run([NVCC, *FLAGS, *options, *map(str, sources)])
     listings = [
         subprocess.run(["nm", "-D", "--defined-only", *flag, library], capture_output=True, text=True, check=True).stdout
         for flag in ([], ["-C"])
@@ -47,7 +47,10 @@ def _without_hash(name: str) -> str:
 
 
 class Launchers:
-    """`launchers.nf4_quantize(...)` calls that function of csrc/cuda/launch.h on the buffers of a device."""
+    """`launchers.nf4_quantize(...)` calls that function of csrc/cuda/launch.h on the buffers of a device.
+
+    A buffer becomes a device pointer, None a null pointer; it returns None or the error text, as the function does.
+    """
 
     def __init__(self, device: Device):
         self._device = device
@@ -57,6 +60,7 @@ class Launchers:
         self._kernels = {_without_hash(name): kernel for name, kernel in device.kernels.items()}
         self._handlers = LAUNCH(self._launch), FILL(self._fill), FETCH(self._fetch)  # kept alive here
         self.launches: list[str] = []
+        self.only_last_block = False  # see Device.launch
 
     def __getattr__(self, name: str):
         function = getattr(self._library, self._names[name])
@@ -92,7 +96,7 @@ class Launchers:
                 packed.extend(bytes(at - len(packed)))
                 packed.extend(ctypes.string_at(arguments[i], size))
             self.launches.append(kernel.name)
-            self._device.launch(kernel, tuple(grid.contents), tuple(block.contents), bytes(packed), shared)
+            self._device.launch(kernel, tuple(grid.contents), tuple(block.contents), bytes(packed), shared, self.only_last_block)
 
         self._keep_error(launch)
 

@@ -1,6 +1,6 @@
 """A device with a loaded PTX module: buffers in its memory, launches of its kernels."""
 
-import ctypes
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +10,7 @@ from ptx.grid import Grid
 from ptx.memory import Memory, PtxError
 from ptx.parser import Kernel, parse
 
-BASE = 0x7F0000  # the first byte of memory; a null or small pointer is out of bounds
+BASE = 1 << 16  # the first byte of memory: a null pointer is out of bounds
 GAP = 1 << 12  # invalid bytes after each buffer
 
 
@@ -35,11 +35,10 @@ class Buffer:
 
 
 class Device:
-    def __init__(self, *texts: str, size: int = 1 << 25):
-        modules = [parse(text) for text in texts]
+    def __init__(self, *texts: str, size: int = 1 << 23):
+        modules = [_parse(text) for text in texts]
         self.kernels = {name: kernel for module in modules for name, kernel in module.kernels.items()}
-        self.memory = Memory(size, "global", poison=False)
-        self.memory.used = BASE
+        self.memory = Memory(size, "global", poison=False, base=BASE)
         self.late_copies = True
         self.symbols: dict[str, int | None] = {}
         for name, variable in [item for module in modules for item in module.variables.items()]:
@@ -74,15 +73,20 @@ class Device:
             raise PtxError(f"{len(found)} kernels match {fragments}, of {sorted(self.kernels)}")
         return found[0]
 
-    def launch(self, kernel: str | Kernel, grid, block, arguments: Sequence | bytes, shared: int = 0) -> None:
-        """Runs a kernel to its end. Arguments are buffers, integers, ctypes values, or already packed bytes."""
+    def launch(
+        self, kernel: str | Kernel, grid, block, arguments: Sequence | bytes, shared: int = 0, only_last: bool = False
+    ) -> None:
+        """Runs a kernel to its end; `only_last`: just the last block of the grid, which may then be of any size.
+
+        Arguments are buffers, integers, or already packed bytes.
+        """
         kernel = self.kernel(kernel) if isinstance(kernel, str) else kernel
         packed = arguments if isinstance(arguments, bytes) else self._pack(kernel, arguments)
         symbols = dict(self.symbols)
         for name, (at, _) in self.layout(kernel).items():
             symbols[name] = at
         self.memory.forget_accesses()
-        run = Grid(kernel, symbols, self.memory, packed, _three(grid), _three(block), shared)
+        run = Grid(kernel, symbols, self.memory, packed, _three(grid), _three(block), shared, only_last)
         run.late_copies = self.late_copies
         run.run()
 
@@ -102,12 +106,12 @@ class Device:
             raise PtxError(f"{kernel.name} takes {len(layout)} arguments, got {len(arguments)}")
         for (at, size), argument in zip(layout.values(), arguments, strict=True):
             packed.extend(bytes(at - len(packed)))
-            if isinstance(argument, ctypes._SimpleCData):
-                packed.extend(bytes(argument))
-            else:
-                value = argument.address if isinstance(argument, Buffer) else int(argument)
-                packed.extend((value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+            value = argument.address if isinstance(argument, Buffer) else int(argument)
+            packed.extend((value & (1 << 8 * size) - 1).to_bytes(size, "little"))
         return bytes(packed)
+
+
+_parse = functools.cache(parse)
 
 
 def _three(extent) -> tuple[int, int, int]:

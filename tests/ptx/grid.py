@@ -5,6 +5,7 @@ waits, or meets another group and joins it. Compilers place code so that this br
 Blocks run side by side and do not wait for each other, as on a GPU.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,9 +28,9 @@ def dtype_of(kind: str) -> np.dtype:
 
 
 class Grid:
-    def __init__(self, kernel: Kernel, symbols: dict[str, int], memory: Memory, arguments: bytes, grid, block, shared):
+    def __init__(self, kernel: Kernel, symbols: dict[str, int], memory: Memory, arguments: bytes, grid, block, shared, only_last):
         self.kernel, self.symbols, self.global_memory, self.arguments = kernel, dict(symbols), memory, arguments
-        self.block_size, blocks = int(np.prod(block)), int(np.prod(grid))
+        self.block_size, blocks = math.prod(block), 1 if only_last else math.prod(grid)
         if self.block_size > kernel.max_threads:
             raise PtxError(f"a block of {self.block_size} threads, the kernel allows {kernel.max_threads}")
         self.size = blocks * self.block_size
@@ -40,7 +41,7 @@ class Grid:
         self.warp = self.block * ((self.block_size + 31) // 32) + self.in_block // 32
         self._place_shared(blocks, shared)
         self.registers: dict[str, np.ndarray] = {}
-        self._special_registers(grid, block)
+        self._special_registers(grid, block, only_last)
         self.threads = self.thread  # those that execute the current instruction
         self.pending_copies: list = []  # of cp.async, see tensor_core.py
         self.copy_group = np.zeros(self.size, np.int64)
@@ -60,14 +61,13 @@ class Grid:
         self.shared_memory.valid.reshape(blocks, -1)[:, :used] = True
         self.shared_base = self.block * self.shared_stride
 
-    def _special_registers(self, grid, block) -> None:
-        tid, ctaid, remaining_t, remaining_b = {}, {}, self.in_block, self.block
-        for axis, (n_block, n_grid) in zip("xyz", zip(block, grid, strict=True), strict=True):
-            tid[axis], remaining_t = remaining_t % n_block, remaining_t // n_block
-            ctaid[axis], remaining_b = remaining_b % n_grid, remaining_b // n_grid
-            values = {"tid": tid[axis], "ctaid": ctaid[axis], "ntid": n_block, "nctaid": n_grid}
+    def _special_registers(self, grid, block, only_last: bool) -> None:
+        thread, number = self.in_block, self.block + (math.prod(grid) - 1 if only_last else 0)
+        for axis, threads, blocks in zip("xyz", block, grid, strict=True):
+            values = {"tid": thread % threads, "ctaid": number % blocks, "ntid": threads, "nctaid": blocks}
             for name, value in values.items():
                 self.registers[f"%{name}.{axis}"] = np.full(self.size, value, np.uint32)
+            thread, number = thread // threads, number // blocks
         self.registers["%laneid"] = self.lane.astype(np.uint32)
 
     # ---- operands
@@ -242,12 +242,12 @@ class Grid:
         return np.full(len(self.threads), 0xFFFFFFFF, np.uint32)
 
     def _require_finished(self) -> None:
-        for what, waiting in (("at a barrier", self.at_barrier), ("for lanes of its warp", self.at_warp)):
+        for what, waiting in (("at a barrier", self.at_barrier), ("for lanes of their warp", self.at_warp)):
             for at, threads in waiting.items():
                 if len(threads):
-                    self.threads = threads
-                    others = int(self.exited[self.block == self.block[threads[0]]].sum())
-                    why = f"divergence: {len(threads)} threads wait {what} forever, {others} of the block have exited"
+                    self.threads, block = threads, self.block == self.block[threads[0]]
+                    count, exited = int(block[threads].sum()), int(self.exited[block].sum())
+                    why = f"divergence: {count} threads of the block wait {what} forever, {exited} have exited"
                     raise self.error(self.kernel.code[at], why)
 
 

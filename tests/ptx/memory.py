@@ -61,12 +61,12 @@ class Clock:
 class Memory:
     """A flat array of bytes; an address is valid where `allocate` placed something."""
 
-    def __init__(self, size: int, name: str, poison: bool):
+    def __init__(self, size: int, name: str, poison: bool, base: int = 0):
         self.name, self.poison = name, poison  # poison: unwritten bytes read as NaN; else reading them is an error
         self.data = np.full(size, 0xFF, np.uint8)
         self.valid, self.written = np.zeros(size, bool), np.zeros(size, bool)
         self.reads, self.writes = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        self.used = 0
+        self.base = self.used = base  # below base nothing is valid
 
     def allocate(self, size: int, alignment: int = 16, gap: int = 0) -> int:
         """Returns an address; `gap` bytes after it stay invalid."""
@@ -79,8 +79,8 @@ class Memory:
 
     def forget_accesses(self) -> None:
         """A kernel boundary orders everything before it."""
-        self.reads[: self.used] = 0
-        self.writes[: self.used] = 0
+        self.reads[self.base : self.used] = 0
+        self.writes[self.base : self.used] = 0
 
     def _rows(self, at: np.ndarray, width: int) -> np.ndarray:
         """Row numbers of addresses in any of the arrays reshaped to [-1, width]."""
@@ -109,10 +109,11 @@ class Memory:
         before[clock.before(before, mine)] = 0  # whoever comes after me comes after them
         reads[rows] = mine
         together = reads[rows]  # where threads of this instruction share a byte, the stamp of one of them
-        spread = np.maximum(clock.spread(before, mine), clock.spread(together, mine))
-        for width_of_spread in (ONE_WARP, ONE_BLOCK, MANY_BLOCKS):  # the widest is written last and stays
-            thread, column = np.nonzero(spread == width_of_spread)
-            reads[rows[thread], column] = now[thread] | width_of_spread << SPREAD_SHIFT
+        if before.any() or (together != mine).any():
+            spread = np.maximum(clock.spread(before, mine), clock.spread(together, mine))
+            for how_far in (ONE_WARP, ONE_BLOCK, MANY_BLOCKS):  # the widest is written last and stays
+                thread, column = np.nonzero(spread == how_far)
+                reads[rows[thread], column] = now[thread] | how_far << SPREAD_SHIFT
         return self.data.reshape(-1, width)[rows]
 
     def _require_exclusive(self, rows, width, clock, mine, atomic: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""nvcc as the tests use it: PTX of a source for one architecture, compiled once a session."""
+"""nvcc as the tests use it: the PTX of a source for one architecture, compiled once a session."""
 
 import functools
 import shutil
@@ -8,19 +8,20 @@ from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120a"]  # those that CMakeLists.txt builds
-FLAGS = ["-std=c++20", "-O3", f"-I{CSRC}"]
+FLAGS = ["-std=c++20", "-O3"]  # as CMakeLists.txt has them
+NVCC = "nvcc"
 
 
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc")
+    return shutil.which(NVCC)
 
 
 @functools.cache
-def compile_ptx(source: Path, architecture: str, defines: tuple[str, ...] = ()) -> str:
+def compile_ptx(source: Path, architecture: str, *flags: str) -> str:
+    """The PTX of a source, for compute_<architecture>."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernel.ptx"
-        flags = [*FLAGS, *(f"-D{d}" for d in defines), f"-arch=compute_{architecture}"]
-        run([find_nvcc() or "nvcc", *flags, "-ptx", str(source), "-o", str(output)])
+        run([NVCC, *FLAGS, *flags, f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(output)])
         return output.read_text()
 
 

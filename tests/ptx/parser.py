@@ -198,6 +198,5 @@ def _operand(text: str, scopes: list[dict[str, str]]) -> Operand:
         return Immediate(int(text[2:], 16))
     if re.fullmatch(r"-?\d+U?|-?0[xX][0-9a-fA-F]+U?", text):
         return Immediate(int(text.rstrip("U"), 0) & (1 << 64) - 1)
-    if text[0] == "%" or text == "_" or (resolved := _resolve(text, scopes)) != text:
-        return Register(text if text[0] == "%" or text == "_" else resolved)
-    return Symbol(text)
+    name = _resolve(text, scopes)
+    return Register(name) if text[0] == "%" or text == "_" or name != text else Symbol(text)

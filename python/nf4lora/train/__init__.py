@@ -2,11 +2,15 @@
 
 A run passes through the files in this order, and nothing heavy is imported before the options are checked:
 
-    options.py    every option: name, default, aliases, meaning     config.py   flags and YAML to a TrainConfig
+    options.py    every option: name, default, aliases, meaning     values.py    their parsers
+    config.py     flags and YAML to a TrainConfig
     rows.py       files and Hub data sets to rows                    formats.py  rows to samples: chat, prompt, text
-    masking.py    samples to tokens and labels                       data.py     all of that for one run
+    turns.py      where the answers stand in a rendered chat         masking.py  samples to tokens and labels
+    data.py       all of that for one run
     model.py      tokenizer and model                                trainer.py  what we change in SFTTrainer
     progress.py   the live line and metrics.jsonl                    interrupt.py  Ctrl-C
     banner.py     what is said at the start and at the end           plot.py     loss.png
     run.py        the run itself
+
+memory.py and words.py measure memory and write numbers, errors.py holds the two kinds of failure.
 """

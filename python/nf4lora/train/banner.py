@@ -11,13 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from nf4lora.train.data import Data, Split
-from nf4lora.train.memory import human
 from nf4lora.train.options import TrainConfig
-from nf4lora.train.progress import duration
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}".replace(",", " ")
+from nf4lora.train.words import duration, human, number
 
 
 def say(console: Console, name: str, text: str) -> None:
@@ -57,11 +52,11 @@ def show_machine(console: Console, device: str, why: str) -> None:
 
     import nf4lora
 
-    build = nf4lora.build_info()
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kernels = build.get("cuda" if device == "cuda" else "cpu") or build.get("isa")
-    say(console, "nf4lora", f"{nf4lora.__version__}, torch {torch.__version__}, {where}" + (f" ({why})" if why else ""))
-    say(console, "kernels", str(kernels) if kernels else "unknown")
+    info = nf4lora.build_info()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {info['threads']} threads"
+    kernels = f"CUDA {info['cuda_built']} for {info['cuda_archs']}" if device == "cuda" else f"CPU, {info['cpu']}"
+    say(console, "nf4lora", f"{info['version']}, torch {info['torch']}, {where}" + (f" ({why})" if why else ""))
+    say(console, "kernels", kernels)
 
 
 def show_model(console: Console, config: TrainConfig, model: Any, dtype: Any) -> None:

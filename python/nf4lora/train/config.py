@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
-from nf4lora.train.options import ALIASES, OPTIONS, PER_CALL, TrainConfig, boolean, boolean_or_auto
+from nf4lora.train.options import ALIASES, OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.values import boolean, boolean_or_auto
 
 Settings = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
 
@@ -131,8 +132,10 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
         argument = arguments[position]
         position += 1
         if not argument.startswith("--"):
-            if argument.startswith("-") or "=" in argument:
-                raise UsageError(f"unexpected argument {argument!r}; options look like --learning_rate 1e-4")
+            if not argument.endswith((".yaml", ".yml")):
+                raise UsageError(
+                    f"unexpected argument {argument!r}; options look like --learning_rate 1e-4, files end in .yaml"
+                )
             files.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
@@ -180,7 +183,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # noqa: S506
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -234,7 +237,9 @@ def check(config: TrainConfig) -> TrainConfig:
     refuse(not sources, "--data is missing: a file, a directory with train/valid files, or a Hub id")
     refuse(len(sources) > 1, f"{' and '.join(sources)} name the training data twice; keep one")
     refuse(config.eval_file and config.val_size, "eval_file and val_size both name the evaluation data; keep one")
-    refuse(config.dataset_test_split and config.val_size, "dataset_test_split and val_size both name the evaluation data")
+    refuse(
+        config.dataset_test_split and config.val_size, "dataset_test_split and val_size both name the evaluation data"
+    )
     refuse(config.dataset_test_split and config.eval_file, "dataset_test_split and eval_file both name evaluation data")
     for name in ("train_file", "eval_file"):
         path = getattr(config, name)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.formats import Sample, recognise, samples
-from nf4lora.train.masking import IGNORED, Encoder, MaskError, install_chat_template
+from nf4lora.train.masking import IGNORED, Encoder, install_chat_template
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.rows import ENDINGS, Table, read_directory, read_file, read_hub
+from nf4lora.train.turns import MaskError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,8 +76,14 @@ def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
             evaluation = read_hub(source, config.dataset_config, config.dataset_test_split)
     on_hub = not path.exists()
     for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
-        if name in config.given and not on_hub and getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
-            raise UsageError(f"{name} is for data sets on the Hub; {source} is a local {'directory' if path.is_dir() else 'file'}")
+        if (
+            name in config.given
+            and not on_hub
+            and getattr(config, name) != TrainConfig.__dataclass_fields__[name].default
+        ):
+            raise UsageError(
+                f"{name} is for data sets on the Hub; {source} is a local {'directory' if path.is_dir() else 'file'}"
+            )
     if evaluation is not None and (config.eval_file or config.val_size):
         raise UsageError(f"{source} holds evaluation rows already ({evaluation.name}); drop eval_file and val_size")
     if config.eval_file:

@@ -64,10 +64,16 @@ def recognise(table: Table, wanted: str = "auto") -> tuple[str, str]:
             )
         return wanted, ""
     if not found:
-        raise RunError(f"{table.where(0)} has no usable field: {WANTED}; it has {', '.join(sorted(first)) or 'nothing'}")
+        raise RunError(
+            f"{table.where(0)} has no usable field: {WANTED}; it has {', '.join(sorted(first)) or 'nothing'}"
+        )
     why = ""
     if len(found) > 1:
-        kept = "because it keeps the roles" if found[0] in ("messages", "sharegpt") else "because it parts prompt and answer"
+        kept = (
+            "because it keeps the roles"
+            if found[0] in ("messages", "sharegpt")
+            else "because it parts prompt and answer"
+        )
         why = f"the rows could be {' or '.join(found)}; {found[0]} was taken {kept} (--dataset_format changes that)"
     return found[0], why
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -18,9 +19,8 @@ class Interrupt:
     False
     """
 
-    def __init__(self, say: Any = print) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -36,4 +36,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._say("stopping at the end of this step, with a checkpoint; once more to stop at once")
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping at the end of this step, with a checkpoint; once more to stop at once\n")

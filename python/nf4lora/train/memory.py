@@ -28,15 +28,3 @@ def total_bytes(device: str) -> int | None:
 
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return None
-
-
-def human(size: float) -> str:
-    """
-    >>> human(512), human(3 * 2**20), human(2.5 * 2**30)
-    ('512 B', '3.0 MiB', '2.5 GiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -43,15 +43,14 @@ def choose_device(wanted: str) -> tuple[str, str]:
 
 
 def _why_no_cuda() -> str:
-    import torch
-
     import nf4lora
 
-    if torch.version.cuda is None:
+    info = nf4lora.build_info()
+    if not info["cuda_torch"]:
         return "this torch was built without CUDA"
-    if torch.cuda.device_count() == 0:
+    if not info["cuda_devices"]:
         return "torch sees no CUDA device"
-    if not nf4lora.build_info().get("cuda"):
+    if not info["cuda_built"]:
         return "nf4lora was built without CUDA kernels"
     return ""
 
@@ -114,8 +113,9 @@ def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch
         UsageError: the checkpoint is quantised already and the options deny it.
         RunError: it cannot be loaded.
     """
-    import nf4lora
     from transformers import AutoModelForCausalLM
+
+    import nf4lora
 
     name = config.model_name_or_path
     options: dict[str, Any] = {"revision": config.model_revision, "dtype": dtype, "device_map": {"": device}}
@@ -143,8 +143,9 @@ def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, str]:
     Raises:
         RunError: the options do not fit the model.
     """
-    import nf4lora
     from peft import LoraConfig, get_peft_model
+
+    import nf4lora
 
     with failures("cannot put adapters on the model"):
         lora = LoraConfig(

@@ -2,6 +2,7 @@
 
 Names are those of Hugging Face and TRL; aliases are the names in YAML files that people already have.
 """
+# ruff: noqa: RUF009  (option() is dataclasses.field with our metadata)
 
 from __future__ import annotations
 
@@ -9,147 +10,29 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from nf4lora.train.values import (
+    boolean,
+    boolean_or_auto,
+    device,
+    dtype,
+    integer,
+    modules,
+    names,
+    one_of,
+    optimizer,
+    real,
+    reports,
+    resume,
+    share_or_count,
+    step_limit,
+    steps,
+    text,
+)  # fmt: skip
+
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 )  # fmt: skip
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
-
-
-def boolean(value: Any) -> bool:
-    """true/false and what YAML and shells make of them."""
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in words:
-        raise ValueError("must be true or false")
-    return words[str(value).lower()]
-
-
-def boolean_or_auto(value: Any) -> bool | str:
-    return "auto" if value == "auto" else boolean(value)
-
-
-def integer(low: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number != number or number != int(number) or number < low:
-            raise ValueError(f"must be a whole number, {low} or more")
-        return int(number)
-
-    return parse
-
-
-def step_limit(value: Any) -> int | None:
-    return None if str(value) == "-1" else integer(1)(value)  # -1: transformers' way of saying none
-
-
-def real(low: float, high: float = float("inf"), above: bool = False, below: bool = False) -> Callable[[Any], float]:
-    """A number between low and high; `above` and `below` exclude the ends."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        inside = low <= number <= high and number != float("inf")
-        if not inside or (above and number == low) or (below and number == high):
-            least = f"above {low:g}" if above else f"at least {low:g}"
-            most = "" if high == float("inf") else f" and {'below' if below else 'at most'} {high:g}"
-            raise ValueError(f"must be a number {least}{most}")
-        return number
-
-    return parse
-
-
-def steps(value: Any) -> float:
-    """A number of steps, or a share of all steps (transformers' rule)."""
-    number = real(0, above=True)(value)
-    if number >= 1 and number != int(number):
-        raise ValueError("must be a whole number of steps, or a share of them below 1")
-    return int(number) if number >= 1 else number
-
-
-def share_or_count(value: Any) -> float:
-    number = real(0)(value)
-    if number >= 1 and number != int(number):
-        raise ValueError("must be a whole number, or a share below 1")
-    return int(number) if number >= 1 or number == 0 else number
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or str(value).strip() == "":
-        raise ValueError("must be a name or a path")
-    return str(value)
-
-
-def one_of(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        value = "no" if value is False else value  # YAML reads a bare no as false
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return value
-
-    return parse
-
-
-def names(value: Any) -> list[str] | None:
-    """A YAML list, or a comma-separated string."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise ValueError("must be a list of names (in flags: separated by commas)")
-    return value
-
-
-def modules(value: Any) -> str | list[str]:
-    """all-linear, or the names of modules; a single string with regex characters is PEFT's regex."""
-    if value in ("all", "all-linear", ["all"], ["all-linear"]):
-        return "all-linear"
-    if isinstance(value, str) and any(character in value for character in r"*\[(|^$"):
-        return value
-    return names(value) or []
-
-
-def dtype(value: Any) -> str:
-    if isinstance(value, bool):  # bf16: true
-        return "bfloat16" if value else "float32"
-    short = {"bf16": "bfloat16", "true": "bfloat16", "fp32": "float32", "false": "float32", "float": "float32"}
-    value = short.get(str(value).lower().removeprefix("torch."), str(value).lower().removeprefix("torch."))
-    if value in ("float16", "fp16", "half"):
-        raise ValueError("must be auto, bfloat16 or float32 (float16 would need loss scaling, which is not done here)")
-    return one_of("auto", "bfloat16", "float32")(value)
-
-
-def device(value: Any) -> str:
-    kind, _, index = str(value).partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-        raise ValueError("must be auto, cpu, cuda or cuda:<number>")
-    return str(value)
-
-
-def optimizer(value: Any) -> str:
-    if value in ("adamw", "adamw_torch", "adamw_torch_fused"):
-        return "adamw"
-    if "8bit" in str(value) or "paged" in str(value):
-        raise ValueError("must be adamw (8-bit and paged optimizers are not built yet)")
-    raise ValueError("must be adamw")
-
-
-def reports(value: Any) -> list[str]:
-    chosen = [] if value in (None, "none", ["none"], []) else names(value) or []
-    unknown = [name for name in chosen if name not in ("tensorboard", "wandb")]
-    if unknown:
-        raise ValueError("must be none, tensorboard or wandb (metrics.jsonl is always written)")
-    return chosen
-
-
-def resume(value: Any) -> str | None:
-    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
-        return "auto" if boolean(value) else None
-    return text(value)
 
 
 def option(section: str, default: Any, parse: Callable[[Any], Any], meaning: str, *aliases: str) -> Any:
@@ -159,7 +42,7 @@ def option(section: str, default: Any, parse: Callable[[Any], Any], meaning: str
     return field(default=default, metadata=metadata)
 
 
-M, D, L, T, O = "Model", "Data", "LoRA", "Training", "Output and evaluation"  # noqa: E741
+M, D, L, T, O = "Model", "Data", "LoRA", "Training", "Output and evaluation"
 
 
 @dataclass
@@ -167,12 +50,16 @@ class TrainConfig:
     """All options of a run, checked; `given` names those that the user set."""
 
     # fmt: off
-    model_name_or_path: str | None = option(M, None, text, "folder or Hub id of the base model; 16-bit, or already NF4", "model", "base_model", "base")
+    model_name_or_path: str | None = option(M, None, text,
+        "folder or Hub id of the base model; 16-bit, or already NF4", "model", "base_model", "base")
     model_revision: str | None = option(M, None, text, "branch, tag or commit on the Hub", "revision")
     load_in_4bit: bool = option(M, True, boolean, "quantise the base to NF4; false: LoRA on the 16-bit model")
     bnb_4bit_quant_type: str = option(M, "nf4", one_of("nf4"), "nf4 is the only type")
-    bnb_4bit_use_double_quant: bool = option(M, True, boolean, "quantise the scales too: 4.127 instead of 4.5 bits", "use_bnb_nested_quant", "double_quant", "double_quantization")
-    dtype: str = option(M, "auto", dtype, "of activations and of what stays unquantised; auto: bfloat16 where it is fast", "torch_dtype", "bf16", "bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = option(M, True, boolean, "quantise the scales too: 4.127 instead of 4.5 bits",
+        "use_bnb_nested_quant", "double_quant", "double_quantization")
+    dtype: str = option(M, "auto", dtype,
+        "of activations and of what stays unquantised; auto: bfloat16 where it is fast",
+        "torch_dtype", "bf16", "bnb_4bit_compute_dtype")
     device: str = option(M, "auto", device, "auto, cpu, cuda or cuda:<number>")
 
     data: str | None = option(D, None, text, "file, directory with train/valid files, or Hub id", "dataset")
@@ -182,23 +69,32 @@ class TrainConfig:
     dataset_test_split: str | None = option(D, None, text, "split of the Hub data set to evaluate on")
     train_file: str | None = option(D, None, text, "file to train on (json, jsonl, csv, parquet, txt)")
     eval_file: str | None = option(D, None, text, "file to evaluate on", "validation_file")
-    val_size: float = option(D, 0, share_or_count, "hold out this share (or number) of the training rows", "val_set_size")
-    dataset_format: str = option(D, "auto", one_of(*FORMATS), "auto, messages, sharegpt, alpaca, prompt_completion or text", "type", "formatting")
-    max_length: int = option(D, 2048, integer(2), "longer samples are cut", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len")
-    packing: bool = option(D, False, boolean, "put several samples in a row, without mixing them", "sample_packing", "neat_packing")
-    assistant_only_loss: bool | str = option(D, "auto", boolean_or_auto, "train the answers only; auto: where the data has roles", "mask_prompt", "train_on_responses_only", "completion_only_loss")
+    val_size: float = option(D, 0, share_or_count, "hold out this share (or number) of the training rows",
+        "val_set_size")
+    dataset_format: str = option(D, "auto", one_of(*FORMATS),
+        "auto, messages, sharegpt, alpaca, prompt_completion or text", "type", "formatting")
+    max_length: int = option(D, 2048, integer(2), "longer samples are cut",
+        "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len")
+    packing: bool = option(D, False, boolean, "put several samples in a row, without mixing them",
+        "sample_packing", "neat_packing")
+    assistant_only_loss: bool | str = option(D, "auto", boolean_or_auto,
+        "train the answers only; auto: where the data has roles",
+        "mask_prompt", "train_on_responses_only", "completion_only_loss")
 
     lora_r: int = option(L, 16, integer(1), "rank", "lora_rank", "r")
     lora_alpha: float = option(L, 32, real(0, above=True), "scaling is alpha / r")
     lora_dropout: float = option(L, 0.0, real(0, 1, below=True), "")
-    lora_target_modules: str | list = option(L, "all-linear", modules, "all-linear, or names of layers", "lora_target", "lora_modules", "target_modules")
+    lora_target_modules: str | list = option(L, "all-linear", modules, "all-linear, or names of layers",
+        "lora_target", "lora_modules", "target_modules")
     lora_target_parameters: list | None = option(L, None, names, "names of 3-D expert parameters")
-    modules_to_save: list | None = option(L, None, names, "modules trained in full and saved with the adapter", "lora_modules_to_save")
+    modules_to_save: list | None = option(L, None, names, "modules trained in full and saved with the adapter",
+        "lora_modules_to_save")
     use_rslora: bool = option(L, False, boolean, "scaling is alpha / sqrt(r)")
     use_dora: bool = option(L, False, boolean, "weight-decomposed LoRA", "peft_use_dora")
 
     per_device_train_batch_size: int = option(T, 1, integer(1), "", "micro_batch_size", "batch_size")
-    per_device_eval_batch_size: int | None = option(T, None, integer(1), "as in training if not given", "eval_batch_size")
+    per_device_eval_batch_size: int | None = option(T, None, integer(1), "as in training if not given",
+        "eval_batch_size")
     gradient_accumulation_steps: int = option(T, 8, integer(1), "")
     num_train_epochs: float = option(T, 3.0, real(0, above=True), "", "num_epochs", "epochs")
     max_steps: int | None = option(T, None, step_limit, "instead of num_train_epochs", "iters")
@@ -208,18 +104,21 @@ class TrainConfig:
     weight_decay: float = option(T, 0.0, real(0), "")
     max_grad_norm: float = option(T, 1.0, real(0), "0: no clipping")
     optim: str = option(T, "adamw", optimizer, "adamw", "optimizer")
-    gradient_checkpointing: bool = option(T, True, boolean, "recompute activations: less memory, more time", "grad_checkpoint", "use_gradient_checkpointing")
+    gradient_checkpointing: bool = option(T, True, boolean, "recompute activations: less memory, more time",
+        "grad_checkpoint", "use_gradient_checkpointing")
     seed: int = option(T, 42, integer(0), "", "random_state")
     deterministic: bool = option(T, False, boolean, "refuse operations that are not reproducible")
 
     output_dir: str = option(O, "outputs", text, "", "adapter_path")
     overwrite_output_dir: bool = option(O, False, boolean, "start anew in a folder that holds a run")
-    save_strategy: str = option(O, "steps", one_of("steps", "epoch", "no"), "when to write checkpoints: steps, epoch or no")
+    save_strategy: str = option(O, "steps", one_of("steps", "epoch", "no"),
+        "when to write checkpoints: steps, epoch or no")
     save_steps: float = option(O, 500, steps, "")
     save_total_limit: int = option(O, 2, integer(1), "keep this many checkpoints")
     resume_from_checkpoint: str | None = option(O, None, resume, "auto (the newest in output_dir) or a path")
     logging_steps: float = option(O, 10, steps, "")
-    eval_strategy: str | None = option(O, None, one_of("steps", "epoch", "no"), "steps, epoch or no; default: steps if eval_steps is given, else epoch", "evaluation_strategy")
+    eval_strategy: str | None = option(O, None, one_of("steps", "epoch", "no"),
+        "steps, epoch or no; default: steps if eval_steps is given, else epoch", "evaluation_strategy")
     eval_steps: float | None = option(O, None, steps, "", "steps_per_eval")
     report_to: list = option(O, [], reports, "none, tensorboard, wandb")
     dry_run: bool = option(O, False, boolean, "read and tokenise the data, show a sample, train nothing")

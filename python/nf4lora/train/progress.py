@@ -12,18 +12,9 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
-from nf4lora.train.memory import human, peak_bytes, total_bytes
+from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(61), duration(3700)
-    ('1:01', '1:01:40')
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+from nf4lora.train.words import duration, human, number
 
 
 class Progress(TrainerCallback):
@@ -74,7 +65,9 @@ class Progress(TrainerCallback):
         self.loss, self.rate = self.trainer.step_loss, lr_scheduler.get_last_lr()[0]
         self.show(self.line(state))
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         self.evaluated += 1
         self.show(f"{self.line(state)} | evaluating {self.evaluated}/{len(eval_dataloader)}")
 
@@ -118,7 +111,7 @@ class Progress(TrainerCallback):
         if self.rate is not None:
             parts.append(f"lr {self.rate:.2g}")
         if self.throughput:
-            parts.append(f"{self.throughput:,.0f} tok/s".replace(",", " "))
+            parts.append(f"{number(self.throughput)} tok/s")
         total = total_bytes(self.device)
         parts.append(f"peak {human(peak_bytes(self.device))}" + (f" of {human(total)}" if total else ""))
         left = self.remaining(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -13,13 +15,20 @@ from typing import Any
 
 from rich.console import Console
 
-from nf4lora.train import banner, config as configuration, data as reading, model as loading
+from nf4lora.train import banner
+from nf4lora.train import config as configuration
+from nf4lora.train import data as reading
+from nf4lora.train import model as loading
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
-from nf4lora.train.options import TrainConfig
+from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+HARMLESS = {  # options that change nothing in the weights
+    *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
+    "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file",
+}  # fmt: skip
 
 
 def train(config: TrainConfig, console: Console | None = None) -> int:
@@ -53,11 +62,15 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     dtype = loading.choose_dtype(config.dtype, device)
     model = loading.load_model(config, model_config, device, dtype)
     model, said = loading.add_adapters(config, model)
+    if said:
+        banner.say(console, "prepare", said.removeprefix("nf4lora: "))
     return fit(config, console, device, dtype, tokenizer, data, model, checkpoint)
 
 
 def quiet() -> None:
     """Silence the libraries' own bars and advice; what a user needs to know, we say."""
+    # PEFT imports bitsandbytes, which misses a package that is not needed here, and says so.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import huggingface_hub.constants
     import transformers
@@ -127,7 +140,25 @@ def check_same_adapter(config: TrainConfig, checkpoint: Path) -> None:
         ("use_dora", "use_dora"),
     ):
         if saved.get(key) != getattr(config, name):
-            raise UsageError(f"{name} {getattr(config, name)} cannot go on from {checkpoint}, which has {saved.get(key)}")
+            raise UsageError(
+                f"{name} {getattr(config, name)} cannot go on from {checkpoint}, which has {saved.get(key)}"
+            )
+
+
+def changes(config: TrainConfig, checkpoint: Path) -> str:
+    """What differs from the run that wrote the checkpoint, and so from its exact continuation."""
+    path = checkpoint.parent / "config.yaml"
+    if not path.is_file():
+        return ""
+    with contextlib.suppress(UsageError):  # a file of an older version, or one that was edited
+        before = configuration.parse_arguments([str(path)])
+        differing = [
+            f"{name} {getattr(config, name)} (was {getattr(before, name)})"
+            for name in OPTIONS
+            if name not in HARMLESS and getattr(before, name) != getattr(config, name)
+        ]
+        return f"; this is another run from here on: {', '.join(differing)}" if differing else ""
+    return ""
 
 
 def clear(folder: Path) -> None:
@@ -158,11 +189,12 @@ def fit(
     from nf4lora.train.trainer import StopOnInterrupt, Trainer
 
     folder = Path(config.output_dir)
+    changed = changes(config, checkpoint) if checkpoint else ""
     if checkpoint is None:
         clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     configuration.write(config, folder / "config.yaml")
-    with Interrupt(lambda text: console.print(text)) as interrupt:
+    with Interrupt() as interrupt:
         trainer = Trainer(
             model=model,
             args=arguments(config, device, dtype, evaluate=data.eval is not None and checkpoint is None),
@@ -181,17 +213,20 @@ def fit(
         banner.show_plan(console, config, len(trainer.train_dataset), steps, epochs)
         if config.resume_from_checkpoint:
             text = f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning"
-            banner.say(console, "resume", text)
+            banner.say(console, "resume", text + changed)
         try:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
             stopped = interrupt.requested and state.global_step < state.max_steps
-            if data.eval is not None and not stopped and not any(
-                "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
+            if (
+                data.eval is not None
+                and not stopped
+                and not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
             ):
                 trainer.evaluate()
         finally:
             progress.close()
+    peak = peak_bytes(device)  # of training; drawing and saving come on top
     plot_loss(state.log_history, folder / "loss.png")
     if stopped:
         return report_stop(config, console, state)
@@ -199,7 +234,7 @@ def fit(
         **result.metrics,
         "train_tokens": progress.tokens,
         "train_tokens_per_second": round(progress.throughput, 1),
-        "peak_memory": peak_bytes(device),
+        "peak_memory": peak,
     }
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     files = save(config, trainer, metrics)

@@ -35,7 +35,9 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The output folder holds what was asked for; no README about TRL."""
 
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         tokens = int(inputs["labels"][..., 1:].ne(-100).sum())
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = (result[0] if return_outputs else result).detach().item()
@@ -115,7 +117,9 @@ def check_gradients(trainable: list[tuple[str, Tensor]]) -> None:
     dead = [name for name in dead if "expert" not in name]
     if dead:
         shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-        raise RunError(f"no gradient reaches {shown}: these would never be trained; take them out of lora_target_modules")
+        raise RunError(
+            f"no gradient reaches {shown}: these would never be trained; take them out of lora_target_modules"
+        )
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -127,6 +131,10 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupt.requested:
             control.should_save = control.should_log = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupt.requested:  # Trainer takes breaking off for the end of the epoch
+            control.should_save = control.should_evaluate = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupt.requested and state.global_step:

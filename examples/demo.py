@@ -1,0 +1,149 @@
+"""What `make demo` shows: SmolLM2-135M learns, in 4 bits, to answer a bicycle shop's customers with strict JSON.
+
+    python examples/demo.py
+
+Gets the model, runs `nf4lora train examples/tickets.yaml`, then compares the answers to held-out messages before and
+after. Before is the same 4-bit model with the adapter switched off.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import yaml
+from smollm2 import smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "examples" / "tickets.yaml"
+CATEGORIES = ("billing", "booking", "complaint", "lost_property", "praise", "question", "repair")
+URGENCIES = ("low", "normal", "high")
+KEYS = ("category", "urgency", "summary", "reply")
+BATCH = 16
+ANSWER = 96  # tokens; the longest answer in the data has 88
+
+
+def parse(answer: str) -> dict | None:
+    """The ticket in an answer, or None where it is not what the shop's software would accept."""
+    try:
+        ticket = json.loads(answer)
+    except ValueError:
+        return None
+    if "\n" in answer or not isinstance(ticket, dict) or tuple(ticket) != KEYS:
+        return None
+    fits = ticket["category"] in CATEGORIES and ticket["urgency"] in URGENCIES
+    return ticket if fits and all(isinstance(ticket[key], str) for key in KEYS) else None
+
+
+def load(base: str, adapter: Path):
+    """The 4-bit model with the trained adapter, as the training's last lines say, and its tokenizer."""
+    import nf4lora
+    import torch
+    from nf4lora.train.model import choose_device
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device, _ = choose_device("auto")
+    config = nf4lora.NF4Config()
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT / base, dtype=torch.bfloat16, quantization_config=config, device_map=device
+    )
+    model = nf4lora.load_adapter(model, adapter).eval()
+    return model, AutoTokenizer.from_pretrained(adapter, padding_side="left")
+
+
+def answers(model, tokenizer, conversations: list[list[dict]]) -> list[str]:
+    """Greedy answers to conversations that end with the customer's message."""
+    texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in conversations]
+    found = []
+    for start in range(0, len(texts), BATCH):
+        inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
+        found += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [each.strip() for each in found]
+
+
+def paragraph(label: str, text: str, width: int = 78) -> str:
+    """Text under a label, wrapped, at most five lines."""
+    indent = " " * 11
+    return textwrap.fill(
+        " ".join(text.split()) or "(nothing)",
+        width,
+        initial_indent=f"  {label:<9}",
+        subsequent_indent=indent,
+        max_lines=5,
+        placeholder=" ...",
+    )
+
+
+def show(rows: list[list[dict]], before: list[str], after: list[str]) -> None:
+    """The first three held-out messages of different categories, with both answers."""
+    print("\nThree messages that were held out\n")
+    shown: list[str] = []
+    for row, old, new in zip(rows, before, after, strict=True):
+        category = json.loads(row[-1]["content"])["category"]
+        if category in shown or len(row) > 3:
+            continue
+        shown.append(category)
+        print(paragraph("customer", row[-2]["content"]))
+        print(paragraph("before", old))
+        print(paragraph("after", new), end="\n\n")
+        if len(shown) == 3:
+            break
+
+
+def summary(rows: list[list[dict]], before: list[str], after: list[str], output: Path) -> None:
+    loss = json.loads((output / "eval_results.json").read_text())
+    run = json.loads((output / "train_results.json").read_text())
+    wanted = [json.loads(row[-1]["content"])["category"] for row in rows]
+    old, new = [parse(each) for each in before], [parse(each) for each in after]
+    right = sum(ticket is not None and ticket["category"] == each for ticket, each in zip(new, wanted, strict=True))
+    minutes, seconds = divmod(round(run["train_runtime"]), 60)
+    for name, text in (
+        ("held-out loss", f"{loss['eval_loss_before']:.3f} before, {loss['eval_loss']:.3f} after"),
+        ("valid answers", f"{sum(map(bool, old))} of {len(rows)} before, {sum(map(bool, new))} of {len(rows)} after"),
+        ("category", f"{right} of {len(rows)} right after"),
+        ("speed", f"{run['train_tokens_per_second']:.0f} tokens/s in training, {minutes}:{seconds:02} in all"),
+        ("peak memory", f"{run['peak_memory'] / 2**30:.2f} GiB"),
+        ("plot", str(output / "loss.png")),
+        ("adapter", str(output)),
+    ):
+        print(f"  {name:<15}{text}")
+
+
+def main() -> int:
+    config = yaml.safe_load(CONFIG.read_text())
+    output = ROOT / config["output_dir"]
+    try:
+        smollm2(ROOT / config["model_name_or_path"])
+    except (RuntimeError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    command = ["train", str(CONFIG.relative_to(ROOT)), "--overwrite_output_dir"]
+    print(f"$ nf4lora {' '.join(command)}\n", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # the training says itself what it saved
+        done = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
+        done.wait()
+    if done.wait():
+        return done.returncode
+
+    rows = [json.loads(line)["messages"] for line in (ROOT / config["eval_file"]).read_text("utf-8").splitlines()]
+    print(f"\nAnswering {len(rows)} held-out messages, without and with the adapter", flush=True)
+    start = time.perf_counter()
+    model, tokenizer = load(config["model_name_or_path"], output)
+    prompts = [row[:-1] for row in rows]
+    with model.disable_adapter():
+        before = answers(model, tokenizer, prompts)
+    after = answers(model, tokenizer, prompts)
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    show(rows, before, after)
+    summary(rows, before, after, output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What a checkpoint must hold: asked of the files before anything is read, and of the model once it is loaded.
+
+transformers only warns of a tensor that is missing, and draws it at random; in a frozen model that is never right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4lora.linear import NF4Linear
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_files(files: list[str], packed_file: bool) -> None:
+    """Refuse, before anything is read, a safetensors file that is cut off, or packed where 16 bits are expected.
+
+    Raises:
+        ValueError: naming the file and the tensors.
+    """
+    for path in files:
+        if not path.endswith(".safetensors"):
+            continue
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(start - 8)) if start <= size else None
+            except ValueError:
+                header = None
+        if header is None:
+            raise ValueError(
+                f"NF4Config: {path} must be a safetensors file, got {size} bytes with no whole header; download it again"
+            )
+        header.pop("__metadata__", None)
+        cut = [name for name, tensor in header.items() if start + tensor["data_offsets"][1] > size]
+        if cut:
+            raise ValueError(
+                f"NF4Config: {path} must hold {_listed(cut)}, got a file cut off at {size} bytes; download it again"
+            )
+        foreign = [name for name, t in header.items() if name.endswith(".weight") and t["dtype"] not in FLOATS]
+        if foreign and not packed_file:
+            raise ValueError(
+                f"NF4Config: {_listed(foreign)} must be in 16 or 32 bits, got {header[foreign[0]]['dtype']} in {path}; "
+                f"the checkpoint is quantised, and its config.json does not say how"
+            )
+
+
+def check_loaded(model: Any, packed_file: bool) -> None:
+    """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    wrong: dict[str, str] = {}
+    packed: set[str] = set()
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, NF4Linear):
+            continue
+        likeness = NF4Linear(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            blocksize=layer.blocksize,
+            double_quant=layer.double_quant,
+            device="meta",
+        )
+        for key, expected in likeness.named_parameters():
+            name, got = f"{prefix}.{key}", layer.get_parameter(key)
+            packed.add(name)
+            if not _was_loaded(got):
+                wrong[name] = "nothing"
+            elif got.shape != expected.shape or (key != "bias" and got.dtype != expected.dtype):
+                wrong[name] = f"{describe(got)} for {describe(expected)}"
+        largest = layer.weight_nested if layer.double_quant else layer.weight_absmax
+        if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
+            wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    # Only the head of another class than the one that was saved may be new (a classifier on a language model):
+    # transformers draws it and says so.
+    whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
+    for name, parameter in model.named_parameters():
+        expected_in_file = whole or name.startswith(f"{model.base_model_prefix}.")
+        if name not in packed and expected_in_file and not _was_loaded(parameter):
+            if not any(pattern.search(name) for pattern in ignored):
+                wrong[name] = "nothing"
+    if wrong:
+        first, what = next(iter(wrong.items()))
+        more = f" (and {len(wrong) - 1} more: {_listed(list(wrong)[1:])})" if len(wrong) > 1 else ""
+        advice = "it is damaged, or its config.json is another's"
+        if first in packed and not packed_file:
+            advice = f"name {first.rpartition('.')[0]} in modules_to_not_convert if it is meant to be new"
+        raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
+
+
+def _was_loaded(parameter: Tensor) -> bool:
+    # transformers marks what it sets from a file; what is on meta is offloaded, and accelerate has it
+    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

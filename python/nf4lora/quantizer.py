@@ -1,0 +1,292 @@
+"""The transformers quantizer behind NF4Config: packs each weight as it is read, and reads packed checkpoints.
+
+transformers catches what a conversion raises and goes on; so the first failure is kept, the rest of the work skipped,
+and `_process_model_after_weight_loading` raises it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from nf4lora import bitsandbytes
+from nf4lora.adapter_files import base_state_dict
+from nf4lora.checkpoint import check_files, check_loaded, describe
+from nf4lora.config import METHOD, NF4Config
+from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+
+__all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack"]
+
+
+def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[str, str]]:
+    """Which linear layers of a transformers model are packed, and why the others stay in 16 bits.
+
+    Returns:
+        packed: blocksize by name of the layer
+        skipped: reason by name of the layer or weight
+    """
+    by_rule = HfQuantizer.get_modules_to_not_convert(model)
+    in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    packed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower():
+                skipped[f"{name}.{key}"] = "weights of several experts in one tensor are not packed yet"
+        if isinstance(module, NF4Linear) or not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if not should_convert_module(name, config.modules_to_not_convert or []):
+            skipped[name] = "named in modules_to_not_convert"
+        elif not should_convert_module(name, in_float32):
+            skipped[name] = "the model keeps it in float32"
+        elif not should_convert_module(name, by_rule):
+            skipped[name] = "output head, last layer or tied to one: stays by transformers' rule"
+        elif type(module) is not nn.Linear:
+            skipped[name] = f"{type(module).__name__} is not torch.nn.Linear itself"
+        elif config.layout == "bitsandbytes" and module.in_features % config.blocksize:
+            skipped[name] = bitsandbytes.STRADDLES
+        elif blocksize := blocksize_for(module.in_features, config.blocksize):
+            packed[name] = blocksize
+        else:
+            skipped[name] = f"in_features {module.in_features} is no multiple of {BLOCKSIZES[0]}"
+    return packed, skipped
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):
+    """What transformers asks while it loads, saves and trains a model with NF4Config.
+
+    `model.nf4lora_skipped` says by name which layers stayed in 16 bits, and why.
+    """
+
+    requires_calibration = False
+    quantization_config: NF4Config
+
+    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.failure: Exception | None = None
+        self.conversions: list[Any] | None = None
+
+    # ---- before loading ----
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse what no layer can be packed from."""
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"NF4Config: dtype must be float32, bfloat16 or float16, got {dtype}")
+        return dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The current GPU where there is one, else the CPU."""
+        if device_map is None:
+            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether this is a tensor of a packed layer; transformers then leaves its shape to us to check."""
+        module, key = get_module_from_name(model, param_name)
+        return isinstance(module, NF4Linear) and key != "bias"
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        check_files(checkpoint_files or [], packed_file=self.pre_quantized)
+        config = self.quantization_config
+        if not self.pre_quantized:
+            config.layout = "native"  # a layout is read, never made
+        packed, model.nf4lora_skipped = layers_to_pack(model, config)
+        if not packed:
+            reasons = sorted(set(model.nf4lora_skipped.values()))
+            raise ValueError(
+                f"NF4Config: {type(model).__name__} must have a linear layer to pack, got none"
+                + "".join(f"; {reason}" for reason in reasons[:3])
+            )
+        for name, blocksize in packed.items():
+            linear = model.get_submodule(name)
+            layer = NF4Linear(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                blocksize=blocksize,
+                double_quant=config.double_quant,
+                compute_dtype=config.compute_dtype,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # never to be drawn at random
+            model.set_submodule(name, layer)
+
+    # ---- while loading ----
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Packs a weight of a 16-bit file."""
+        return PackWeight(self)
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+        """The keys of one layer of a foreign layout; native keys are the parameters' own."""
+        return {"weight": bitsandbytes.SERIALIZED} if self.quantization_config.layout == "bitsandbytes" else {}
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Reads a foreign layout."""
+        return {"deserialize": ReadBitsandbytes} if self.quantization_config.layout == "bitsandbytes" else {}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None where a cast would hide that a packed tensor has the wrong dtype, or round a scale."""
+        if dtype is None or not dtype.is_floating_point or self.quantization_config.layout != "native":
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    # ---- after loading ----
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "NF4Config: device_map must not offload to disk, got 'disk'; packed weights stay in memory"
+            )
+        check_loaded(model, packed_file=self.pre_quantized)
+        if self.quantization_config.layout == "bitsandbytes":
+            self.quantization_config.layout = "native"  # what save_pretrained writes
+            straddling = [name for name, why in model.nf4lora_skipped.items() if why == bitsandbytes.STRADDLES]
+            if straddling:
+                kept = [*(self.quantization_config.modules_to_not_convert or []), *straddling]
+                self.quantization_config.modules_to_not_convert = kept
+        self.keep_names(model)
+        # Now, so that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
+        from nf4lora import adapter
+
+        adapter.install()
+        return model
+
+    def keep_names(self, model: Any) -> None:
+        """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""
+        self.conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """What save_pretrained writes: with PEFT's layers in the model, the base under its own names."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers then writes the adapter alone
+        return base_state_dict(model), {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Every NF4Linear becomes an nn.Linear again, one at a time; works under a PEFT wrapper too."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name in [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
+            packed = model.get_submodule(name)
+            linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+            linear.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
+            linear.register_parameter("bias", packed.bias)
+            bitsandbytes.replace_layer(model, name, linear.train(packed.training))
+        model.__dict__.pop("_weight_conversions", None)  # transformers then takes those of the model's class
+        if self.conversions is not None and not self.pre_quantized:
+            model._weight_conversions = self.conversions  # the way back to the very names of the 16-bit file
+        model.__dict__.pop("nf4lora_skipped", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters train on it; the packed weights stay frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _LoadOperation(ConversionOps):
+    """A conversion whose failure reaches the user; see the head of this file."""
+
+    def __init__(self, quantizer: NF4Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> _LoadOperation:
+        return self  # transformers copies an operation for each layer, and all of them report to one quantizer
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        try:
+            if self.quantizer.failure is None:
+                return self.load(input_dict, full_layer_name, model)
+        except (TypeError, ValueError) as error:
+            self.quantizer.failure = error
+        if missing_keys is not None:
+            missing_keys.clear()  # the model is thrown away: nothing is to be drawn at random, no report to be printed
+        return {}
+
+    def load(self, tensors: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class PackWeight(_LoadOperation):
+    """A weight of a 16-bit file, under its full name -> the tensors of its NF4Linear."""
+
+    def load(self, tensors: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        while tensors:
+            name, weight = tensors.popitem()  # the last reference but ours, so that each is freed once it is packed
+            weight = weight[0] if isinstance(weight, list) else weight
+            layer, key = get_module_from_name(model, name)
+            if not isinstance(layer, NF4Linear) or key != "weight":
+                result[name] = weight
+                continue
+            expected = (layer.out_features, layer.in_features)
+            if tuple(weight.shape) != expected or weight.dtype not in COMPUTE_DTYPES:
+                raise ValueError(
+                    f"NF4Config: {name} must be float32, bfloat16 or float16 {list(expected)}, "
+                    f"got {describe(weight)}; is the file packed already, without saying so in config.json?"
+                )
+            try:
+                packed = NF4Linear.pack(weight, layer.blocksize, layer.double_quant)
+            except ValueError as error:
+                raise ValueError(f"NF4Config: {name} cannot be packed: {error}") from None
+            stem = name.removesuffix("weight")
+            result |= {stem + key: nn.Parameter(tensor, requires_grad=False) for key, tensor in packed.items()}
+        return result
+
+
+class ReadBitsandbytes(_LoadOperation):
+    """The tensors of one layer in bitsandbytes' layout -> those of its NF4Linear, or the weight in 16 bits."""
+
+    def load(self, tensors: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
+        parts = {key: value[0] if isinstance(value, list) else value for key, value in tensors.items()}
+        layer, _ = get_module_from_name(model, name)
+        if len(parts) == 1:
+            if isinstance(layer, NF4Linear):
+                raise ValueError(
+                    f"NF4Config: {name} must be packed by bitsandbytes, got {describe(parts['weight'])} alone; "
+                    f"name its layer in modules_to_not_convert, or quantise the 16-bit model"
+                )
+            dtype = model.get_parameter_or_buffer(name).dtype
+            return {"weight": parts["weight"].to(dtype) if dtype.is_floating_point else parts["weight"]}
+        packed = bitsandbytes.from_checkpoint(name, parts)
+        if not isinstance(layer, nn.Linear) or packed.shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"NF4Config: {name} must belong to a linear layer of shape {list(packed.shape)}, got {layer}"
+            )
+        if not isinstance(layer, NF4Linear):
+            return {name: nn.Parameter(packed.dequantize(layer.weight.dtype), requires_grad=False)}
+        if packed.blocksize != layer.blocksize or (packed.nested is not None) != layer.double_quant:
+            raise ValueError(
+                f"NF4Config: {name} must be packed as the config says (blocksize {layer.blocksize}, double_quant "
+                f"{layer.double_quant}), got blocksize {packed.blocksize}, double_quant {packed.nested is not None}; "
+                f"NF4Config.from_bnb takes blocksize={packed.blocksize}"
+            )
+        stem = name.removesuffix("weight")
+        return {stem + key: nn.Parameter(tensor, requires_grad=False) for key, tensor in packed.state().items()}

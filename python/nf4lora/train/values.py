@@ -1,0 +1,143 @@
+"""What the text of an option becomes: parsers that raise ValueError with the rule, `must be ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def boolean(value: Any) -> bool:
+    """true/false and what YAML and shells make of them."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError("must be true or false")
+    return words[str(value).lower()]
+
+
+def boolean_or_auto(value: Any) -> bool | str:
+    return "auto" if value == "auto" else boolean(value)
+
+
+def integer(low: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if number != number or number != int(number) or number < low:
+            raise ValueError(f"must be a whole number, {low} or more")
+        return int(number)
+
+    return parse
+
+
+def step_limit(value: Any) -> int | None:
+    return None if str(value) == "-1" else integer(1)(value)  # -1: transformers' way of saying none
+
+
+def real(low: float, high: float = float("inf"), above: bool = False, below: bool = False) -> Callable[[Any], float]:
+    """A number between low and high; `above` and `below` exclude the ends."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        inside = low <= number <= high and number != float("inf")
+        if not inside or (above and number == low) or (below and number == high):
+            least = f"above {low:g}" if above else f"at least {low:g}"
+            most = "" if high == float("inf") else f" and {'below' if below else 'at most'} {high:g}"
+            raise ValueError(f"must be a number {least}{most}")
+        return number
+
+    return parse
+
+
+def steps(value: Any) -> float:
+    """A number of steps, or a share of all steps (transformers' rule)."""
+    number = real(0, above=True)(value)
+    if number >= 1 and number != int(number):
+        raise ValueError("must be a whole number of steps, or a share of them below 1")
+    return int(number) if number >= 1 else number
+
+
+def share_or_count(value: Any) -> float:
+    number = real(0)(value)
+    if number >= 1 and number != int(number):
+        raise ValueError("must be a whole number, or a share below 1")
+    return int(number) if number >= 1 or number == 0 else number
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or str(value).strip() == "":
+        raise ValueError("must be a name or a path")
+    return str(value)
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        value = "no" if value is False else value  # YAML reads a bare no as false
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def names(value: Any) -> list[str] | None:
+    """A YAML list, or a comma-separated string."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise ValueError("must be a list of names (in flags: separated by commas)")
+    return value
+
+
+def modules(value: Any) -> str | list[str]:
+    """all-linear, or the names of modules; a single string with regex characters is PEFT's regex."""
+    if value in ("all", "all-linear", ["all"], ["all-linear"]):
+        return "all-linear"
+    if isinstance(value, str) and any(character in value for character in r"*\[(|^$"):
+        return value
+    return names(value) or []
+
+
+def dtype(value: Any) -> str:
+    if isinstance(value, bool):  # bf16: true
+        return "bfloat16" if value else "float32"
+    short = {"bf16": "bfloat16", "true": "bfloat16", "fp32": "float32", "false": "float32", "float": "float32"}
+    value = short.get(str(value).lower().removeprefix("torch."), str(value).lower().removeprefix("torch."))
+    if value in ("float16", "fp16", "half"):
+        raise ValueError("must be auto, bfloat16 or float32 (float16 would need loss scaling, which is not done here)")
+    return one_of("auto", "bfloat16", "float32")(value)
+
+
+def device(value: Any) -> str:
+    kind, _, index = str(value).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise ValueError("must be auto, cpu, cuda or cuda:<number>")
+    return str(value)
+
+
+def optimizer(value: Any) -> str:
+    if value in ("adamw", "adamw_torch", "adamw_torch_fused"):
+        return "adamw"
+    if "8bit" in str(value) or "paged" in str(value):
+        raise ValueError("must be adamw (8-bit and paged optimizers are not built yet)")
+    raise ValueError("must be adamw")
+
+
+def reports(value: Any) -> list[str]:
+    chosen = [] if value in (None, "none", ["none"], []) else names(value) or []
+    unknown = [name for name in chosen if name not in ("tensorboard", "wandb")]
+    if unknown:
+        raise ValueError("must be none, tensorboard or wandb (metrics.jsonl is always written)")
+    return chosen
+
+
+def resume(value: Any) -> str | None:
+    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+        return "auto" if boolean(value) else None
+    return text(value)

@@ -1,0 +1,167 @@
+"""lora_linear and its backward for CUDA in plain torch: the weight is dequantised whole, then cuBLAS multiplies.
+
+It keeps the contract of the fused op (one W, rounded A, B, S and T, float32 sums, the same dropout mask) at the price
+of a 16-bit copy of one weight at a time. ops.py registers it until the fused kernels exist; called directly it runs on
+CPU tensors too, where the tests hold it against the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.nf4lora
+_check = torch.ops.nf4lora_check  # csrc/check.cpp
+
+# Rows are taken in slices of about this many values, so that float32 sums and int64 random words stay small.
+_SLICE = 1 << 24
+
+_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+
+
+def lora_linear(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    blocksize: int,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + bias + scaling * S B^T and S = dropout(x) A^T; arguments and results as in ops.lora_linear.
+
+    Returns:
+        y: [..., N] of x's dtype
+        S: [M, R] of x's dtype, R = 0 without LoRA
+    """
+    _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
+    rows = x.reshape(-1, x.shape[-1])
+    W = _weight(qweight, absmax, nested, blocksize, x.dtype)
+    A, B = _rounded(lora_A, x.dtype), _rounded(lora_B, x.dtype)
+    y = rows.new_empty(len(rows), len(W))
+    S = rows.new_empty(len(rows), 0 if A is None else len(A))
+    for part in _slices(rows, W):
+        total = _product(rows[part], W.T)
+        if A is not None and B is not None:
+            kept = _dropped(rows, part, dropout, seed)
+            S[part] = _product(kept, A.T).mul_(1.0 / (1.0 - dropout))
+            total.add_(_product(S[part], B.T), alpha=scaling)
+        if bias is not None:
+            total.add_(bias)
+        y[part] = total
+    return y.reshape(*x.shape[:-1], len(W)), S
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    S: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    blocksize: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of lora_linear: dx = dy W + mask * scaling * T A, dA = scaling * T^T (mask * x), dB = scaling * dy^T S.
+
+    T = dy B is rounded to x's dtype; mask is 0 or 1 / (1 - dropout).
+
+    Returns:
+        dx: x's shape and dtype; [0] unless need_dx
+        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA
+    """
+    _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
+    rows, grad = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    A, B = _rounded(lora_A, x.dtype), _rounded(lora_B, x.dtype)
+    scale = scaling / (1.0 - dropout)
+    dx = rows.new_empty(rows.shape if need_dx else (0,))
+    W = _weight(qweight, absmax, nested, blocksize, x.dtype) if need_dx else None
+    dA = None if A is None else torch.zeros_like(A, dtype=torch.float32)
+    dB = None if B is None else torch.zeros_like(B, dtype=torch.float32)
+    for part in _slices(rows, grad.T):
+        total = None if W is None else _product(grad[part], W)
+        if A is not None and B is not None and dA is not None and dB is not None:
+            T = _product(grad[part], B).to(x.dtype)
+            dA.add_(_product(T.T, _dropped(rows, part, dropout, seed)), alpha=scale)
+            dB.add_(_product(grad[part].T, S[part]), alpha=scaling)
+            if total is not None:
+                low_rank = _product(T, A)
+                if dropout > 0:
+                    low_rank.mul_(_mask(rows, part, dropout, seed))
+                total.add_(low_rank, alpha=scale)
+        if total is not None:
+            dx[part] = total
+    return (
+        dx.reshape(x.shape) if need_dx else dx,
+        x.new_empty(0, dtype=torch.float32) if dA is None or lora_A is None else dA.to(lora_A.dtype),
+        x.new_empty(0, dtype=torch.float32) if dB is None or lora_B is None else dB.to(lora_B.dtype),
+    )
+
+
+def _weight(qweight: Tensor, absmax: Tensor, nested: Tensor | None, blocksize: int, dtype: torch.dtype) -> Tensor:
+    if nested is not None:
+        absmax = _ops.absmax_dequantize(absmax, nested)
+    return _ops.nf4_dequantize(qweight, absmax, blocksize, dtype)
+
+
+def _rounded(factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if factor is None else factor.to(dtype)
+
+
+def _slices(rows: Tensor, other: Tensor) -> Iterator[slice]:
+    """Slices of the rows, so that neither side of a slice's products exceeds _SLICE values."""
+    step = max(1, _SLICE // max(rows.shape[-1], len(other), 1))
+    return (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, summed and returned in float32."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _dropped(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
+    """The rows with what dropout leaves out set to zero; the factor 1 / (1 - dropout) is applied in float32 later."""
+    return rows[part] if dropout == 0 else rows[part] * _mask(rows, part, dropout, seed)
+
+
+def _mask(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
+    """bool, the shape of rows[part]: True where kept, as csrc/format.h defines it."""
+    assert seed is not None  # the check has seen to it
+    K = rows.shape[1]
+    threshold = min(int(dropout * 2.0**32 + 0.5), _WORD)
+    words = _philox(seed.to(rows.device), part.start * K, part.stop * K)
+    return (words >= threshold).reshape(-1, K)
+
+
+def _philox(seed: Tensor, start: int, stop: int) -> Tensor:
+    """Words start .. stop - 1 of Philox4x32-10(seed), int64 below 2^32; start and stop are multiples of 4.
+
+    A product of two 32-bit words fits 64 bits; int64 holds the same bits, so its wrap-around does no harm.
+    """
+    block = torch.arange(start // 4, stop // 4, device=seed.device)
+    c0, c1 = block & _WORD, block >> 32
+    c2 = c3 = torch.zeros_like(block)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(_PHILOX_ROUNDS):
+        first, second = c0 * _PHILOX_MULTIPLIER[0], c2 * _PHILOX_MULTIPLIER[1]
+        c0, c1, c2, c3 = second >> 32 & _WORD ^ c1 ^ k0, second & _WORD, first >> 32 & _WORD ^ c3 ^ k1, first & _WORD
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _WORD, (k1 + _PHILOX_WEYL[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3], dim=1).flatten()

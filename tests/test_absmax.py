@@ -1,0 +1,121 @@
+"""absmax_quantize and absmax_dequantize: double quantisation of the scales."""
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nf4lora import _C, ops, reference
+
+# SHA-256 of the 256 float32 values of bitsandbytes' create_dynamic_map(signed=True).
+MAP_DIGEST = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+
+
+def test_map_is_that_of_bitsandbytes():
+    code = torch.tensor(_C.NESTED_CODE)
+    assert hashlib.sha256(code.numpy().tobytes()).hexdigest() == MAP_DIGEST
+    assert torch.equal(code, reference.nested_code())
+    assert code[127] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 255, 256, 257, 1000, 100_000])
+def test_matches_the_reference(instruction_set, count):
+    absmax = torch.rand(count) * 0.1 + 0.01
+    got, expected = ops.absmax_quantize(absmax), reference.absmax_quantize(absmax)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(ops.absmax_dequantize(*got), reference.absmax_dequantize(*expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (2, 3, 50), (0, 5), (1,)], ids=str)
+def test_shape_is_kept_and_strides_do_not_matter(device, shape):
+    absmax = torch.rand(shape)
+    absmax_q, nested = ops.absmax_quantize(absmax.to(device))
+    assert absmax_q.shape == shape and nested.shape == (-(-absmax.numel() // 256) + 1,)
+    assert ops.absmax_dequantize(absmax_q, nested).shape == shape
+    if absmax.dim() == 2 and absmax.numel():
+        transposed = ops.absmax_quantize(absmax.to(device).t())[0]
+        assert torch.equal(transposed.cpu(), reference.absmax_quantize(absmax.t().contiguous())[0])
+
+
+def test_equal_scales_are_exact(device):
+    absmax = torch.full((300,), 0.37, device=device)
+    absmax_q, nested = ops.absmax_quantize(absmax)
+    assert (absmax_q == 127).all() and (nested[:-1] == 0).all()
+    assert torch.equal(ops.absmax_dequantize(absmax_q, nested), absmax)
+
+
+@given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=600))
+def test_any_scales(instruction_set, values):
+    absmax = torch.tensor(values)
+    got, expected = ops.absmax_quantize(absmax), reference.absmax_quantize(absmax)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_error_stays_below_half_the_widest_gap(device):
+    absmax = torch.rand(1000, device=device)
+    absmax_q, nested = ops.absmax_quantize(absmax)
+    scale = nested[:-1].repeat_interleave(256)[:1000]
+    widest = max(b - a for a, b in zip(_C.NESTED_CODE, _C.NESTED_CODE[1:]))
+    assert ((ops.absmax_dequantize(absmax_q, nested) - absmax).abs() <= scale * (widest / 2 + 1e-6)).all()
+
+
+def test_decoding_is_that_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = torch.randn(64, 1024).bfloat16()
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    nested = torch.cat([state.state2.absmax, state.offset.reshape(1)])
+    absmax = ops.absmax_dequantize(state.absmax, nested)
+    got = ops.nf4_dequantize(packed.reshape(64, 512), absmax.reshape(64, 16))
+    assert torch.equal(got, functional.dequantize_4bit(packed, state))
+
+
+def test_codes_are_nearer_than_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = torch.randn(1024, 1024)
+    _, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    exact = ops.nf4_quantize(weight)[1].flatten()
+    absmax_q, nested = ops.absmax_quantize(exact)
+    # Its encoder looks values up in 65,536 bins, so up to 0.5 % of its codes are not the nearest.
+    assert (absmax_q != state.absmax).float().mean() < 0.005
+    theirs = ops.absmax_dequantize(state.absmax, torch.cat([state.state2.absmax, state.offset.reshape(1)]))
+    ours = ops.absmax_dequantize(absmax_q, nested)
+    assert (ours - exact).abs().sum() <= (theirs - exact).abs().sum()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(device, bad):
+    absmax = torch.ones(300, device=device)
+    absmax[290] = bad
+    with pytest.raises(ValueError, match="^absmax_quantize: absmax must be finite, got NaN or Inf"):
+        ops.absmax_quantize(absmax)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.absmax_quantize(torch.ones(3).bfloat16()), TypeError, "absmax_quantize: absmax must be float32"),
+        (
+            lambda: ops.absmax_dequantize(torch.zeros(300, dtype=torch.uint8), torch.zeros(2)),
+            ValueError,
+            r"absmax_dequantize: nested must hold 3 values \(one per 256 absmax, and the offset\), got shape \[2\]",
+        ),
+        (lambda: ops.absmax_dequantize(torch.zeros(3), torch.zeros(2)), TypeError, "absmax_dequantize: absmax must be"),
+        (
+            lambda: ops.absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)),
+            TypeError,
+            "absmax_dequantize: nested must be float32, got int32",
+        ),
+    ],
+)
+def test_says_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+def test_opcheck(device):
+    absmax = torch.rand(300, device=device)
+    torch.library.opcheck(torch.ops.nf4lora.absmax_quantize.default, (absmax,))
+    torch.library.opcheck(torch.ops.nf4lora.absmax_dequantize.default, ops.absmax_quantize(absmax))

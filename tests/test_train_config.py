@@ -1,0 +1,214 @@
+"""Flags and YAML to a checked configuration; every mistake gets one clear error and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nf4lora import cli
+from nf4lora.train import config as configuration
+from nf4lora.train.config import parse_arguments
+from nf4lora.train.errors import UsageError
+from nf4lora.train.options import ALIASES, OPTIONS, help_text
+
+NEEDED = ["--model_name_or_path", "m", "--data", "d.jsonl"]
+
+
+def parsed(*arguments):
+    return parse_arguments([*NEEDED, *arguments])
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_those_of_the_documentation():
+    config = parsed()
+    expected = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "dtype": "auto",
+        "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear", "max_length": 2048,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_train_epochs": 3, "learning_rate": 2e-4,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0, "optim": "adamw",
+        "gradient_checkpointing": True, "packing": False, "assistant_only_loss": "auto", "output_dir": "outputs",
+        "save_steps": 500, "save_total_limit": 2, "logging_steps": 10, "val_size": 0, "seed": 42, "deterministic": False,
+        "report_to": [], "device": "auto", "dataset_format": "auto",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "name", "result"),
+    [
+        ("--lr", "1e-4", "learning_rate", 1e-4),
+        ("--learning-rate", "1e-4", "learning_rate", 1e-4),
+        ("--lora-rank", "8", "lora_r", 8),
+        ("--r", "8", "lora_r", 8),
+        ("--lora_target", "all", "lora_target_modules", "all-linear"),
+        ("--lora_target_modules", "q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("--micro_batch_size", "4", "per_device_train_batch_size", 4),
+        ("--cutoff_len", "512", "max_length", 512),
+        ("--warmup_ratio", "0.1", "warmup_steps", 0.1),
+        ("--bf16", "true", "dtype", "bfloat16"),
+        ("--bf16", "false", "dtype", "float32"),
+        ("--torch_dtype", "torch.bfloat16", "dtype", "bfloat16"),
+        ("--bits", "4", "load_in_4bit", True),
+        ("--adapter", "lora", "load_in_4bit", False),
+        ("--optim", "adamw_torch", "optim", "adamw"),
+        ("--train_on_inputs", "true", "assistant_only_loss", False),
+        ("--train_on_inputs", "false", "assistant_only_loss", "auto"),
+        ("--max_steps", "-1", "max_steps", None),
+        ("--resume_from_checkpoint", "true", "resume_from_checkpoint", "auto"),
+        ("--report_to", "none", "report_to", []),
+        ("--report_to", "tensorboard", "report_to", ["tensorboard"]),
+        ("--save_steps", "0.25", "save_steps", 0.25),
+    ],
+)
+def test_alias_means_its_option(flag, value, name, result):
+    assert getattr(parsed(flag, value), name) == result
+    assert getattr(parsed(f"{flag}={value}"), name) == result
+
+
+def test_switch_needs_no_value():
+    config = parse_arguments(["--packing", *NEEDED, "--overwrite-output-dir", "--resume_from_checkpoint"])
+    assert (config.packing, config.overwrite_output_dir, config.resume_from_checkpoint) == (True, True, "auto")
+
+
+def test_flags_override_the_file(tmp_path):
+    path = yaml_file(tmp_path, "base_model: m\ndata: d.jsonl\nlearning_rate: 1e-3\nmicro_batch_size: 2\n")
+    for arguments in ([path, "--lr", "1e-4"], ["--lr=1e-4", "--config", path], ["--config=" + path, "--lr", "1e-4"]):
+        config = parse_arguments(arguments)
+        assert (config.learning_rate, config.per_device_train_batch_size) == (1e-4, 2)
+
+
+def test_number_in_yaml_may_be_written_without_a_point(tmp_path):
+    # YAML 1.1 reads 1e-4 as a string
+    assert parse_arguments([yaml_file(tmp_path, "model: m\ndata: d\nlr: 1e-4\n")]).learning_rate == 1e-4
+
+
+def test_flag_may_rule_out_what_the_file_says(tmp_path):
+    path = yaml_file(
+        tmp_path,
+        "model: m\ndata: d\nnum_train_epochs: 3\neval_steps: 5\nval_size: 2\nlr_scheduler_type: cosine\nwarmup_steps: 9\n",
+    )
+    config = parse_arguments([path, "--max_steps", "3", "--eval_strategy", "no", "--lr_scheduler_type", "constant"])
+    assert (config.max_steps, config.eval_steps, config.warmup_steps) == (3, None, 0)
+
+
+def test_file_of_another_tool_is_understood(tmp_path):
+    path = yaml_file(
+        tmp_path,
+        "base_model: m\nadapter: qlora\nload_in_4bit: true\nload_in_8bit: false\nlora_target_linear: true\n"
+        "datasets:\n  - path: d.jsonl\n    type: alpaca\nsequence_len: 512\nval_set_size: 0.1\nsave_strategy: no\n",
+    )
+    config = parse_arguments([path])
+    assert (config.data, config.dataset_format, config.max_length, config.val_size) == ("d.jsonl", "alpaca", 512, 0.1)
+    assert (config.load_in_4bit, config.lora_target_modules, config.save_strategy) == (True, "all-linear", "no")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lerning_rate", "1"], "did you mean learning_rate"),
+        (["--max-seq-lenght", "1"], "did you mean max_seq_length"),
+        (["--zzzz", "1"], "--help"),
+        (["extra=1"], "unexpected argument"),
+        (["--learning_rate", "-1"], "must be a number above 0"),
+        (["--learning_rate", "fast"], "must be a number above 0"),
+        (["--learning_rate"], "must be a number above 0"),
+        (["--lora_r", "1.5"], "whole number"),
+        (["--lora_r", "0"], "whole number, 1 or more"),
+        (["--lora_dropout", "1"], "below 1"),
+        (["--packing=maybe"], "must be true or false"),
+        (["--packing", "maybe"], "unexpected argument 'maybe'"),
+        (["--dataset_format", "xml"], "must be one of auto, messages"),
+        (["--bnb_4bit_quant_type", "fp4"], "must be one of nf4"),
+        (["--quantization_bit", "8"], "must be 4"),
+        (["--optim", "paged_adamw_8bit"], "8-bit and paged optimizers are not built yet"),
+        (["--optim", "adamw_bnb_8bit"], "not built yet"),
+        (["--optim", "sgd"], "must be adamw"),
+        (["--dtype", "float16"], "loss scaling"),
+        (["--fp16", "true"], "loss scaling"),
+        (["--device", "tpu"], "must be auto, cpu, cuda"),
+        (["--finetuning_type", "full"], "only LoRA"),
+        (["--deepspeed", "ds.json"], "one process"),
+        (["--max_steps", "3", "--num_train_epochs", "1"], "keep one"),
+        (["--lr", "1e-4", "--learning_rate", "2e-4"], "--learning_rate says 0.0002, but --lr says 0.0001"),
+        (["--train_file", "x.jsonl"], "name the training data twice"),
+        (["--eval_file", "nowhere.jsonl"], "is not a file"),
+        (["--eval_steps", "5", "--eval_strategy", "epoch"], "contradicts"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "constant_with_warmup"),
+        (["--load_in_4bit", "false", "--double_quant", "true"], "contradicts"),
+        (["nowhere.yaml"], "no such file"),
+        (["a.yaml", "b.yaml"], "one configuration file"),
+        (["--config", "nowhere.yaml"], "no such file"),
+        (["--config"], "needs the path"),
+    ],
+)
+def test_mistake_is_named(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        parsed(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: m\nmodel: n\n", "stands there twice"),
+        ("model: [\n", "not valid YAML at line 2"),
+        ("- a\n", "must hold"),
+        ("model: m\nbase_model: n\ndata: d\n", "says n, but .*model says m"),
+        ("model: m\ndatasets: [{path: a}, {path: b}]\n", "mixtures are not built yet"),
+        ("model: m\ndata: d\nlora: {r: 8}\n", "did you mean lora_r"),
+        ("data: d\n", "model_name_or_path is missing"),
+        ("model: m\n", "data is missing"),
+    ],
+)
+def test_mistake_in_the_file_is_named(tmp_path, text, words):
+    with pytest.raises(UsageError, match=words):
+        parse_arguments([yaml_file(tmp_path, text)])
+
+
+def test_resolved_file_reads_back_as_the_same_options(tmp_path):
+    config = parsed("--max_steps", "7", "--lora_target_modules", "q_proj,v_proj", "--dtype", "float32", "--packing")
+    configuration.write(config, tmp_path / "config.yaml")
+    again = parse_arguments([str(tmp_path / "config.yaml")])
+    assert {name: getattr(again, name) for name in OPTIONS} == {name: getattr(config, name) for name in OPTIONS}
+
+
+def test_resolved_file_holds_nothing_of_one_call(tmp_path):
+    configuration.write(parsed("--resume_from_checkpoint", "--dry_run"), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "resume" not in text
+    assert "dry_run" not in text
+
+
+def test_no_alias_shadows_an_option():
+    assert not set(ALIASES) & set(OPTIONS)
+    assert not set(configuration.TRANSLATED) & (set(ALIASES) | set(OPTIONS))
+
+
+def test_help_names_every_option_and_alias():
+    text = help_text()
+    assert all(f"--{name}" in text for name in OPTIONS)
+    assert all(alias in text for alias in ALIASES)
+
+
+def test_exit_codes_of_the_command_line(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert cli.main(["--version"]) == 0
+    assert cli.main([]) == 2
+    assert cli.main(["trian"]) == 2
+    assert "did you mean train" in capsys.readouterr().err
+    assert cli.main(["train", *NEEDED, "--lora_rnk", "3"]) == 2
+    assert "did you mean lora_rank" in capsys.readouterr().err
+    assert cli.main(["doctor", "--verbose"]) == 2
+
+
+def test_help_and_usage_errors_import_no_trainer():
+    code = (
+        "import sys; from nf4lora import cli; cli.main(['train', '--help']); cli.main(['train', '--lr', 'x']);"
+        "print(sorted({'trl', 'datasets', 'peft', 'matplotlib', 'rich'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
