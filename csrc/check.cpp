@@ -15,8 +15,7 @@ void lora_linear(const Tensor& x, const Tensor& qweight, const Tensor& absmax, c
 
 void lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S, const Tensor& qweight,
                           const Tensor& absmax, const OptionalTensor& nested, const OptionalTensor& lora_A,
-                          const OptionalTensor& lora_B, double dropout, const OptionalTensor& seed,
-                          int64_t blocksize) {
+                          const OptionalTensor& lora_B, double dropout, const OptionalTensor& seed, int64_t blocksize) {
   check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize);
 }
 

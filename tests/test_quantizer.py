@@ -1,6 +1,5 @@
 """NF4Config through transformers: load, save, shards, what stays in 16 bits, training, the way back."""
 
-import gc
 import json
 import os
 import subprocess
@@ -165,7 +164,6 @@ def test_packed_parameters_are_frozen_and_the_model_is_not_flagged_as_bitsandbyt
     for layer in packed_layers(model).values():
         assert not any(p.requires_grad for p in layer.parameters())
     assert not hasattr(model, "is_loaded_in_4bit")
-    assert model.hf_device_map == {"": "cpu"} or torch.cuda.is_available()
 
 
 # ---- what stays in 16 bits ----
@@ -272,7 +270,6 @@ def test_each_16_bit_weight_is_freed_before_the_next_is_read(saved, monkeypatch)
     weights, pack = [], NF4Linear.pack
 
     def watch(weight, *args):
-        gc.collect()
         assert all(earlier() is None for earlier in weights)
         weights.append(weakref.ref(weight))
         return pack(weight, *args)

@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
                                        const OptionalTensor& nested, const OptionalTensor& bias,
                                        const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
                                        double probability, const OptionalTensor& seed, int64_t blocksize) {
-  const LinearShape shape = check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B,
-                                              probability, seed, blocksize);
+  const LinearShape shape =
+      check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B, probability, seed, blocksize);
   const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
   const Tensor in = contiguous_view(x);
   const Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
@@ -157,9 +157,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
 
   std::unique_ptr<Panels> panels_A;
   if (R && M) {
-    panels_A = std::make_unique<Panels>(gemm, R, K, [&](auto... where) {
-      gemm.panel_rows(dense(*layer.lora_A), where...);
-    });
+    panels_A =
+        std::make_unique<Panels>(gemm, R, K, [&](auto... where) { gemm.panel_rows(dense(*layer.lora_A), where...); });
   }
   for (int64_t first = 0; first < M; first += kRowChunk) {
     const int64_t count = std::min(M - first, kRowChunk);
@@ -179,9 +178,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
     for_strips(gemm, tiles.count(), N, [&](const Strip& strip, uint32_t* panel) {
       const int64_t size = tiles.count() * gemm.rows * strip.lanes;
       if (R) {
-        accumulate(gemm, *tiles_S, strip, panel, [&](auto... where) {
-          gemm.panel_rows(dense(*layer.lora_B), where...);
-        });
+        accumulate(gemm, *tiles_S, strip, panel,
+                   [&](auto... where) { gemm.panel_rows(dense(*layer.lora_B), where...); });
         for (int64_t i = 0; i < size; ++i) strip.sums[i] *= static_cast<float>(scaling);
       }
       if (offsets) {
@@ -222,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                                                         const OptionalTensor& lora_B, double scaling,
                                                         double probability, const OptionalTensor& seed,
                                                         int64_t blocksize, bool need_dx) {
-  const LinearShape shape = check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability,
-                                                       seed, blocksize);
+  const LinearShape shape =
+      check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
   const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
   const Tensor grad = contiguous_view(dy), in = contiguous_view(x), low_rank = contiguous_view(S);
   const Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
@@ -244,9 +242,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
 
   std::unique_ptr<Panels> panels_B;
   if (R && M) {
-    panels_B = std::make_unique<Panels>(gemm, R, N, [&](auto... where) {
-      gemm.panel_columns(dense(*layer.lora_B), where...);
-    });
+    panels_B = std::make_unique<Panels>(gemm, R, N,
+                                        [&](auto... where) { gemm.panel_columns(dense(*layer.lora_B), where...); });
   }
   for (int64_t first = 0; first < M; first += kRowChunk) {
     const int64_t count = std::min(M - first, kRowChunk);
@@ -261,9 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
     if (need_dx) {
       for_strips(gemm, tiles.count(), K, [&](const Strip& strip, uint32_t* panel) {
         if (R) {
-          accumulate(gemm, *tiles_T, strip, panel, [&](auto... where) {
-            gemm.panel_columns(dense(*layer.lora_A), where...);
-          });
+          accumulate(gemm, *tiles_T, strip, panel,
+                     [&](auto... where) { gemm.panel_columns(dense(*layer.lora_A), where...); });
           for (int64_t i = 0; i < tiles.count() * gemm.rows * strip.lanes; ++i) strip.sums[i] *= scale_dx;
         }
         if (dropout.active()) {
@@ -287,8 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                   gemm.panel_columns(grads, n, valid, lanes, first + k, depth, panel);
                 });
       const Tiles T_columns(gemm, T, Tiles::Source::columns, 0, R, count);
-      Scratch<uint8_t> masked =
-          dropout.active() ? masked_rows(isa, dropout, rows, first, count) : Scratch<uint8_t>(0);
+      Scratch<uint8_t> masked = dropout.active() ? masked_rows(isa, dropout, rows, first, count) : Scratch<uint8_t>(0);
       const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
       const int64_t offset = dropout.active() ? 0 : first;
       add_outer(gemm, T_columns, K, scale_dx, false, out_A,

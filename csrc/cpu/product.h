@@ -11,7 +11,7 @@
 
 namespace nf4lora {
 
-inline constexpr int64_t kRowChunk = 1020;  // rows of A at a time: a multiple of every tile's rows
+inline constexpr int64_t kRowChunk = 1020;   // rows of A at a time: a multiple of every tile's rows
 inline constexpr int64_t kPanelSteps = 512;  // a panel of 64 lanes takes 128 KB
 
 // Rows of a matrix, laid out as A tiles for any number of products.
@@ -66,8 +66,7 @@ void accumulate(const Gemm& gemm, const Tiles& tiles, const Strip& strip, uint32
     fill(strip.first, strip.valid, strip.lanes, k, depth, panel);
     const int64_t steps = (depth + gemm.step - 1) / gemm.step;
     for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-      gemm.tile(tiles.at(tile, k / gemm.step), panel, steps, strip.lanes,
-                strip.sums + tile * gemm.rows * strip.lanes);
+      gemm.tile(tiles.at(tile, k / gemm.step), panel, steps, strip.lanes, strip.sums + tile * gemm.rows * strip.lanes);
     }
   }
 }

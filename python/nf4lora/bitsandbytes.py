@@ -156,19 +156,19 @@ def adopt(model: nn.Module) -> dict[str, str]:
     packed = {name: from_layer(name, model.get_submodule(name)) for name in names}
     head = _output_head(model)
     reasons: dict[str, str] = {}
-    blocksizes, double_quant = {64}, False
-    while packed:
-        name, weight = packed.popitem()  # popped, so that a dequantised layer's packed bytes are freed at once
+    blocksizes, double_quant = [64], False
+    for name in names:
+        weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
         layer = model.get_submodule(name)
         if weight.straddles or layer is head:
             reasons[_base_name(name)] = HEAD if layer is head else STRADDLES
             replace_layer(model, name, _dequantized_layer(layer, weight))
         else:
-            blocksizes = (blocksizes - {64}) | {weight.blocksize}
+            blocksizes.append(weight.blocksize)
             double_quant |= weight.nested is not None
             replace_layer(model, name, _packed_layer(layer, weight))
     if names:
-        _take_over(model, double_quant, max(blocksizes), reasons)
+        _take_over(model, double_quant, blocksizes[-1], reasons)
     return reasons
 
 

@@ -153,7 +153,7 @@ def absmax_dequantize(absmax_q: Tensor, nested: Tensor) -> Tensor:
         TypeError: another dtype.
 
     >>> absmax_dequantize(*absmax_quantize(torch.tensor([2.0, 2.0, 3.5])))
-    tensor([2., 2., 3.5000])
+    tensor([1.9992, 1.9992, 3.5000])
     """
     return _ops.absmax_dequantize(absmax_q, nested)
 

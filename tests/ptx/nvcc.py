@@ -1,13 +1,15 @@
 """nvcc as the tests use it: the PTX of a source for one architecture, compiled once a session."""
 
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-CSRC = Path(__file__).parents[2] / "csrc"
-ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120a"]  # those that CMakeLists.txt builds
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+ARCHITECTURES = re.findall(r"(\w+)-real", (ROOT / "CMakeLists.txt").read_text())
 FLAGS = ["-std=c++20", "-O3"]  # as CMakeLists.txt has them
 NVCC = "nvcc"
 

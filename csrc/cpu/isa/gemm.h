@@ -83,8 +83,8 @@ NF4LORA_INLINE void interleave(const uint8_t* const rows[kGroup], int valid, int
     }
     NF4LORA_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const __m256i column = i < 4 ? _mm256_permute2x128_si256(v[i], v[i + 4], 0x20)
-                                   : _mm256_permute2x128_si256(v[i - 4], v[i], 0x31);
+      const __m256i column =
+          i < 4 ? _mm256_permute2x128_si256(v[i], v[i + 4], 0x20) : _mm256_permute2x128_si256(v[i - 4], v[i], 0x31);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (s + i) * width), column);
     }
   }
@@ -281,12 +281,17 @@ static void tile(const void* A, const void* B, int64_t steps, int lanes, float* 
 
 template <class Math>
 inline constexpr Gemm kGemm = {
-    Math::kStep,       kRows,
+    Math::kStep,
+    kRows,
     kLanes < kGroup ? kGroup : kLanes,  // panels are transposed in whole groups of rows
-    kMaxLanes,         pack_rows<Math>,
-    pack_columns<Math>, panel_rows<Math>,
-    panel_columns<Math>, panel_nf4_rows<Math>,
-    panel_nf4_columns<Math>, tile<Math>,
+    kMaxLanes,
+    pack_rows<Math>,
+    pack_columns<Math>,
+    panel_rows<Math>,
+    panel_columns<Math>,
+    panel_nf4_rows<Math>,
+    panel_nf4_columns<Math>,
+    tile<Math>,
 };
 
 }  // namespace nf4lora::NF4LORA_ISA

@@ -60,8 +60,8 @@ NF4LORA_INLINE Float decode(const uint8_t* qweight, const Products& table) {
 
 // Columns [k, k + count) of one row as floats rounded to T; k and count are multiples of kLanes.
 template <class T>
-NF4LORA_INLINE void decode_row(const uint8_t* qweight, const float* absmax, int64_t blocksize, int64_t k,
-                               int64_t count, float* out) {
+NF4LORA_INLINE void decode_row(const uint8_t* qweight, const float* absmax, int64_t blocksize, int64_t k, int64_t count,
+                               float* out) {
   const int64_t end = k + count;
   while (k < end) {
     const int64_t block = k / blocksize, stop = smaller(end, (block + 1) * blocksize);
@@ -115,7 +115,8 @@ static void nf4_dequantize(const uint8_t* qweight, const float* absmax, int64_t 
     auto* out = static_cast<typename T::Element*>(weight);
 #if defined(__AVX512BW__)
     if constexpr (sizeof(*out) == 2) {
-      decode_row16<T>(qweight, absmax, blocksize, begin * blocksize, (end - begin) * blocksize, out + begin * blocksize);
+      decode_row16<T>(qweight, absmax, blocksize, begin * blocksize, (end - begin) * blocksize,
+                      out + begin * blocksize);
       return;
     }
 #endif

@@ -74,8 +74,7 @@ NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
 NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #elif defined(__AVX2__)
@@ -115,8 +114,7 @@ NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #else  // any processor: four lanes that the compiler maps to what it has

@@ -8,6 +8,7 @@ A run passes through the files in this order, and nothing heavy is imported befo
     turns.py      where the answers stand in a rendered chat         masking.py  samples to tokens and labels
     data.py       all of that for one run
     model.py      tokenizer and model                                trainer.py  what we change in SFTTrainer
+    loss.py       cross-entropy of the trained tokens
     progress.py   the live line and metrics.jsonl                    interrupt.py  Ctrl-C
     banner.py     what is said at the start and at the end           plot.py     loss.png
     run.py        the run itself

@@ -161,11 +161,19 @@ def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, str]:
             revision=config.model_revision,
         )
         if not config.load_in_4bit:
-            return get_peft_model(model, lora), ""
+            return in_float32(get_peft_model(model, lora)), ""
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             model = nf4lora.prepare(model, lora)
-        return model, said.getvalue().strip()
+        return in_float32(model), said.getvalue().strip()
+
+
+def in_float32(model: Any) -> Any:
+    """Modules that are trained in full come in the model's dtype; 8 bits of mantissa swallow Adam's small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 @contextlib.contextmanager

@@ -276,7 +276,7 @@ def arguments(config: TrainConfig, device: str, dtype: Any, evaluate: bool) -> A
         optim="adamw_torch_fused",
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_on_start=evaluate,
-        bf16=dtype is torch.bfloat16,
+        bf16=dtype is torch.bfloat16 and needs_autocast(config),
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
         dataset_kwargs={"skip_prepare_dataset": True},  # tokenised and labelled already
@@ -284,6 +284,11 @@ def arguments(config: TrainConfig, device: str, dtype: Any, evaluate: bool) -> A
         disable_tqdm=True,
         log_level="error",
     )
+
+
+def needs_autocast(config: TrainConfig) -> bool:
+    """Whether float32 parameters meet 16-bit activations outside our layers, which take both."""
+    return bool(not config.load_in_4bit or config.use_dora or config.modules_to_save)
 
 
 def dataset(split: Any, config: TrainConfig) -> Any:

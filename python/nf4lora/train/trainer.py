@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from nf4lora.train.errors import RunError
 from nf4lora.train.interrupt import Interrupt
+from nf4lora.train.loss import has_plain_head, score
 
 
 class Trainer(SFTTrainer):
@@ -24,8 +25,8 @@ class Trainer(SFTTrainer):
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
+        self.plain_head = not self.aux_loss_enabled and has_plain_head(self.model.get_base_model(), self.args.device)
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
-        self.trained_tokens = 0
         self._eval_loss, self._eval_tokens = 0.0, 0
         self.add_callback(Guard(self))
 
@@ -39,7 +40,10 @@ class Trainer(SFTTrainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         tokens = int(inputs["labels"][..., 1:].ne(-100).sum())
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.plain_head and not return_outputs:
+            result = self._loss(model, inputs, num_items_in_batch, tokens)
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = (result[0] if return_outputs else result).detach().item()
         if loss != loss or abs(loss) == float("inf"):
             part = f"step {self.state.global_step + 1}" if model.training else "the evaluation"
@@ -52,6 +56,18 @@ class Trainer(SFTTrainer):
             self._eval_loss += loss * tokens
             self._eval_tokens += tokens
         return result
+
+    def _loss(self, model: Any, inputs: dict, num_items_in_batch: Any, tokens: int) -> Tensor:
+        """TRL's loss and metrics, over trained tokens only."""
+        with self.accelerator.autocast():
+            log_p, correct = score(self.accelerator.unwrap_model(model).get_base_model(), inputs)
+        mode = "train" if model.training else "eval"
+        if mode == "train":
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._total_train_tokens += int(seen)
+        self._metrics[mode]["mean_token_accuracy"].append(correct.sum().item() / max(tokens, 1))
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return -log_p.sum() / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The mean over all trained tokens, where Trainer takes the mean of the batches' means."""

@@ -1,0 +1,67 @@
+# make demo   fine-tune a small model on the data in examples/ and show what changed
+# make test   the test suite, against the installed package
+#
+# Both make a virtual environment of their own in $(VENV) and need only Python, a C++ compiler and the package index.
+# TORCH chooses the torch to install: make test TORCH=torch==2.13.0
+
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+SOURCES := $(shell find csrc python bench _build -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null) \
+           CMakeLists.txt pyproject.toml
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+
+.PHONY: demo test test-all lint format gate sanitize clean
+
+demo: $(VENV)/train
+	$(RUN) examples/demo.py
+
+test: $(VENV)/test
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/test
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
+	$(VENV)/bin/mypy
+
+format: $(VENV)/lint
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
+
+# Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json. Needs nvcc.
+gate: $(VENV)/torch
+	$(RUN) tools/ptxas_gate.py
+
+# The CPU tests of the ops again, with the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/test
+	VENV=$(VENV) tools/sanitize.sh
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)' numpy
+	touch $@
+
+# The dependencies come first: after them, a changed source means one build and no network.
+$(VENV)/train: $(VENV)/torch $(SOURCES)
+	$(PIP) '.[train]' gguf
+	$(PIP) --force-reinstall --no-deps .
+	touch $@
+
+$(VENV)/test: $(VENV)/torch $(SOURCES)
+	$(PIP) '.[test]'
+	$(PIP) --force-reinstall --no-deps .
+	touch $@
+
+$(VENV)/lint: $(VENV)/torch
+	$(PIP) ruff mypy clang-format types-PyYAML
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,91 @@
+"""The resource gate of tools/ptxas_gate.py: it reads ptxas, and fails where a kernel grew or spills."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "tools" / "ptxas_gate.py"
+spec = importlib.util.spec_from_file_location("ptxas_gate", PATH)
+gate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gate)
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+needs_binutils = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not on PATH")
+
+LOG = """\
+ptxas info    : 128 bytes gmem
+ptxas info    : Compiling entry function '_ZN7nf4lora4cuda1kIfEEvPf' for 'sm_90a'
+ptxas info    : Function properties for _ZN7nf4lora4cuda1kIfEEvPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 31 registers, used 1 barriers, 128 bytes smem, 397 bytes cmem[0]
+ptxas info    : Compiling entry function 'plain_kernel' for 'sm_80'
+ptxas info    : Function properties for plain_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, 352 bytes cmem[0]
+"""
+LEAN = {"stack": 0, "spill_stores": 0, "spill_loads": 0, "registers": 31, "shared": 128}
+
+
+def table(**changes):
+    return {"k": {"80": {**LEAN, **changes}}}
+
+
+@needs_binutils
+def test_log_is_read():
+    assert gate.read_log(LOG.replace("plain_kernel", "_Z12plain_kernelPf")) == {
+        "k<float>": {"90a": {"stack": 16, "spill_stores": 8, "spill_loads": 12, "registers": 31, "shared": 128}},
+        "plain_kernel": {"80": {"stack": 0, "spill_stores": 0, "spill_loads": 0, "registers": 8, "shared": 0}},
+    }
+
+
+def test_same_costs_pass():
+    assert gate.compare(table(), table(), same_compiler=True) == []
+    assert gate.compare(table(registers=20), table(), same_compiler=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"registers": 32}, "k on 80: registers grew from 31 to 32"),
+        ({"shared": 256}, "k on 80: shared grew from 128 to 256"),
+        ({"spill_loads": 4}, "k on 80: 4 bytes of spill_loads, must be 0"),
+        ({"stack": 8}, "k on 80: 8 bytes of stack, must be 0"),
+    ],
+)
+def test_growth_and_local_memory_fail(changes, message):
+    assert gate.compare(table(**changes), table(), same_compiler=True) == [message]
+
+
+def test_local_memory_fails_even_where_the_table_has_it():
+    assert gate.compare(table(stack=8), table(stack=8), same_compiler=True)
+
+
+def test_another_compiler_is_only_asked_for_local_memory():
+    assert gate.compare(table(registers=99), table(), same_compiler=False) == []
+    assert gate.compare(table(stack=8), table(), same_compiler=False)
+
+
+def test_new_and_vanished_kernels_fail():
+    assert gate.compare(table(), {}, same_compiler=True) == ["k on 80: not in the table"]
+    assert gate.compare({}, table(), same_compiler=True) == ["k: in the table, but not in the sources"]
+
+
+def test_table_text_is_json_that_reads_back():
+    assert json.loads(gate.table_text("13.0", table())) == {"nvcc": "13.0", "kernels": table()}
+
+
+def test_short_names():
+    name = "void nf4lora::cuda::(anonymous namespace)::nf4_quantize_kernel<__half>(__half const*, bool)"
+    assert gate.short_name(name) == "nf4_quantize_kernel<__half>"
+    assert gate.short_name("nf4lora::cuda::(anonymous namespace)::k(float const*)") == "k"
+
+
+@needs_nvcc
+def test_table_knows_the_kernels_that_are_there():
+    costs = gate.read_log(gate.compile_log(["80"]))
+    known = json.loads(gate.TABLE.read_text())
+    assert costs.keys() == known["kernels"].keys()
+    assert gate.compare(costs, known["kernels"], known["nvcc"] == gate.nvcc_version()) == []

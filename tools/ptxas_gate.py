@@ -1,0 +1,139 @@
+"""What every CUDA kernel costs on every architecture, held against a table that is checked in.
+
+    python tools/ptxas_gate.py            compiles csrc/cuda/*.cu and compares with tools/ptxas_baseline.json
+    python tools/ptxas_gate.py --write    rewrites the table: do so when a change is worth what it costs, and say why
+    python tools/ptxas_gate.py --log LOG  reads the output of a build with `-Xptxas -v` instead of compiling
+
+It fails where a kernel spills or uses local memory, where it needs more registers or shared memory than the table
+says, and where the table and the sources name different kernels. Registers depend on the compiler: with another nvcc
+than the table's, only spills and local memory count.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "tools" / "ptxas_baseline.json"
+FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v"]
+MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory
+MUST_NOT_GROW = ("registers", "shared")
+
+Costs = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> resource -> amount
+
+
+def architectures() -> list[str]:
+    """Those that CMakeLists.txt builds machine code for."""
+    default = re.search(r'set\(NF4LORA_CUDA_ARCHS "([^"]*)"', (ROOT / "CMakeLists.txt").read_text())
+    if default is None:
+        raise SystemExit("ptxas_gate: CMakeLists.txt must set NF4LORA_CUDA_ARCHS, found no such line")
+    return re.findall(r"(\w+)-real", default[1])
+
+
+def compile_log(wanted: list[str]) -> str:
+    """What ptxas says of every kernel."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    log = ""
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            command = ["nvcc", *FLAGS, *codes, "-c", str(source), "-o", f"{folder}/{source.stem}.o"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise SystemExit(f"ptxas_gate: {source.name} must compile, got\n{result.stderr}")
+            log += result.stdout + result.stderr
+    return log
+
+
+def nvcc_version() -> str:
+    try:
+        said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        raise SystemExit("ptxas_gate: nvcc must be on PATH, found none; install the CUDA toolkit") from None
+    return re.search(r"V([\d.]+)", said)[1]
+
+
+def read_log(log: str) -> Costs:
+    """The costs in the output of `nvcc -Xptxas -v`."""
+    entries: list[tuple[str, str, dict[str, int]]] = []
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '([^']+)' for 'sm_(\w+)'", line):
+            entries.append((match[1], match[2], {}))
+        elif entries and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line)):
+            entries[-1][2].update(zip(MUST_BE_ZERO, map(int, match.groups()), strict=True))
+        elif entries and (match := re.search(r"Used (\d+) registers", line)):
+            shared = re.search(r"(\d+) bytes smem", line)
+            entries[-1][2].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
+    mangled = [name for name, _, _ in entries]
+    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    costs: Costs = {}
+    for (_, architecture, cost), name in zip(entries, plain.splitlines(), strict=True):
+        costs.setdefault(short_name(name), {})[architecture] = cost
+    return costs
+
+
+def short_name(demangled: str) -> str:
+    """`nf4_quantize_kernel<float>` of `void nf4lora::cuda::(anonymous namespace)::nf4_quantize_kernel<float>(...)`."""
+    return re.search(r"(\w+(?:<.*?>)?)\([^()]*\)$", demangled)[1]
+
+
+def table_text(version: str, costs: Costs) -> str:
+    """JSON with one line for each kernel and architecture, so that a change reads well in a diff."""
+    kernels = []
+    for kernel, by_architecture in sorted(costs.items()):
+        lines = [f"   {json.dumps(a)}: {json.dumps(cost)}" for a, cost in sorted(by_architecture.items())]
+        kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return f'{{\n "nvcc": {json.dumps(version)},\n "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"
+
+
+def compare(costs: Costs, table: Costs, same_compiler: bool) -> list[str]:
+    """One line for each thing that is wrong."""
+    wrong = []
+    for kernel, by_architecture in sorted(costs.items()):
+        for architecture, cost in sorted(by_architecture.items()):
+            where = f"{kernel} on {architecture}"
+            wrong += [f"{where}: {cost[r]} bytes of {r}, must be 0" for r in MUST_BE_ZERO if cost[r]]
+            if not same_compiler:
+                continue
+            known = table.get(kernel, {}).get(architecture)
+            if known is None:
+                wrong.append(f"{where}: not in the table")
+                continue
+            grown = [r for r in MUST_NOT_GROW if cost[r] > known[r]]
+            wrong += [f"{where}: {r} grew from {known[r]} to {cost[r]}" for r in grown]
+    if same_compiler:
+        wrong += [f"{kernel}: in the table, but not in the sources" for kernel in sorted(table.keys() - costs.keys())]
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite the table")
+    parser.add_argument("--log", type=Path, help="output of a build with -Xptxas -v, for all architectures")
+    options = parser.parse_args(arguments)
+
+    version = nvcc_version()
+    costs = read_log(options.log.read_text() if options.log else compile_log(architectures()))
+    if not costs:
+        raise SystemExit("ptxas_gate: the log must name kernels, found none; build with -Xptxas -v")
+    if options.write:
+        TABLE.write_text(table_text(version, costs))
+    table = json.loads(TABLE.read_text())
+    same_compiler = table["nvcc"] == version
+    wrong = compare(costs, table["kernels"], same_compiler)
+    if not same_compiler:
+        print(f"ptxas_gate: the table is of nvcc {table['nvcc']}, this is {version}: only local memory is checked")
+    for line in wrong:
+        print(f"ptxas_gate: {line}")
+    if wrong:
+        print("ptxas_gate: mend the kernel, or accept the cost: python tools/ptxas_gate.py --write")
+        return 1
+    print(f"ptxas_gate: {len(costs)} kernels on {len(architectures())} architectures are as the table says")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds the CPU code under AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the ops with it.
+# VENV names a virtual environment that `make test` has made.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="$PWD/${VENV:-.venv}/bin/python"
+build=build/sanitize
+tool() { "$python" -m pip --disable-pip-version-check install --quiet "cmake>=3.28" ninja pybind11; }
+"$python" -c "import cmake, ninja, pybind11" 2>/dev/null || tool
+cmake() { "$python" -m cmake "$@"; }
+
+cmake -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$("$python" -c 'import ninja; print(ninja.BIN_DIR)')/ninja" \
+  -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+  -DNF4LORA_CUDA=OFF -DNF4LORA_SANITIZE=address,undefined -DSKBUILD_PROJECT_VERSION=0.0.0 >/dev/null
+cmake --build "$build" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-2}"
+
+# The package as it is in the tree, with the instrumented module.
+rm -rf "$build/site" && mkdir -p "$build/site"
+cp -r python/nf4lora "$build/site/"
+rm -f "$build"/site/nf4lora/_C*.so && cp "$build"/_C*.so "$build/site/nf4lora/"
+
+# Python itself is not instrumented, so the runtimes come first in the process; its own leaks are not ours.
+preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
+PYTHONPATH="$build/site" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_nf4.py tests/test_absmax.py tests/test_lora.py \
+  -k "not compile and not opcheck and not bitsandbytes"
