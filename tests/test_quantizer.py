@@ -230,6 +230,7 @@ def test_fused_experts_stay_are_named_and_survive_the_round_trip(saved):
         assert all(torch.equal(loaded.get_parameter(n), original.get_parameter(n)) for n in experts)
         assert len(packed_layers(loaded)) == 4
     assert_same_state(model, loaded)
+    assert load_file(saved(model) / "model.safetensors").keys() == model.state_dict().keys()
     back = saved(loaded.dequantize())  # one tensor per expert again, as other tools expect
     assert load_file(back / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 

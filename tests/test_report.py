@@ -140,7 +140,11 @@ def test_adapters_are_counted_by_name_of_their_layer():
 
 def test_an_adapter_over_a_layer_that_is_not_packed_is_said():
     about = report(adapted(packed_llama(), target_modules=["q_proj", "lm_head"]))
-    assert {(row.name, row.count, row.packed) for row in about.adapters} == {("q_proj", 1, 1), ("lm_head", 1, 0)}
+    assert {(row.name, row.count, row.of, row.packed) for row in about.adapters} == {
+        ("q_proj", 1, 1, 1),
+        ("lm_head", 1, 0, 0),
+    }
+    assert "adapters on 1 of 7 linear layers (14.3%) and 1 other modules: q_proj 1/1, lm_head 1" in str(about)
     assert "1 of them over a layer that is not packed" in str(about)
 
 

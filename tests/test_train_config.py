@@ -29,11 +29,12 @@ def test_defaults_are_those_of_the_documentation():
     expected = {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "dtype": "auto",
         "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear", "max_length": 2048,
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_train_epochs": 3, "learning_rate": 2e-4,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0, "optim": "adamw",
-        "gradient_checkpointing": True, "packing": False, "assistant_only_loss": "auto", "output_dir": "outputs",
-        "save_steps": 500, "save_total_limit": 2, "logging_steps": 10, "val_size": 0, "seed": 42, "deterministic": False,
-        "report_to": [], "device": "auto", "dataset_format": "auto",
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "num_train_epochs": 3,
+        "learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "optim": "adamw", "gradient_checkpointing": True, "packing": False,
+        "assistant_only_loss": "auto", "output_dir": "outputs", "save_steps": 500, "save_total_limit": 2,
+        "logging_steps": 10, "val_size": 0, "seed": 42, "deterministic": False, "report_to": [], "device": "auto",
+        "dataset_format": "auto",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -75,6 +76,10 @@ def test_switch_needs_no_value():
     assert (config.packing, config.overwrite_output_dir, config.resume_from_checkpoint) == (True, True, "auto")
 
 
+def test_of_a_flag_given_twice_the_last_counts():
+    assert parsed("--lr", "1e-4", "--lr", "3e-4").learning_rate == 3e-4
+
+
 def test_flags_override_the_file(tmp_path):
     path = yaml_file(tmp_path, "base_model: m\ndata: d.jsonl\nlearning_rate: 1e-3\nmicro_batch_size: 2\n")
     for arguments in ([path, "--lr", "1e-4"], ["--lr=1e-4", "--config", path], ["--config=" + path, "--lr", "1e-4"]):
@@ -90,7 +95,8 @@ def test_number_in_yaml_may_be_written_without_a_point(tmp_path):
 def test_flag_may_rule_out_what_the_file_says(tmp_path):
     path = yaml_file(
         tmp_path,
-        "model: m\ndata: d\nnum_train_epochs: 3\neval_steps: 5\nval_size: 2\nlr_scheduler_type: cosine\nwarmup_steps: 9\n",
+        "model: m\ndata: d\nnum_train_epochs: 3\neval_steps: 5\nval_size: 2\n"
+        "lr_scheduler_type: cosine\nwarmup_steps: 9\n",
     )
     config = parse_arguments([path, "--max_steps", "3", "--eval_strategy", "no", "--lr_scheduler_type", "constant"])
     assert (config.max_steps, config.eval_steps, config.warmup_steps) == (3, None, 0)

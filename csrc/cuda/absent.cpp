@@ -31,9 +31,10 @@ template <Name op, class Result, class... Arguments>
 struct Absent<op, Result(Arguments...)> {
   static Result call(Arguments...) {
     const std::string name(op.text);
-    throw std::runtime_error(name.substr(0, name.find('.')) +
-                             ": a CUDA tensor needs a build of nf4lora with CUDA, got one for the CPU only; put nvcc on "
-                             "PATH and reinstall: pip install --force-reinstall --no-deps --no-cache-dir .");
+    throw std::runtime_error(
+        name.substr(0, name.find('.')) +
+        ": a CUDA tensor needs a build of nf4lora with CUDA, got one for the CPU only; put nvcc on "
+        "PATH and reinstall: pip install --force-reinstall --no-deps --no-cache-dir .");
   }
 };
 

@@ -42,8 +42,7 @@ Tensor dequantize(const Tensor& absmax_q, const Tensor& nested) {
   require_launched("absmax_dequantize",
                    absmax_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
                                      static_cast<const float*>(scales.const_data_ptr()),
-                                     static_cast<float*>(absmax.mutable_data_ptr()), absmax.numel(),
-                                     device.stream()));
+                                     static_cast<float*>(absmax.mutable_data_ptr()), absmax.numel(), device.stream()));
   return absmax;
 }
 

@@ -2,9 +2,9 @@
 //
 // Quantising happens once, while a model loads, on 1/64 of its numbers: its kernels are written to keep the order of
 // summation, not to be fast. Dequantising is part of every use of a weight and moves 5 bytes per 64 weights.
+#include "../format.h"
 #include "launch.h"
 #include "vector.cuh"
-#include "../format.h"
 
 namespace nf4lora::cuda {
 namespace {
@@ -48,10 +48,9 @@ __global__ void __launch_bounds__(kThreads)
 // Formula   offset = round_to_float32(sum of block_sums in index order / count)
 // Threads   a single warp, for the order
 // Bound     one dependent addition per 16384 weights: 0.1 ms for the largest layers of an 8B model
-__global__ void __launch_bounds__(kWarp)
-    absmax_offset_kernel(const double* __restrict__ block_sums,  // [blocks]
-                         float* __restrict__ offset,             // [1]
-                         int64_t blocks, int64_t count) {
+__global__ void __launch_bounds__(kWarp) absmax_offset_kernel(const double* __restrict__ block_sums,  // [blocks]
+                                                              float* __restrict__ offset,             // [1]
+                                                              int64_t blocks, int64_t count) {
   const double sum = ordered_sum(block_sums, blocks);
   if (threadIdx.x == 0) *offset = __double2float_rn(__ddiv_rn(sum, static_cast<double>(count)));
 }
@@ -59,12 +58,11 @@ __global__ void __launch_bounds__(kWarp)
 // Formula   nested = max |absmax - offset|;  q = nearest((absmax - offset) / nested), kNestedZero where nested is 0
 // Threads   one warp per block of 256, eight values a lane
 // Bound     latency
-__global__ void __launch_bounds__(kThreads)
-    absmax_encode_kernel(const float* __restrict__ absmax,   // [count]
-                         uint8_t* __restrict__ absmax_q,     // [count]
-                         float* __restrict__ nested,         // [blocks]
-                         const float* __restrict__ offset,   // [1]
-                         int64_t count) {
+__global__ void __launch_bounds__(kThreads) absmax_encode_kernel(const float* __restrict__ absmax,  // [count]
+                                                                 uint8_t* __restrict__ absmax_q,    // [count]
+                                                                 float* __restrict__ nested,        // [blocks]
+                                                                 const float* __restrict__ offset,  // [1]
+                                                                 int64_t count) {
   __shared__ float map[256];
   map[threadIdx.x] = kDeviceMap.value[threadIdx.x];
   __syncthreads();
@@ -134,7 +132,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t at = first; at < count; ++at) absmax[at] = __fadd_rn(__fmul_rn(map[absmax_q[at]], scale), offset);
 }
 
-unsigned blocks_of(int64_t count, int64_t per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
+unsigned blocks_of(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
 
 }  // namespace
 

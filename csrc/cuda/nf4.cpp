@@ -34,12 +34,11 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
   Tensor absmax = torch::stable::new_empty(input, with_last(weight, K / blocksize), ScalarType::Float);
   Tensor first_bad = torch::stable::new_empty(input, {1}, ScalarType::Long);
 
-  require_launched("nf4_quantize",
-                   nf4_quantize(input.const_data_ptr(), dtype_of(weight.scalar_type()),
-                                static_cast<uint8_t*>(qweight.mutable_data_ptr()),
-                                static_cast<float*>(absmax.mutable_data_ptr()),
-                                static_cast<uint64_t*>(first_bad.mutable_data_ptr()), weight.numel(), blocksize,
-                                device.stream()));
+  require_launched(
+      "nf4_quantize",
+      nf4_quantize(input.const_data_ptr(), dtype_of(weight.scalar_type()),
+                   static_cast<uint8_t*>(qweight.mutable_data_ptr()), static_cast<float*>(absmax.mutable_data_ptr()),
+                   static_cast<uint64_t*>(first_bad.mutable_data_ptr()), weight.numel(), blocksize, device.stream()));
   uint64_t block = kNoBlock;
   require_launched("nf4_quantize", read(&block, first_bad.const_data_ptr(), sizeof(block), device.stream()));
   if (block != kNoBlock) fail_nf4_quantize_finite(static_cast<int64_t>(block), blocksize);

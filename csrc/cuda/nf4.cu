@@ -5,9 +5,9 @@
 // compiler's flags.
 #include <bit>
 
+#include "../format.h"
 #include "launch.h"
 #include "vector.cuh"
-#include "../format.h"
 
 namespace nf4lora::cuda {
 namespace {
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kEncodeThreads)
   Vector<uint8_t, kEncodedPerThread / 2> packed;
 #pragma unroll
   for (int i = 0; i < kEncodedPerThread; i += 2) {
-    packed.value[i / 2] = pack(nearest_code(__fmul_rn(w[i], inverse), tree),
-                               nearest_code(__fmul_rn(w[i + 1], inverse), tree));
+    packed.value[i / 2] =
+        pack(nearest_code(__fmul_rn(w[i], inverse), tree), nearest_code(__fmul_rn(w[i + 1], inverse), tree));
   }
   store(qweight + first / 2, packed, aligned);
 }
@@ -156,9 +156,9 @@ void dequantize(const uint8_t* qweight, const float* absmax, void* weight, int64
                 cudaStream_t stream) {
   constexpr int64_t kPerBlock = kDecodeThreads * kDecodeLoads * (16 / sizeof(T));
   const unsigned grid = static_cast<unsigned>((count + kPerBlock - 1) / kPerBlock);
-  nf4_dequantize_kernel<<<grid, kDecodeThreads, 0, stream>>>(
-      qweight, absmax, static_cast<T*>(weight), count, std::countr_zero(static_cast<uint64_t>(blocksize)),
-      is_aligned(qweight) && is_aligned(weight));
+  nf4_dequantize_kernel<<<grid, kDecodeThreads, 0, stream>>>(qweight, absmax, static_cast<T*>(weight), count,
+                                                             std::countr_zero(static_cast<uint64_t>(blocksize)),
+                                                             is_aligned(qweight) && is_aligned(weight));
 }
 
 }  // namespace

@@ -36,13 +36,13 @@ def check_files(files: list[str], packed_file: bool) -> None:
                 header = None
         if header is None:
             raise ValueError(
-                f"NF4Config: {path} must be a safetensors file, got {size} bytes with no whole header; download it again"
+                f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
             )
         header.pop("__metadata__", None)
         cut = [name for name, tensor in header.items() if start + tensor["data_offsets"][1] > size]
         if cut:
             raise ValueError(
-                f"NF4Config: {path} must hold {_listed(cut)}, got a file cut off at {size} bytes; download it again"
+                f"NF4Config: {path} must hold {_listed(cut)}, got a file cut off at {size} bytes; download again"
             )
         foreign = [name for name, t in header.items() if name.endswith(".weight") and t["dtype"] not in FLOATS]
         if foreign and not packed_file:

@@ -72,7 +72,6 @@ class NF4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.failure: Exception | None = None
-        self.conversions: list[Any] | None = None
 
     # ---- before loading ----
 
@@ -160,7 +159,7 @@ class NF4Quantizer(HfQuantizer):
                 kept = [*(self.quantization_config.modules_to_not_convert or []), *straddling]
                 self.quantization_config.modules_to_not_convert = kept
         self.keep_names(model)
-        # Now, so that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
+        # So that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
         from nf4lora import adapter
 
         adapter.install()
@@ -168,7 +167,7 @@ class NF4Quantizer(HfQuantizer):
 
     def keep_names(self, model: Any) -> None:
         """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""
-        self.conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
+        model._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """What save_pretrained writes: with PEFT's layers in the model, the base under its own names."""
@@ -185,9 +184,7 @@ class NF4Quantizer(HfQuantizer):
             linear.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
             linear.register_parameter("bias", packed.bias)
             bitsandbytes.replace_layer(model, name, linear.train(packed.training))
-        model.__dict__.pop("_weight_conversions", None)  # transformers then takes those of the model's class
-        if self.conversions is not None and not self.pre_quantized:
-            model._weight_conversions = self.conversions  # the way back to the very names of the 16-bit file
+        model.__dict__.pop("_weight_conversions", None)  # so that it saves under the names of a 16-bit file again
         model.__dict__.pop("nf4lora_skipped", None)
         return model
 

@@ -45,7 +45,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Layers of one name that carry an adapter: how many, of how many, and how many of them over a packed base."""
+    """Layers of one name that carry an adapter: how many, of how many linear layers, how many over a packed base.
+
+    `of` is 0 for what is no linear layer below the output head: the head itself, experts in one tensor.
+    """
 
     name: str
     count: int
@@ -84,8 +87,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'kind':<20}{'dtype':<10}{'tensors':>8}{'MiB':>12}{'share':>9}"]
         for row in self.tensors:
-            share = row.bytes / max(self.bytes, 1)
-            lines.append(f"{row.kind:<20}{row.dtype:<10}{row.count:>8}{row.bytes / 2**20:>12.2f}{share:>9.1%}")
+            part = row.bytes / max(self.bytes, 1)
+            lines.append(f"{row.kind:<20}{row.dtype:<10}{row.count:>8}{row.bytes / 2**20:>12.2f}{part:>9.1%}")
         lines.append(f"{'total':<20}{'':<10}{sum(row.count for row in self.tensors):>8}{self.bytes / 2**20:>12.2f}")
         if self.bits_per_weight is not None:
             lines.append(f"packed in NF4: {self.packed_layers} layers, {self.bits_per_weight:.3f} bits per weight")
@@ -93,17 +96,17 @@ class Report:
             lines.append("packed in NF4: nothing")
         lines += _grouped("not packed", self.kept)
         if self.adapters:
-            share = self.adapted_layers / max(self.linear_layers, 1)
-            names = ", ".join(f"{row.name} {row.count}/{row.of}" for row in self.adapters)
-            lines.append(
-                f"adapters on {self.adapted_layers} of {self.linear_layers} linear layers ({share:.1%}): {names}"
-            )
+            linear = sum(row.count for row in self.adapters if row.of)
+            share = f"{linear / max(self.linear_layers, 1):.1%}"
+            others = f" and {self.adapted_layers - linear} other modules" if linear < self.adapted_layers else ""
+            names = ", ".join(f"{row.name} {row.count}" + (f"/{row.of}" if row.of else "") for row in self.adapters)
+            lines.append(f"adapters on {linear} of {self.linear_layers} linear layers ({share}){others}: {names}")
             if loose := sum(row.count - row.packed for row in self.adapters):
                 lines.append(f"  {loose} of them over a layer that is not packed: PEFT's own compute")
         if self.trained_in_full:
             lines.append(f"trained in full: {', '.join(self.trained_in_full)}")
-        share = self.trainable / max(self.parameters, 1)
-        lines.append(f"trainable: {self.trainable:,} of {self.parameters:,} parameters ({share:.2%})")
+        trained = self.trainable / max(self.parameters, 1)
+        lines.append(f"trainable: {self.trainable:,} of {self.parameters:,} parameters ({trained:.2%})")
         return "\n".join(lines)
 
 
@@ -119,7 +122,7 @@ def report(model: nn.Module) -> Report:
 
     >>> layer = NF4Linear.from_linear(nn.Linear(256, 1024, bias=False))
     >>> report(nn.Sequential(layer)).bits_per_weight
-    4.126953125
+    4.1270751953125
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
@@ -171,7 +174,7 @@ def report(model: nn.Module) -> Report:
             Adapted(
                 suffix,
                 count,
-                max(suffixes[suffix], count),
+                suffixes[suffix],
                 sum(s == suffix and isinstance(base, NF4Linear) for s, base in carrying),
             )
             for suffix, count in Counter(suffix for suffix, _ in carrying).items()

@@ -12,7 +12,8 @@ approximate instruction. What it cannot see: ptxas, weak memory order, timing, o
 `Launchers` (cudart.py) goes one step further and runs the real host code of the launchers, on a runtime of our own
 that hands every launch to the interpreter; so grid sizes and arguments are those that ship.
 
-Floors: parser < memory < grid < instructions, tensor_core < device < cudart.
+Floors: parser, memory < grid < instructions < access, warp < device < cudart. An instruction that a new kernel needs
+is a few lines in one of the middle three.
 """
 
 from ptx.cudart import Launchers

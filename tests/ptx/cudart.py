@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ptx.device import Buffer, Device
+from ptx.grid import Launch
 from ptx.memory import PtxError
 from ptx.nvcc import CSRC, FLAGS, NVCC, run
 
@@ -30,12 +31,12 @@ def _build(folder: Path) -> tuple[ctypes.CDLL, dict[str, str]]:
     sources = [*sorted(CSRC.glob("cuda/*.cu")), Path(__file__).with_suffix(".cpp")]
     options = ["-arch=compute_80", "-shared", "-Xcompiler", "-fPIC", "--cudart", "none", "-o", str(library)]
     run([NVCC, *FLAGS, *options, *map(str, sources)])
-    listings = [
-        subprocess.run(["nm", "-D", "--defined-only", *flag, library], capture_output=True, text=True, check=True).stdout
+    listings = (
+        subprocess.run(["nm", "-D", *flag, library], capture_output=True, text=True, check=True).stdout.splitlines()
         for flag in ([], ["-C"])
-    ]
+    )
     names = {}
-    for mangled, plain in zip(*(listing.splitlines() for listing in listings), strict=True):
+    for mangled, plain in zip(*listings, strict=True):
         if match := re.search(r" T nf4lora::cuda::(\w+)\(", plain):
             names[match[1]] = mangled.split()[-1]
     return ctypes.CDLL(str(library)), names
@@ -60,7 +61,7 @@ class Launchers:
         self._kernels = {_without_hash(name): kernel for name, kernel in device.kernels.items()}
         self._handlers = LAUNCH(self._launch), FILL(self._fill), FETCH(self._fetch)  # kept alive here
         self.launches: list[str] = []
-        self.only_last_block = False  # see Device.launch
+        self.only_last_block = False  # of each grid; the kernels may then be of any size
 
     def __getattr__(self, name: str):
         function = getattr(self._library, self._names[name])
@@ -85,7 +86,7 @@ class Launchers:
         try:
             if self._error is None:
                 function(*arguments)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             self._error = error
 
     def _launch(self, name, grid, block, arguments, shared) -> None:
@@ -96,7 +97,8 @@ class Launchers:
                 packed.extend(bytes(at - len(packed)))
                 packed.extend(ctypes.string_at(arguments[i], size))
             self.launches.append(kernel.name)
-            self._device.launch(kernel, tuple(grid.contents), tuple(block.contents), bytes(packed), shared, self.only_last_block)
+            extent = Launch(tuple(grid.contents), tuple(block.contents), shared, self.only_last_block)
+            self._device.run(kernel, bytes(packed), extent)
 
         self._keep_error(launch)
 

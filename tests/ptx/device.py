@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptx import instructions, tensor_core  # noqa: F401  they register what instructions mean
-from ptx.grid import Grid
+from ptx import access, instructions, warp  # noqa: F401  they register what instructions mean
+from ptx.grid import Grid, Launch
 from ptx.memory import Memory, PtxError
 from ptx.parser import Kernel, parse
 
@@ -73,22 +73,18 @@ class Device:
             raise PtxError(f"{len(found)} kernels match {fragments}, of {sorted(self.kernels)}")
         return found[0]
 
-    def launch(
-        self, kernel: str | Kernel, grid, block, arguments: Sequence | bytes, shared: int = 0, only_last: bool = False
-    ) -> None:
-        """Runs a kernel to its end; `only_last`: just the last block of the grid, which may then be of any size.
-
-        Arguments are buffers, integers, or already packed bytes.
-        """
+    def launch(self, kernel: str | Kernel, grid, block, arguments: Sequence, shared: int = 0) -> None:
+        """Runs a kernel to its end. Grid and block are one to three numbers; arguments are buffers and integers."""
         kernel = self.kernel(kernel) if isinstance(kernel, str) else kernel
-        packed = arguments if isinstance(arguments, bytes) else self._pack(kernel, arguments)
-        symbols = dict(self.symbols)
-        for name, (at, _) in self.layout(kernel).items():
-            symbols[name] = at
+        self.run(kernel, self._pack(kernel, arguments), Launch(_three(grid), _three(block), shared))
+
+    def run(self, kernel: Kernel, arguments: bytes, launch: Launch) -> None:
+        """The same with arguments as the bytes that the kernel will read."""
+        places = {name: at for name, (at, _) in self.layout(kernel).items()}
         self.memory.forget_accesses()
-        run = Grid(kernel, symbols, self.memory, packed, _three(grid), _three(block), shared, only_last)
-        run.late_copies = self.late_copies
-        run.run()
+        grid = Grid(kernel, self.symbols | places, self.memory, arguments, launch)
+        grid.late_copies = self.late_copies
+        grid.run()
 
     @staticmethod
     def layout(kernel: Kernel) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ Blocks run side by side and do not wait for each other, as on a GPU.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,10 +28,20 @@ def dtype_of(kind: str) -> np.dtype:
     return np.dtype(bool) if kind == "pred" else np.dtype(family[kind[1:]])
 
 
+@dataclass(frozen=True)
+class Launch:
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int = 0  # bytes of dynamic shared memory
+    only_last: bool = False  # run just the last block of the grid
+
+
 class Grid:
-    def __init__(self, kernel: Kernel, symbols: dict[str, int], memory: Memory, arguments: bytes, grid, block, shared, only_last):
+    def __init__(
+        self, kernel: Kernel, symbols: dict[str, int | None], memory: Memory, arguments: bytes, launch: Launch
+    ):
         self.kernel, self.symbols, self.global_memory, self.arguments = kernel, dict(symbols), memory, arguments
-        self.block_size, blocks = math.prod(block), 1 if only_last else math.prod(grid)
+        self.block_size, blocks = math.prod(launch.block), 1 if launch.only_last else math.prod(launch.grid)
         if self.block_size > kernel.max_threads:
             raise PtxError(f"a block of {self.block_size} threads, the kernel allows {kernel.max_threads}")
         self.size = blocks * self.block_size
@@ -39,11 +50,11 @@ class Grid:
         self.in_block = self.thread % self.block_size  # thread number in its block
         self.lane, self.block = self.in_block % 32, self.thread // self.block_size
         self.warp = self.block * ((self.block_size + 31) // 32) + self.in_block // 32
-        self._place_shared(blocks, shared)
+        self._place_shared(blocks, launch.shared)
         self.registers: dict[str, np.ndarray] = {}
-        self._special_registers(grid, block, only_last)
+        self._special_registers(launch)
         self.threads = self.thread  # those that execute the current instruction
-        self.pending_copies: list = []  # of cp.async, see tensor_core.py
+        self.pending_copies: list = []  # of cp.async, see access.py
         self.copy_group = np.zeros(self.size, np.int64)
         self.late_copies = True
 
@@ -61,9 +72,9 @@ class Grid:
         self.shared_memory.valid.reshape(blocks, -1)[:, :used] = True
         self.shared_base = self.block * self.shared_stride
 
-    def _special_registers(self, grid, block, only_last: bool) -> None:
-        thread, number = self.in_block, self.block + (math.prod(grid) - 1 if only_last else 0)
-        for axis, threads, blocks in zip("xyz", block, grid, strict=True):
+    def _special_registers(self, launch: Launch) -> None:
+        thread, number = self.in_block, self.block + (math.prod(launch.grid) - 1 if launch.only_last else 0)
+        for axis, threads, blocks in zip("xyz", launch.block, launch.grid, strict=True):
             values = {"tid": thread % threads, "ctaid": number % blocks, "ntid": threads, "nctaid": blocks}
             for name, value in values.items():
                 self.registers[f"%{name}.{axis}"] = np.full(self.size, value, np.uint32)

@@ -1,15 +1,15 @@
-"""What each PTX instruction computes. Only IEEE forms exist here: .approx and .ftz are refused, as the contract does.
+"""What instructions compute. Only IEEE forms exist here: .approx and .ftz are refused, as the contract does.
 
 An instruction that a new kernel needs is a few lines more; until then the interpreter names it and stops.
 """
 
 import numpy as np
 
-from ptx.grid import GENERIC_SHARED, SIGNED, UNSIGNED, Grid, dtype_of, elements, operation
+from ptx.grid import GENERIC_SHARED, UNSIGNED, Grid, dtype_of, operation
 from ptx.memory import PtxError
 from ptx.parser import Instruction, Pack
 
-IGNORED = {"rn", "uni", "sync", "aligned", "to", "nc", "ca", "cg", "cs", "lo", "L1::no_allocate", "relaxed", "gpu", "cta"}
+IGNORED = set("rn uni sync aligned to nc ca cg cs lo L1::no_allocate relaxed gpu cta".split())
 TWICE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 
 
@@ -113,8 +113,8 @@ def bit_field_extract(grid: Grid, instruction: Instruction) -> None:
     if instruction.type != "u32":
         raise PtxError("unsupported type")
     to, *operands = instruction.operands
-    value, position, length = (grid.read(o, "u32").astype(np.uint64) & m for o, m in zip(operands, (0xFFFFFFFF, 255, 255)))
-    grid.write(to, (value >> position & (np.uint64(1) << length) - 1).astype(np.uint32))
+    value, position, length = (grid.read(o, "u32").astype(np.uint64) for o in operands)
+    grid.write(to, (value >> (position & 255) & (np.uint64(1) << (length & 255)) - 1).astype(np.uint32))
 
 
 @operation("bfi")
@@ -238,107 +238,3 @@ def convert(grid: Grid, instruction: Instruction) -> None:
         if rounds and (dtype.kind != "f" or "rn" not in instruction.modifiers):
             raise PtxError("unsupported rounding")
         grid.write(to, x.astype(dtype))
-
-
-# ---- memory
-
-
-def _widths(instruction: Instruction) -> tuple[str, int, int]:
-    """Element type, bytes of an element, number of elements."""
-    vector = next((int(m[1]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
-    require_known(instruction, "param", "const", "global", "shared", "v2", "v4")
-    return instruction.type, dtype_of(instruction.type).itemsize, vector
-
-
-@operation("ld")
-def load(grid: Grid, instruction: Instruction) -> None:
-    to, source = instruction.operands
-    kind, size, vector = _widths(instruction)
-    space, address = instruction.modifiers[0], grid.address(source)
-    now = grid.clock.now[grid.threads]
-    if space == "param":
-        at = int(address[0])
-        values = np.frombuffer(grid.arguments[at : at + size * vector], np.uint8)
-        values = np.broadcast_to(values, (len(grid.threads), size * vector))
-    elif space == "shared":
-        at = grid.shared_address(address, grid.threads)
-        values = grid.shared_memory.load(at, size * vector, grid.clock, now)
-    elif space in ("global", "const"):
-        constant = space == "const" or "nc" in instruction.modifiers
-        values = grid.global_memory.load(address, size * vector, grid.clock, now, constant)
-    else:
-        raise PtxError("unsupported address space")
-    values = np.ascontiguousarray(values).view(f"u{size}")
-    for i, register in enumerate(elements(to)):
-        column = np.ascontiguousarray(values[:, i])
-        grid.write(register, column.view(SIGNED[kind[1:]]) if kind[0] == "s" else column)
-
-
-@operation("st")
-def store(grid: Grid, instruction: Instruction) -> None:
-    target, source = instruction.operands
-    kind, size, vector = _widths(instruction)
-    values = np.stack([grid.read(e, f"u{8 * size}") for e in elements(source)], axis=1).view(np.uint8)
-    write_memory(grid, instruction.modifiers[0], grid.address(target), values, grid.threads)
-
-
-def write_memory(grid: Grid, space: str, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
-    now = grid.clock.now[threads]
-    if space == "shared":
-        grid.shared_memory.store(grid.shared_address(address, threads), values, grid.clock, now)
-    elif space == "global":
-        grid.global_memory.store(address, values, grid.clock, now)
-    else:
-        raise PtxError("unsupported address space")
-
-
-ATOMIC = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "exch": lambda _, value: value}
-
-
-@operation("atom", "red")
-def atomic(grid: Grid, instruction: Instruction) -> None:
-    """Integers only: a float sum in the order of arrival would differ from run to run."""
-    if instruction.type[0] == "f":
-        raise PtxError("an atomic on floats is not deterministic")
-    require_known(instruction, "global", "shared", *ATOMIC)
-    *to, target, source = instruction.operands
-    address, memory = grid.address(target), grid.global_memory
-    if instruction.modifiers[0] == "shared":
-        address, memory = grid.shared_address(address, grid.threads), grid.shared_memory
-    update = next(ATOMIC[m] for m in instruction.modifiers if m in ATOMIC)
-    values = grid.read(source, instruction.type)
-    found = memory.atomic(address, values, update, grid.clock, grid.clock.now[grid.threads])
-    for register in to:
-        grid.write(register, found)
-
-
-# ---- lanes of a warp
-
-
-@operation("shfl", warp=True)
-def shuffle(grid: Grid, instruction: Instruction) -> None:
-    to, value, offset, clamp, _ = instruction.operands
-    x, by, bounds = (grid.read(o, "u32") for o in (value, offset, clamp))
-    lane, by = grid.lane[grid.threads], (by & 31).astype(np.int64)
-    segment = (bounds >> 8 & 31).astype(np.int64)
-    last = lane & segment | (bounds & 31).astype(np.int64) & ~segment
-    mode = instruction.modifiers[1]
-    source = {"bfly": lane ^ by, "idx": lane & segment | by & ~segment, "down": lane + by, "up": lane - by}[mode]
-    inside = source >= last if mode == "up" else source <= last
-    source = np.where(inside, source, lane)
-    everyone = np.full(grid.size + 32, -1, np.int64)
-    everyone[grid.threads] = np.arange(len(grid.threads))
-    found = everyone[grid.threads - lane + source]
-    if (found < 0).any():
-        raise PtxError("divergence: shfl reads a lane that takes no part in it")
-    register, *predicate = elements(to)
-    grid.write(register, x[found])
-    for p in predicate:
-        grid.write(p, inside)
-
-
-@operation("bar", warp=True)
-def warp_barrier(grid: Grid, instruction: Instruction) -> None:
-    if (grid.read(instruction.operands[0], "u32") != 0xFFFFFFFF).any():
-        raise PtxError("unsupported: a warp barrier of only some lanes")
-    grid.clock.after_warp_barrier(grid.threads)

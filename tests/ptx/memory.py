@@ -51,11 +51,7 @@ class Clock:
         spread = self.spread(old, now)
         block_barrier = (old >> BLOCK_SHIFT & BLOCK_TIME) < (now >> BLOCK_SHIFT & BLOCK_TIME)
         warp_barrier = (old & WARP_TIME) < (now & WARP_TIME)
-        return (
-            (spread == ONE_THREAD)
-            | ((spread == ONE_WARP) & warp_barrier)
-            | ((spread <= ONE_BLOCK) & block_barrier)
-        )
+        return (spread == ONE_THREAD) | ((spread == ONE_WARP) & warp_barrier) | ((spread <= ONE_BLOCK) & block_barrier)
 
 
 class Memory:

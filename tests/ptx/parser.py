@@ -81,7 +81,9 @@ VARIABLE = re.compile(
     r"(?P<name>[\w$]+)(?P<array>\[\d*\])?(?:\s*=\s*(?P<content>\{[^}]*\}|[^;]+))?;"
 )
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", re.S)
-PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^%]*?\.align\s+\d+)?\s+([\w$]+)(?:\[(\d+)\])?")
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^%]*?\.align\s+\d+)?\s+([\w$]+)(?:\[(\d+)\])?"
+)
 
 
 def parse(text: str) -> Module:

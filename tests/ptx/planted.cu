@@ -68,8 +68,7 @@ extern "C" __global__ void gemm_kernel(const __nv_bfloat16* a,  // [M, K]
   auto fetch = [&](int step) {  // 16 bytes a thread; a row past the end is filled with zeros
     const int row = thread / 2, column = thread % 2 * 8, bytes = first + row < M ? 16 : 0;
     const void* from = a + (bytes ? static_cast<int64_t>(first + row) * K + step * kK + column : 0);
-    const unsigned to =
-        static_cast<unsigned>(__cvta_generic_to_shared(tiles + (step % 2 * kM + row) * kRow + column));
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(tiles + (step % 2 * kM + row) * kRow + column));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
@@ -101,10 +100,12 @@ extern "C" __global__ void gemm_kernel(const __nv_bfloat16* a,  // [M, K]
     const auto* b_row = b_tile + lane % 8 * kRow + lane / 8 % 2 * 8;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fa[0]), "=r"(fa[1]), "=r"(fa[2]), "=r"(fa[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(a_row))) : "memory");
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(a_row)))
+                 : "memory");
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(fb[0]), "=r"(fb[1])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(b_row))) : "memory");
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(b_row)))
+                 : "memory");
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -198,7 +198,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
 
 
 def _settings(items: list[tuple[str, Any]], source: str, flag: bool = False) -> Settings:
-    """Canonical names and parsed values; two names of one option must agree."""
+    """Canonical names and parsed values. Two names of one option must agree; of a flag given twice the last counts."""
     settings: Settings = {}
     for name, value in items:
         shown = f"--{name}" if flag else f"{source}: {name}"
@@ -213,7 +213,7 @@ def _settings(items: list[tuple[str, Any]], source: str, flag: bool = False) -> 
             raise UsageError(f"{shown} {error}, got {value!r}") from None
         for canonical, item in found.items():
             earlier = settings.get(canonical)
-            if earlier is not None and earlier[0] != item:
+            if earlier is not None and earlier[0] != item and earlier[1] != shown:
                 raise UsageError(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
             settings[canonical] = (item, shown)
     return settings

@@ -59,7 +59,10 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     if data.eval is None:
         config.eval_strategy = "no"
 
+    import transformers
+
     dtype = loading.choose_dtype(config.dtype, device)
+    transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
     model = loading.load_model(config, model_config, device, dtype)
     model, said = loading.add_adapters(config, model)
     if said:

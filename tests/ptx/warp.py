@@ -1,65 +1,39 @@
-"""Asynchronous copies to shared memory, and the matrix instructions of a warp."""
+"""Instructions that the lanes of a warp execute together: shuffles, the warp barrier, the matrix instructions."""
 
 import numpy as np
 
 from ptx.grid import Grid, elements, operation
-from ptx.instructions import write_memory
 from ptx.memory import PtxError
-from ptx.parser import Immediate, Instruction
+from ptx.parser import Instruction
 
 
-@operation("cp")
-def copy_async(grid: Grid, instruction: Instruction) -> None:
-    """cp.async. The bytes arrive when the thread waits for them, or, with grid.late_copies False, at once: a kernel
-    must be right both ways."""
-    form = instruction.modifiers[1]
-    if form == "commit_group":
-        grid.copy_group[grid.threads] += 1
-    elif form in ("wait_group", "wait_all"):
-        open_groups = instruction.operands[0].bits if form == "wait_group" else 0
-        if form == "wait_all":
-            grid.copy_group[grid.threads] += 1
-        _arrive(grid, open_groups)
-    elif form in ("ca", "cg"):
-        target, source, size, *rest = instruction.operands
-        if not isinstance(size, Immediate) or size.bits not in (4, 8, 16):
-            raise PtxError("unsupported size")
-        taken = grid.read(rest[0], "u32") if rest else np.full(len(grid.threads), size.bits, np.uint32)
-        if not np.isin(taken, (0, size.bits)).all():
-            raise PtxError("unsupported: a copy of only a part")
-        copy = grid.address(target), grid.address(source), size.bits, taken > 0, grid.threads
-        if grid.late_copies:
-            grid.pending_copies.append((grid.copy_group[grid.threads], copy, instruction))
-        else:
-            _copy(grid, *copy)
-    else:
-        raise PtxError("unsupported form of cp")
+@operation("shfl", warp=True)
+def shuffle(grid: Grid, instruction: Instruction) -> None:
+    to, value, offset, clamp, _ = instruction.operands
+    x, by, bounds = (grid.read(o, "u32") for o in (value, offset, clamp))
+    lane, by = grid.lane[grid.threads], (by & 31).astype(np.int64)
+    segment = (bounds >> 8 & 31).astype(np.int64)
+    last = lane & segment | (bounds & 31).astype(np.int64) & ~segment
+    mode = instruction.modifiers[1]
+    source = {"bfly": lane ^ by, "idx": lane & segment | by & ~segment, "down": lane + by, "up": lane - by}[mode]
+    inside = source >= last if mode == "up" else source <= last
+    source = np.where(inside, source, lane)
+    everyone = np.full(grid.size + 32, -1, np.int64)
+    everyone[grid.threads] = np.arange(len(grid.threads))
+    found = everyone[grid.threads - lane + source]
+    if (found < 0).any():
+        raise PtxError("divergence: shfl reads a lane that takes no part in it")
+    register, *predicate = elements(to)
+    grid.write(register, x[found])
+    for p in predicate:
+        grid.write(p, inside)
 
 
-def _arrive(grid: Grid, open_groups: int) -> None:
-    """Finishes the copies of the waiting threads, all but those of their latest `open_groups` groups."""
-    waits = np.zeros(grid.size, bool)
-    waits[grid.threads] = True
-    remaining = []
-    for groups, copy, instruction in grid.pending_copies:
-        threads = copy[-1]
-        done = waits[threads] & (groups < grid.copy_group[threads] - open_groups)
-        if done.any():
-            try:
-                _copy(grid, *(part if isinstance(part, int) else part[done] for part in copy))
-            except PtxError as error:
-                raise grid.error(instruction, str(error)) from None
-        if not done.all():
-            remaining.append((groups[~done], tuple(p if isinstance(p, int) else p[~done] for p in copy), instruction))
-    grid.pending_copies = remaining
-
-
-def _copy(grid: Grid, target, source, size: int, taken, threads) -> None:
-    values = np.zeros((len(threads), size), np.uint8)  # a copy of nothing fills with zeros
-    if taken.any():
-        now = grid.clock.now[threads[taken]]
-        values[taken] = grid.global_memory.load(source[taken], size, grid.clock, now)
-    write_memory(grid, "shared", target, values, threads)
+@operation("bar", warp=True)
+def warp_barrier(grid: Grid, instruction: Instruction) -> None:
+    if (grid.read(instruction.operands[0], "u32") != 0xFFFFFFFF).any():
+        raise PtxError("unsupported: a warp barrier of only some lanes")
+    grid.clock.after_warp_barrier(grid.threads)
 
 
 @operation("ldmatrix", warp=True)

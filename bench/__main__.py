@@ -1,0 +1,109 @@
+"""Run the cases, print their tables, keep their results.
+
+    python -m bench                   everything, into bench/results/<device>.json
+    python -m bench nf4 lora          two cases; the others' results stay
+    python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
+    python -m bench --table           writes the results into bench/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import results
+from .case import MODEL, Absent, Settings, WrongAnswer
+from .machine import environment
+from .timing import Watch, warning, warning_before
+
+CASES = ("nf4", "absmax", "lora", "load", "train", "converge", "perplexity")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.table:
+        return write_table()
+    if options.list:
+        for name in CASES:
+            print(f"{name:<12}{case(name).QUESTION}")
+        return 0
+    settings = Settings(options.quick, options.device, options.model)
+    about = environment(settings.device)
+    print(results.headline(about), flush=True)
+    if not options.quick and (text := warning_before()):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    failed = False
+    for name in options.case or CASES:
+        failed |= not run(name, settings, about, options.json)
+    return int(failed)
+
+
+def run(name: str, settings: Settings, about: dict, json: Path | None) -> bool:
+    """One case: False where an answer was wrong."""
+    print(f"\n{name}: {case(name).QUESTION}\n", flush=True)
+    try:
+        with Watch() as watch:
+            tables = case(name).run(settings)
+    except Absent as absent:
+        print(f"not run: {absent}", flush=True)
+        return True
+    except WrongAnswer as wrong:
+        print(f"{name}: not timed, the answer is wrong: {wrong}", file=sys.stderr, flush=True)
+        return False
+    print("\n\n".join(table.markdown() for table in tables), flush=True)
+    record = {
+        "case": name,
+        "question": case(name).QUESTION,
+        "quick": settings.quick,
+        "environment": about,
+        **watch.record(),
+        "tables": [table.to_dict() for table in tables],
+    }
+    if not settings.quick and (text := warning(record)):
+        print(f"warning: {name}: {text}", file=sys.stderr, flush=True)
+    if json is not None:
+        results.append(json, record)
+    elif not settings.quick:
+        print(f"\nkept in {results.keep(record)}", flush=True)
+    return True
+
+
+def case(name: str):
+    return importlib.import_module(f".{name}", __package__)
+
+
+def write_table() -> int:
+    if not results.README.is_file():
+        print(f"bench: {results.README} is not there; run this in the repository", file=sys.stderr)
+        return 1
+    files = results.write(results.README)
+    print(f"{results.README} now shows {', '.join(path.name for path in files) or 'no results'}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}",
+        description="Benchmarks of nf4lora, each beside the best rival that is installed.",
+    )
+    parser.add_argument("case", nargs="*", help=f"{', '.join(CASES)}; all without one")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: see that it runs; nothing is kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line per case here, keep nothing elsewhere")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the real model (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--list", action="store_true", help="print the cases and what they answer")
+    parser.add_argument("--table", action="store_true", help="write bench/results/*.json into bench/README.md")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.case if name not in CASES]
+    if unknown:
+        parser.error(f"case must be one of {', '.join(CASES)}, got {', '.join(unknown)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

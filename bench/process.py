@@ -1,0 +1,122 @@
+"""Contenders that need a process of their own: fresh memory, fresh caches, no library that another has patched.
+
+In the child a contender is a generator, `contender(**arguments)` of a case's module; in the parent `next()` lets it run
+to its next yield and returns what it yields. So contenders can be alive side by side and still take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]  # the folder that this package lies in
+
+
+class Process:
+    """A contender in a fresh Python process.
+
+    Raises:
+        RuntimeError: it died; with the end of what it had to say.
+    """
+
+    def __init__(self, module: str, **arguments: object) -> None:
+        self.name = f"{module}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+        self.log = tempfile.TemporaryFile("w+")
+        path = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.process", module, json.dumps(arguments, default=str)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.child.stdin.close()
+        try:
+            self.child.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.child.stdout.close()
+        self.log.close()
+
+    def start(self) -> None:
+        """Let it run on; result() waits for what it yields."""
+        try:
+            self.child.stdin.write("\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            self.fail()
+
+    def running(self, seconds: float) -> bool:
+        """Whether it has not answered after so many more seconds."""
+        return not select.select([self.child.stdout], [], [], seconds)[0]
+
+    def result(self) -> dict:
+        line = self.child.stdout.readline()
+        return json.loads(line) if line else self.fail()
+
+    def __next__(self) -> dict:
+        self.start()
+        return self.result()
+
+    def fail(self) -> dict:
+        self.child.wait()
+        self.log.seek(0)
+        raise RuntimeError(f"{self.name} ended with {self.child.returncode}:\n{self.log.read()[-2000:]}")
+
+
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """Memory of a process that no file backs."""
+    return status(pid, "RssAnon")
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """Most memory this process has held since `forget_peak`: resident on a CPU, allocated on a GPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return status("self", "VmHWM")
+
+
+def forget_peak(device: str = "cpu") -> None:
+    """Count the peak from here on."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # forbidden in some containers: the peak then includes loading
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(pid: int | str, key: str) -> int:
+    """A line of /proc/<pid>/status, in bytes."""
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def main() -> None:
+    module, arguments = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    steps = importlib.import_module(f".{module}", __package__).contender(**json.loads(arguments))
+    for _ in sys.stdin:
+        print(json.dumps(next(steps)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Linear layers of real models, by what their configuration calls them: N out features, K in features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear layer; layers of equal shape in a block share a line."""
+
+    model: str
+    layer: str
+    N: int
+    K: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.layer} {self.N} x {self.K}"
+
+    @property
+    def weights(self) -> int:
+        return self.N * self.K
+
+
+SHAPES = (
+    Shape("SmolLM2-135M", "q, o", 576, 576),
+    Shape("SmolLM2-135M", "k, v", 192, 576),
+    Shape("SmolLM2-135M", "gate, up", 1536, 576),
+    Shape("SmolLM2-135M", "down", 576, 1536),
+    Shape("Llama-3.1-8B", "q, o", 4096, 4096),
+    Shape("Llama-3.1-8B", "k, v", 1024, 4096),
+    Shape("Llama-3.1-8B", "gate, up", 14336, 4096),
+    Shape("Llama-3.1-8B", "down", 4096, 14336),
+    Shape("Qwen2.5-7B", "q, o", 3584, 3584),
+    Shape("Qwen2.5-7B", "k, v", 512, 3584),
+    Shape("Qwen2.5-7B", "gate, up", 18944, 3584),
+    Shape("Qwen2.5-7B", "down", 3584, 18944),
+)
+QUICK = SHAPES[:2]
+
+
+def layers(*names: str) -> list[Shape]:
+    """The shapes of 'model layer' names."""
+    return [next(shape for shape in SHAPES if f"{shape.model} {shape.layer}" == name) for name in names]

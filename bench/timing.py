@@ -1,0 +1,179 @@
+"""Timing of calls that take turns, and what can be known about who else was working.
+
+What is done: everybody is called once to warm up; then all contenders are called in turn, forwards in one round and
+backwards in the next, so that a drift of the clock or the load hits all of them alike; ratios are taken within a round.
+Weights are rotated through copies that together exceed the last cache level twice, so that each call finds its own in
+memory, as a model of many layers does. The median and the range from 20 to 80 % are kept.
+
+What is not controlled: the clock frequency and its boost, other guests on the same host, which core and which memory
+bank a thread lands on, huge pages, the state of the page cache. Absolute times on a CPU hold for that machine on that
+day; quote ratios.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+Spread = dict[str, float]  # median, low (20 %), high (80 %)
+MOST_COPIES = 256
+
+
+def spread(values: list[float], scale: float = 1.0) -> Spread:
+    """Median and the range from 20 to 80 %.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0, 100.0])
+    {'median': 3.0, 'low': 1.8, 'high': 23.2}
+    """
+    if len(values) == 1:
+        values = values * 2
+    fifths = quantiles(values, n=5, method="inclusive")  # stays within what was measured
+    return {"median": median(values) * scale, "low": fifths[0] * scale, "high": fifths[3] * scale}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each call, in the order of the rounds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def spread(self, scale: float = 1e3) -> Spread:
+        """In milliseconds, unless another scale is asked for."""
+        return spread(self.seconds, scale)
+
+    def over(self, other: Timing) -> Spread:
+        """How many times as long as the other this one took, round by round."""
+        return spread([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
+
+
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    least: int = 5,
+    most: int = 200,
+    device: str = "cpu",
+) -> dict[str, Timing]:
+    """Call the contenders in turn for about so many seconds, in at least and at most so many rounds."""
+    clock = timed_on_cuda if device == "cuda" else timed
+    for call in calls.values():  # the first call builds caches and thread pools, the second tells the time
+        clock(call)
+    once = sum(clock(call) for call in calls.values())
+    rounds = min(most, max(least, math.ceil(seconds / once)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        order = list(calls.items())
+        for name, call in order if number % 2 == 0 else reversed(order):
+            found[name].append(clock(call))
+    return {name: Timing(values) for name, values in found.items()}
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def timed_on_cuda(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def rotation(make: Callable[[int], T], nbytes: int, device: str = "cpu") -> Iterator[T]:
+    """An endless turn through copies made by `make(index)`, enough to exceed the last cache level twice."""
+    return itertools.cycle([make(index) for index in range(copies(nbytes, last_cache(device)))])
+
+
+def copies(nbytes: int, cache: int) -> int:
+    """How many things of so many bytes exceed the cache twice; never fewer than two.
+
+    >>> copies(8 << 20, 32 << 20), copies(1 << 30, 32 << 20)
+    (9, 2)
+    """
+    return min(MOST_COPIES, max(2, 2 * cache // max(nbytes, 1) + 1))
+
+
+def last_cache(device: str = "cpu") -> int:
+    """Bytes of the last cache level; 32 MB where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+class Watch:
+    """What else ran on the machine meanwhile: `with Watch() as watch: ...`, then `watch.record()`.
+
+    Processor time that the system spent, less our own and that of our ended children, is somebody else's.
+    """
+
+    def __enter__(self) -> Watch:
+        self.load = [os.getloadavg()[0]]
+        self.since = (time.perf_counter(), busy_seconds(), own_seconds())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        elapsed, busy, own = (
+            now - then
+            for now, then in zip((time.perf_counter(), busy_seconds(), own_seconds()), self.since, strict=True)
+        )
+        self.seconds = elapsed
+        self.others = max(0.0, busy - own) / elapsed
+        self.load.append(os.getloadavg()[0])
+
+    def record(self) -> dict:
+        return {
+            "seconds": round(self.seconds, 1),
+            "load_average": [round(value, 2) for value in self.load],
+            "cores_used_by_others": round(self.others, 2),
+        }
+
+
+def own_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
+def busy_seconds() -> float:
+    """Processor time that the whole machine has spent so far, time stolen by other guests included."""
+    try:
+        user, nice, system, _, _, irq, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return own_seconds()
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def warning(record: dict) -> str | None:
+    """What to say where somebody else was working while this was measured."""
+    others, load = record["cores_used_by_others"], record["load_average"]
+    if others < 0.1:
+        return None
+    return (
+        f"somebody else used {others:.1f} of {os.cpu_count()} cores meanwhile (load average {load[0]:.1f} at the "
+        f"start, {load[-1]:.1f} at the end): not to be quoted"
+    )
+
+
+def warning_before() -> str | None:
+    """What to say before anything has run, when the load average can only be somebody else's."""
+    load = os.getloadavg()[0]
+    return None if load < 0.5 else f"load average {load:.1f} before anything ran: somebody else seems to be working"
