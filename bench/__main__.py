@@ -1,9 +1,9 @@
 """Run the cases, print their tables, keep their results.
 
-    python -m bench                   everything, into bench/results/<device>.json
-    python -m bench nf4 lora          two cases; the others' results stay
-    python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
-    python -m bench --table           writes the results into bench/README.md
+python -m bench                   everything, into bench/results/<device>.json
+python -m bench nf4 lora          two cases; the others' results stay
+python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
+python -m bench --table           writes the results into bench/README.md
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def row(shape: Shape, settings: Settings) -> dict:
         "layer": shape.name,
         "scales": absmax.numel(),
         "encode, ms": encoded["nf4lora"].spread(),
-        "encode, bitsandbytes / ours": encoded["bitsandbytes"].over(encoded["nf4lora"]) if "bitsandbytes" in encoded else None,
+        "encode, bitsandbytes / ours": encoded["bitsandbytes"].over(encoded["nf4lora"])
+        if "bitsandbytes" in encoded
+        else None,
         "decode, ms": back["nf4lora"].spread(),
         "decode, bitsandbytes / ours": back["bitsandbytes"].over(back["nf4lora"]) if "bitsandbytes" in back else None,
         "codes unlike bitsandbytes', %": differing,

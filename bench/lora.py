@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from nf4lora import NF4Linear, ops, reference
 from torch import Tensor, nn
 

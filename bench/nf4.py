@@ -37,8 +37,8 @@ def speed(settings: Settings) -> Table:
         [speed_of(shape, settings) for shape in shapes],
         [
             "bitsandbytes / ours: its time over ours, each into a new tensor",
-            "'unpack, ms' is into an existing tensor; 'of fill_' and 'of copy_' say how close that comes to torch filling "
-            "and copying a bf16 tensor of that shape",
+            "'unpack, ms' is into an existing tensor; 'of fill_' and 'of copy_' say how close that comes to torch "
+            "filling and copying a bf16 tensor of that shape",
             *without("bitsandbytes"),
         ],
     )
@@ -146,4 +146,3 @@ def error(blocksize: int, seed: int) -> tuple[float, float]:
     x = torch.randn(256, 4096, generator=torch.Generator().manual_seed(seed))  # a row holds the largest block
     difference = (x - ops.nf4_dequantize(*ops.nf4_quantize(x, blocksize), blocksize, torch.float32)).abs()
     return difference.mean().item(), (difference / (x.abs() + 1e-8)).mean().item()
-

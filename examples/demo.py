@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,7 @@ CONFIG = ROOT / "examples" / "tickets.yaml"
 CATEGORIES = ("billing", "booking", "complaint", "lost_property", "praise", "question", "repair")
 URGENCIES = ("low", "normal", "high")
 KEYS = ("category", "urgency", "summary", "reply")
-BATCH = 16
+BATCH = 48
 ANSWER = 96  # tokens; the longest answer in the data has 88
 
 
@@ -47,6 +48,7 @@ def load(base: str, adapter: Path):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and PEFT
     device, _ = choose_device("auto")
     config = nf4lora.NF4Config()
     model = AutoModelForCausalLM.from_pretrained(

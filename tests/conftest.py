@@ -8,6 +8,7 @@ from hypothesis import settings
 
 from nf4lora import _C
 
+pytest.register_assert_rewrite("absmax_claims")
 settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings on a busy machine are not what is tested
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")

@@ -4,6 +4,8 @@ import hashlib
 
 import pytest
 import torch
+from absmax_claims import *  # noqa: F403  the tests that every device shares
+from conftest import KNOWN_SETS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +13,44 @@ from nf4lora import _C, ops, reference
 
 # SHA-256 of the 256 float32 values of bitsandbytes' create_dynamic_map(signed=True).
 MAP_DIGEST = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+
+
+class OnTheCpu:
+    """The ops on one instruction set, which each call forces and gives back."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def forced(self, op, *arguments):
+        before = _C.cpu_instruction_set()
+        _C.force_cpu_instruction_set(self.name)
+        try:
+            return op(*arguments)
+        finally:
+            _C.force_cpu_instruction_set(before)
+
+    def quantize(self, absmax):
+        return self.forced(ops.absmax_quantize, absmax)
+
+    def dequantize(self, absmax_q, nested):
+        return self.forced(ops.absmax_dequantize, absmax_q, nested)
+
+
+class OnTheGpu:
+    def quantize(self, absmax):
+        return tuple(tensor.cpu() for tensor in ops.absmax_quantize(absmax.cuda()))
+
+    def dequantize(self, absmax_q, nested):
+        return ops.absmax_dequantize(absmax_q.cuda(), nested.cuda()).cpu()
+
+
+@pytest.fixture(scope="module", params=[*KNOWN_SETS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def absmax_ops(request):
+    if request.param == "cuda":
+        return OnTheGpu() if torch.cuda.is_available() else pytest.skip("no CUDA device")
+    if request.param not in _C.cpu_instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    return OnTheCpu(request.param)
 
 
 def test_map_is_that_of_bitsandbytes():

@@ -84,8 +84,9 @@ def test_packed_bytes_and_scales_equal_bitsandbytes(dtype, blocksize):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "storage"), [(torch.float32, "uint8"), (torch.bfloat16, "uint8"), (torch.bfloat16, "bfloat16")]
+)
 def test_a_checkpoint_is_read_without_requantising(load_with_bnb, tmp_path, double_quant, dtype, storage):
     options = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_quant_storage": storage}
     theirs = load_with_bnb(dtype, **options, bnb_4bit_compute_dtype=dtype)

@@ -101,21 +101,38 @@ def test_a_missing_companion_is_named(damaged, key):
 @pytest.mark.parametrize(
     ("kind", "key", "change", "got"),
     [
-        ("packed", "weight", lambda t: t.float(), r"float32 \[128, 64\] for uint8 \[128, 64\]"),
         ("packed", "weight", lambda t: t.to(torch.int8), r"int8 \[128, 64\] for uint8"),
-        ("packed", "weight", lambda t: torch.randn(128, 128).bfloat16(), r"bfloat16 \[128, 128\] for uint8"),
         ("packed", "weight_absmax", lambda t: t.int(), r"int32 \[128, 2\] for uint8 \[128, 2\]"),
         ("packed", "weight_absmax", lambda t: t[:, :1], r"uint8 \[128, 1\] for uint8 \[128, 2\]"),
-        ("packed", "weight_nested", lambda t: t.view(torch.float32), r"float32 \[2\] for int32 \[2\]"),
         ("packed", "weight_nested", lambda t: t[:1], r"int32 \[1\] for int32 \[2\]"),
         ("packed", "weight_nested", scale_bits(with_first(float("nan"))), "NaN or Inf"),
-        ("single", "weight_absmax", lambda t: t.view(torch.float32), r"float32 \[128, 2\] for int32 \[128, 2\]"),
         ("single", "weight_absmax", scale_bits(with_first(float("inf"))), "NaN or Inf"),
     ],
 )
 def test_a_packed_tensor_of_another_kind_is_named(damaged, kind, key, change, got):
     with pytest.raises(ValueError, match=f"NF4Config: {LAYER}{key} must be in the checkpoint .* got {got}"):
         damaged(kind, {LAYER + key: change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "change"),
+    [
+        ("packed", "weight", lambda t: t.float()),
+        ("packed", "weight", lambda t: torch.randn(128, 128).bfloat16()),
+        ("packed", "weight_absmax", lambda t: t.half()),
+        ("packed", "weight_nested", lambda t: t.view(torch.float32)),
+        ("single", "weight_absmax", lambda t: t.view(torch.float32)),
+    ],
+)
+def test_a_packed_tensor_that_a_cast_would_ruin_is_named(damaged, kind, key, change):
+    with pytest.raises(ValueError, match=rf"NF4Config: {LAYER}{key} must hold integers .* got B?F\d\d in "):
+        damaged(kind, {LAYER + key: change})
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "packed"])
+def test_a_16_bit_tensor_of_another_shape_is_an_error(damaged, kind):
+    with pytest.raises((ValueError, RuntimeError), match=f"{NORM} must be in the checkpoint|ignore_mismatched_sizes"):
+        damaged(kind, {NORM: lambda t: t[:3]})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

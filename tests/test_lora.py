@@ -283,7 +283,9 @@ def test_backward_says_what_is_wrong(device):
     case = Case(device=device)
     _, S = raw.lora_linear(*case.forward())
     dy, x, *rest = case.backward(S)
-    with pytest.raises(ValueError, match=r"^lora_linear_backward: dy must be \[13 tokens, 100\], got shape \[12, 100\]"):
+    with pytest.raises(
+        ValueError, match=r"^lora_linear_backward: dy must be \[13 tokens, 100\], got shape \[12, 100\]"
+    ):
         raw.lora_linear_backward(dy[:12], x, *rest, True)
     with pytest.raises(TypeError, match="^lora_linear_backward: dy must be float32, got bfloat16"):
         raw.lora_linear_backward(dy.bfloat16(), x, *rest, True)

@@ -158,7 +158,9 @@ def test_bytes_are_those_of_bitsandbytes(dtype, blocksize):
     assert torch.equal(absmax.flatten(), state.absmax)
     for out in DTYPES:
         state.dtype = out
-        assert torch.equal(ops.nf4_dequantize(qweight, absmax, blocksize, out), functional.dequantize_4bit(packed, state))
+        assert torch.equal(
+            ops.nf4_dequantize(qweight, absmax, blocksize, out), functional.dequantize_4bit(packed, state)
+        )
 
 
 def test_out_is_written_and_returned(device):
@@ -227,7 +229,9 @@ def test_opcheck(device):
     qweight, absmax = ops.nf4_quantize(weight)
     torch.library.opcheck(torch.ops.nf4lora.nf4_quantize.default, (weight, 64))
     torch.library.opcheck(torch.ops.nf4lora.nf4_dequantize.default, (qweight, absmax, 64, torch.bfloat16))
-    torch.library.opcheck(torch.ops.nf4lora.nf4_dequantize.out, (qweight, absmax, 64), {"out": torch.empty_like(weight)})
+    torch.library.opcheck(
+        torch.ops.nf4lora.nf4_dequantize.out, (qweight, absmax, 64), {"out": torch.empty_like(weight)}
+    )
 
 
 def test_errors_keep_their_kind_and_text_when_compiled():

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from models import tiny_tokenizer
-
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.data import hold_out, prepare_data, read, show
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.masking import IGNORED
 from nf4lora.train.rows import Table
+
+from models import tiny_tokenizer
 
 
 def chat(question="Hi?", answer="Hello."):
@@ -136,8 +136,8 @@ def test_ambiguity_and_installed_template_are_noted(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     data = prepared(file_of(tmp_path, {**chat(), "text": "abc"}), tokenizer=tokenizer)
-    assert "messages or text" in data.notes[0]
-    assert "ChatML was installed" in data.notes[1]
+    assert "messages or text" in data.choice
+    assert "ChatML was installed" in data.notes[0]
 
 
 def test_dataset_holds_tokens_and_labels(tmp_path):

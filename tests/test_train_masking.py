@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_tokenizer
-
 from nf4lora.train.errors import RunError
 from nf4lora.train.formats import Sample
 from nf4lora.train.masking import IGNORED, Encoder, install_chat_template
 from nf4lora.train.turns import MaskError
+
+from models import tiny_tokenizer
 
 ONE = [{"role": "user", "content": "Hi there?"}, {"role": "assistant", "content": "Hello."}]
 TWO = [
@@ -146,7 +146,7 @@ def test_word_of_a_tool_inside_an_answer_is_an_error():
 
 
 def test_conversation_that_the_template_refuses_is_an_error():
-    with pytest.raises(MaskError, match="refuses this conversation .*alternate"):
+    with pytest.raises(MaskError, match=r"refuses this conversation .*alternate"):
         encoder(MISTRAL)(Sample(messages=TWO))
 
 

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what is trained, counted, saved, resumed, refused."""
 
+import gc
 import io
 import itertools
 import json
@@ -10,29 +11,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nf4lora
 import pytest
 import torch
-from models import tiny_llama, tiny_tokenizer
-from safetensors.torch import load_file
-
-for package in ("trl", "datasets", "rich", "matplotlib"):
-    pytest.importorskip(package)
-
-from rich.console import Console
-
-import nf4lora
 from nf4lora import cli
+from nf4lora.train import output, plot
 from nf4lora.train import run as running
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.trainer import Trainer, check_gradients
+from rich.console import Console
+from safetensors.torch import load_file
 
+from models import tiny_llama, tiny_tokenizer
+
+PLOT_LOSS = plot.plot_loss
 ROWS = [
     ("Say one", "one"),
     ("Say two twice", "two two"),
     ("Say three", "three"),
     ("Count to four", "one two three four"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Trainer collects garbage before each run, matplotlib draws after it: together most of a tiny run's time."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nf4lora.train.plot.plot_loss", lambda *arguments: False)
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +102,8 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_run_learns_and_writes_what_it_promises(base, data, tmp_path):
+def test_run_learns_and_writes_what_it_promises(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("nf4lora.train.plot.plot_loss", PLOT_LOSS)
     out = tmp_path / "out"
     code, said = train(*options(base, data, out, "--val_size", "4", "--eval_steps", "3", "--save_steps", "3"))
     assert code == 0
@@ -120,24 +131,27 @@ def test_run_learns_and_writes_what_it_promises(base, data, tmp_path):
         assert words in said
 
 
-def test_three_lines_of_the_summary_load_what_was_trained(base, data, tmp_path):
-    out = tmp_path / "out"
-    _, said = train(*options(base, data, out, "--val_size", "4"))
-    lines = said[said.index("    model = ") :].strip()
+def use(said):
+    """Run the three lines that a run ends with: the model and the tokenizer."""
     scope = {}
-    exec(
-        "import nf4lora\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        + lines.replace("\n    ", "\n"),
-        scope,
-    )
-    model, tokenizer = scope["model"].eval(), scope["tokenizer"]
-    assert tokenizer.chat_template
+    lines = said[said.index("    model = ") :].strip().replace("\n    ", "\n")
+    exec(f"import nf4lora, peft\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{lines}", scope)
+    return scope["model"].eval(), scope["tokenizer"]
+
+
+def check_use(said):
+    model, tokenizer = use(said)
     ids = tokenizer.apply_chat_template([user("Say one")], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         with_adapter = model(ids).logits
         with model.disable_adapter():
             without = model(ids).logits
     assert (with_adapter - without).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("more", [(), ("--double_quant", "false"), ("--load_in_4bit", "false")])
+def test_three_lines_of_the_summary_load_what_was_trained(base, data, tmp_path, more):
+    check_use(train(*options(base, data, tmp_path / "out", *more))[1])
 
 
 # 24 rows, 4 held out, 4 a step: an epoch ends with step 5, where the checkpoint is written before the evaluation.
@@ -328,7 +342,7 @@ def test_folder_that_holds_a_run_is_kept_unless_told(base, data, tmp_path):
     before = adapter(out)
     with pytest.raises(UsageError, match="holds a run; go on with --resume_from_checkpoint"):
         train(*options(base, data, out))
-    with pytest.raises(UsageError, match="contradict"):
+    with pytest.raises(UsageError, match="contradict each other"):
         train(*options(base, data, out, "--overwrite_output_dir", "--resume_from_checkpoint"))
     with pytest.raises(UsageError, match=r"lora_r 8 cannot go on from .*checkpoint-1, which has 4"):
         train(*options(base, data, out, "--resume_from_checkpoint", "--lora_r", "8"))
@@ -347,13 +361,43 @@ def test_broken_off_checkpoint_is_not_resumed_from(base, data, tmp_path):
     out = tmp_path / "out"
     train(*options(base, data, out, "--max_steps", "2", "--save_steps", "1"))
     (out / "checkpoint-2" / "trainer_state.json").unlink()
-    assert running.checkpoints(out) == [out / "checkpoint-1"]
+    assert output.checkpoints(out) == [out / "checkpoint-1"]
 
 
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(base, data, tmp_path):
     code, said = train(*options(base, data, tmp_path / "out", "--resume_from_checkpoint", "--max_steps", "1"))
     assert code == 0
     assert "no checkpoint yet" in said
+
+
+def test_checkpoint_of_other_layers_is_refused(base, data, tmp_path):
+    out = tmp_path / "out"
+    train(*options(base, data, out, "--max_steps", "2", "--save_steps", "1"))
+    with pytest.raises(
+        RunError, match=r"4 tensors of its adapter are not those of the model.*k_proj.*lora_target_modules"
+    ):
+        train(*options(base, data, out, "--resume_from_checkpoint", "--lora_target_modules",
+                       "q_proj,o_proj,up_proj,gate_proj,down_proj"))  # fmt: skip
+
+
+def test_finished_run_can_be_resumed_and_has_nothing_left_to_do(base, data, tmp_path):
+    out = tmp_path / "out"
+    train(*options(base, data, out, "--max_steps", "2", "--val_size", "4"))
+    before = adapter(out)
+    (out / "adapter_model.safetensors").unlink()
+    code, said = train(*options(base, data, out, "--max_steps", "2", "--val_size", "4", "--resume_from_checkpoint"))
+    assert code == 0
+    assert equal(before, adapter(out))
+    assert "nothing is left to train" in said
+
+
+def test_resuming_into_another_folder_leaves_the_first_alone(base, data, tmp_path):
+    train(*options(base, data, tmp_path / "a", "--max_steps", "2", "--save_steps", "1"))
+    train(*options(base, data, tmp_path / "b", "--max_steps", "2",
+                   "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1")))  # fmt: skip
+    assert equal(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+    with pytest.raises(UsageError, match="holds a run"):
+        train(*options(base, data, tmp_path / "b", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1")))
 
 
 def test_changed_options_are_named_when_resuming(base, data, tmp_path):
@@ -397,19 +441,35 @@ def test_other_ways_to_train_learn_too(base, data, tmp_path, more, saved):
     assert results["eval_loss"] < results["eval_loss_before"] - 0.1
 
 
-def test_checkpoints_in_nf4_are_trained_on_as_they_are(base, data, tmp_path):
+def packed_folder(base, folder, config):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    packed = tmp_path / "packed"
-    AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=nf4lora.NF4Config(), dtype=torch.float32
-    ).save_pretrained(packed)
-    AutoTokenizer.from_pretrained(base).save_pretrained(packed)
-    for name, folder in {"from 16 bits": base, "from 4 bits": str(packed)}.items():
-        train(*options(folder, data, tmp_path / name, "--max_steps", "2"))
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+def test_checkpoint_in_nf4_is_trained_on_as_it_is(base, data, tmp_path):
+    packed = packed_folder(base, tmp_path / "packed", nf4lora.NF4Config())
+    for name, folder in {"from 16 bits": base, "from 4 bits": packed}.items():
+        _, said = train(*options(folder, data, tmp_path / name))
     assert equal(adapter(tmp_path / "from 16 bits"), adapter(tmp_path / "from 4 bits"))
+    check_use(said)
     with pytest.raises(UsageError, match=r"quantised already \(nf4lora\)"):
-        train(*options(str(packed), data, tmp_path / "out", "--load_in_4bit", "false"))
+        train(*options(packed, data, tmp_path / "out", "--load_in_4bit", "false"))
+
+
+def test_checkpoint_of_bitsandbytes_is_trained_on_as_it_is(base, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    packed = packed_folder(base, tmp_path / "packed", config)
+    code, said = train(*options(packed, data, tmp_path / "out"))
+    assert code == 0
+    assert "packed in NF4: 7 layers" in said
+    check_use(said)
 
 
 def test_unknown_quantisation_is_refused(base, data, tmp_path):
@@ -506,4 +566,4 @@ def test_process_stops_on_sigterm_with_130(base, data, tmp_path):
         assert process.wait() == 130, said
     assert "once more to stop at once" in said
     assert "Go on with" in said
-    assert len(running.checkpoints(out)) == 1
+    assert len(output.checkpoints(out)) == 1

@@ -18,15 +18,15 @@ from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
 
-# The keys of one layer in a checkpoint, after the name of the layer.
+# The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.
 SERIALIZED = [
-    "weight",
     "weight.absmax",
     "weight.quant_map",
     "weight.nested_absmax",
     "weight.nested_quant_map",
     "weight.quant_state.bitsandbytes__nf4",
     "weight.quant_state.bitsandbytes__fp4",
+    "weight",
 ]
 STRADDLES = "the blocks that bitsandbytes made straddle its rows: dequantised"
 HEAD = "output head, packed by bitsandbytes: dequantised"

@@ -44,6 +44,15 @@ def check_files(files: list[str], packed_file: bool) -> None:
             raise ValueError(
                 f"NF4Config: {path} must hold {_listed(cut)}, got a file cut off at {size} bytes; download again"
             )
+        packed = [name for name in header if name.endswith((".weight_absmax", ".weight_nested"))]
+        packed += [name for name in header if f"{name}_absmax" in header]
+        # transformers would cast them to integers on the way in
+        rounded = [name for name in packed if packed_file and header[name]["dtype"] in FLOATS]
+        if rounded:
+            raise ValueError(
+                f"NF4Config: {_listed(rounded)} must hold integers (codes, or the bits of scales), "
+                f"got {header[rounded[0]]['dtype']} in {path}"
+            )
         foreign = [name for name, t in header.items() if name.endswith(".weight") and t["dtype"] not in FLOATS]
         if foreign and not packed_file:
             raise ValueError(
@@ -52,8 +61,11 @@ def check_files(files: list[str], packed_file: bool) -> None:
             )
 
 
-def check_loaded(model: Any, packed_file: bool) -> None:
+def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -> None:
     """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
+
+    Args:
+        shapes: of all parameters that are not packed, as the model's config makes them
 
     Raises:
         ValueError: naming the tensors.
@@ -87,9 +99,13 @@ def check_loaded(model: Any, packed_file: bool) -> None:
     whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
     for name, parameter in model.named_parameters():
         expected_in_file = whole or name.startswith(f"{model.base_model_prefix}.")
-        if name not in packed and expected_in_file and not _was_loaded(parameter):
+        if name in packed:
+            continue
+        if expected_in_file and not _was_loaded(parameter):
             if not any(pattern.search(name) for pattern in ignored):
                 wrong[name] = "nothing"
+        elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
+            wrong[name] = f"{describe(parameter)} for shape {list(shapes[name])}"
     if wrong:
         first, what = next(iter(wrong.items()))
         more = f" (and {len(wrong) - 1} more: {_listed(list(wrong)[1:])})" if len(wrong) > 1 else ""

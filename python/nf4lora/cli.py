@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 USAGE = """\
 usage: nf4lora <command> [options]
@@ -13,6 +14,7 @@ usage: nf4lora <command> [options]
   doctor    what was loaded, what was not, and what mends it
 
   --version, --help"""
+NEEDED_BY_TRAIN = ("yaml", "rich", "datasets", "trl", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +44,9 @@ def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
+    missing = [name for name in NEEDED_BY_TRAIN if find_spec(name) is None]
+    if missing:
+        return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
     try:
         config = parse_arguments(arguments)
         from nf4lora.train.run import train

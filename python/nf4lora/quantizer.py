@@ -6,11 +6,12 @@ and `_process_model_after_weight_loading` raises it.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -21,6 +22,8 @@ from nf4lora.adapter_files import base_state_dict
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+
+KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
 __all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack"]
 
@@ -72,6 +75,8 @@ class NF4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.failure: Exception | None = None
+        self.shapes: dict[str, torch.Size] = {}
+        self.freed = 0  # bytes of 16-bit weights that are packed, since memory was last returned
 
     # ---- before loading ----
 
@@ -92,6 +97,10 @@ class NF4Quantizer(HfQuantizer):
         module, key = get_module_from_name(model, param_name)
         return isinstance(module, NF4Linear) and key != "bias"
 
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """One byte for what will hold two codes, although it is a float until it is packed."""
+        return 1 if self.param_needs_quantization(model, param_name) and param.is_floating_point() else param.itemsize
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -99,6 +108,7 @@ class NF4Quantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             config.layout = "native"  # a layout is read, never made
+        native = self.pre_quantized and config.layout == "native"
         packed, model.nf4lora_skipped = layers_to_pack(model, config)
         if not packed:
             reasons = sorted(set(model.nf4lora_skipped.values()))
@@ -118,8 +128,12 @@ class NF4Quantizer(HfQuantizer):
                 device="meta",
                 dtype=linear.weight.dtype,
             )
+            if not native:  # transformers until 5.22 casts what it reads to the dtype of the parameter
+                likeness = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
+                layer.weight = nn.Parameter(likeness, requires_grad=False)
             layer._is_hf_initialized = True  # type: ignore[assignment]  # never to be drawn at random
             model.set_submodule(name, layer)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     # ---- while loading ----
 
@@ -127,18 +141,15 @@ class NF4Quantizer(HfQuantizer):
         """Packs a weight of a 16-bit file."""
         return PackWeight(self)
 
-    @property
-    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
-        """The keys of one layer of a foreign layout; native keys are the parameters' own."""
-        return {"weight": bitsandbytes.SERIALIZED} if self.quantization_config.layout == "bitsandbytes" else {}
-
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Reads a foreign layout."""
-        return {"deserialize": ReadBitsandbytes} if self.quantization_config.layout == "bitsandbytes" else {}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Collects the tensors of a layer in a foreign layout; native keys are the parameters' own."""
+        if not self.pre_quantized or self.quantization_config.layout == "native":
+            return []
+        return [WeightConverter(bitsandbytes.SERIALIZED, "weight", [ReadBitsandbytes(self)])]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None where a cast would hide that a packed tensor has the wrong dtype, or round a scale."""
-        if dtype is None or not dtype.is_floating_point or self.quantization_config.layout != "native":
+        """None where a cast would round a scale: ReadBitsandbytes casts what it does not unpack."""
+        if self.quantization_config.layout != "native":
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -151,7 +162,7 @@ class NF4Quantizer(HfQuantizer):
             raise ValueError(
                 "NF4Config: device_map must not offload to disk, got 'disk'; packed weights stay in memory"
             )
-        check_loaded(model, packed_file=self.pre_quantized)
+        check_loaded(model, self.shapes, packed_file=self.pre_quantized)
         if self.quantization_config.layout == "bitsandbytes":
             self.quantization_config.layout = "native"  # what save_pretrained writes
             straddling = [name for name, why in model.nf4lora_skipped.items() if why == bitsandbytes.STRADDLES]
@@ -159,11 +170,24 @@ class NF4Quantizer(HfQuantizer):
                 kept = [*(self.quantization_config.modules_to_not_convert or []), *straddling]
                 self.quantization_config.modules_to_not_convert = kept
         self.keep_names(model)
+        self.return_memory()
         # So that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
         from nf4lora import adapter
 
         adapter.install()
         return model
+
+    def return_memory(self, above: int = 0) -> None:
+        """Give the system what 16-bit copies left behind, once it is more than `above` bytes.
+
+        Where the file is not in the dtype asked for, each weight has a copy; glibc keeps the freed ones for itself,
+        which came to nearly the size of the model (430 MB on 470 MB).
+        """
+        if self.freed > above:
+            self.freed = 0
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+            if trim is not None:
+                trim(0)
 
     def keep_names(self, model: Any) -> None:
         """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""
@@ -255,6 +279,9 @@ class PackWeight(_LoadOperation):
                 raise ValueError(f"NF4Config: {name} cannot be packed: {error}") from None
             stem = name.removesuffix("weight")
             result |= {stem + key: nn.Parameter(tensor, requires_grad=False) for key, tensor in packed.items()}
+            self.quantizer.freed += weight.nbytes
+            del weight
+            self.quantizer.return_memory(above=KEPT_BY_MALLOC)
         return result
 
 

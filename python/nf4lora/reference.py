@@ -107,8 +107,9 @@ def philox(seed: int, count: int) -> Tensor:
 
 
 def dropout_mask(M: int, K: int, dropout: float, seed: Tensor) -> Tensor:
-    """bool [M, K], True where kept: word(row * K + column) >= round(dropout * 2^32)."""
-    return (philox(int(seed), M * K) >= round(dropout * 2**32)).reshape(M, K)
+    """bool [M, K], True where kept: word(row * K + column) >= dropout * 2^32, rounded half up, below 2^32."""
+    threshold = min(int(dropout * 2**32 + 0.5), 2**32 - 1)
+    return (philox(int(seed), M * K) >= threshold).reshape(M, K)
 
 
 def _operands(x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc):

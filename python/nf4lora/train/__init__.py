@@ -10,7 +10,8 @@ A run passes through the files in this order, and nothing heavy is imported befo
     model.py      tokenizer and model                                trainer.py  what we change in SFTTrainer
     loss.py       cross-entropy of the trained tokens
     progress.py   the live line and metrics.jsonl                    interrupt.py  Ctrl-C
-    banner.py     what is said at the start and at the end           plot.py     loss.png
+    output.py     the output folder                                  plot.py     loss.png
+    banner.py     what is said at the start and at the end
     run.py        the run itself
 
 memory.py and words.py measure memory and write numbers, errors.py holds the two kinds of failure.

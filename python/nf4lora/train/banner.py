@@ -77,20 +77,22 @@ def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epoc
     )
 
 
-def how_to_use(config: TrainConfig) -> str:
-    """Three lines that load what was trained."""
+def how_to_use(config: TrainConfig, quantized: str) -> str:
+    """Three lines that load what was trained; `quantized` is the method that the base came quantised with."""
     name, folder = config.model_name_or_path, config.output_dir
     revision = f", revision={config.model_revision!r}" if config.model_revision else ""
+    quant = ""
+    if config.load_in_4bit and not quantized:
+        options = "" if config.bnb_4bit_use_double_quant else "double_quant=False"
+        quant = f", quantization_config=nf4lora.NF4Config({options})"
+    model, adapter = f"AutoModelForCausalLM.from_pretrained({name!r}{revision}{quant})", "nf4lora.load_adapter"
+    if quantized == "bitsandbytes":
+        model = f"nf4lora.prepare({model}, peft.LoraConfig.from_pretrained({folder!r}))"
     if not config.load_in_4bit:
-        return (
-            f"    model = AutoModelForCausalLM.from_pretrained({name!r}{revision})\n"
-            f"    model = PeftModel.from_pretrained(model, {folder!r})\n"
-            f"    tokenizer = AutoTokenizer.from_pretrained({folder!r})"
-        )
-    quant = "nf4lora.NF4Config()" if config.bnb_4bit_use_double_quant else "nf4lora.NF4Config(double_quant=False)"
+        adapter = "peft.PeftModel.from_pretrained"
     return (
-        f"    model = AutoModelForCausalLM.from_pretrained({name!r}{revision}, quantization_config={quant})\n"
-        f"    model = nf4lora.load_adapter(model, {folder!r})\n"
+        f"    model = {model}\n"
+        f"    model = {adapter}(model, {folder!r})\n"
         f"    tokenizer = AutoTokenizer.from_pretrained({folder!r})"
     )
 
@@ -101,6 +103,7 @@ def show_end(
     losses: Sequence[float],
     metrics: dict[str, Any],
     files: Sequence[Path],
+    quantized: str,
 ) -> None:
     """Held-out loss before and after, speed, memory, files, and the three lines."""
     if len(losses) > 1:
@@ -115,4 +118,4 @@ def show_end(
     )
     say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
     say(console, "use it", "")
-    console.print(Text(how_to_use(config)), soft_wrap=True)
+    console.print(Text(how_to_use(config, quantized)), soft_wrap=True)

@@ -138,6 +138,7 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
                 )
             files.append(argument)
             continue
+        value: Any
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:

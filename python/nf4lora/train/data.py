@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.formats import Sample, recognise, samples
 from nf4lora.train.masking import IGNORED, Encoder, install_chat_template
@@ -25,8 +27,8 @@ class Split:
 
     table: Table
     kind: str
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
+    input_ids: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
     cut: int = 0  # samples longer than max_length
     dropped: list[int] = field(default_factory=list)  # rows of which nothing would be trained
 
@@ -36,7 +38,7 @@ class Split:
 
     @property
     def trained(self) -> int:
-        return sum(len(row) - row.count(IGNORED) for row in self.labels)
+        return sum(int(np.count_nonzero(row != IGNORED)) for row in self.labels)
 
     def dataset(self) -> Dataset:
         from datasets import Dataset
@@ -51,6 +53,7 @@ class Data:
     train: Split
     eval: Split | None
     answers_only: bool
+    choice: str  # which format was taken, where the rows fit several
     notes: list[str]
 
 
@@ -113,16 +116,16 @@ def prepare_data(config: TrainConfig, tokenizer: Any, tables: tuple[Table, Table
         RunError: a row without a usable field, an unknown role, an answer that the template hides, nothing to train.
     """
     table, other = tables
-    kind, why = recognise(table, config.dataset_format)
+    kind, choice = recognise(table, config.dataset_format)
     parts = [(table, kind, samples(table, kind))]
     if other is not None:
         other_kind, _ = recognise(other, config.dataset_format)
         parts.append((other, other_kind, samples(other, other_kind)))
-    notes = [why] if why else []
+    notes: list[str] = []
     everything: list[Sample] = [sample for _, _, part in parts for sample in part]
     if any(sample.messages is not None for sample in everything) and (note := install_chat_template(tokenizer)):
         notes.append(note)
-    roles = all(sample.has_roles for sample in everything)
+    roles = all(sample.has_roles for sample in parts[0][2])
     if config.assistant_only_loss is True and not roles:
         raise UsageError("assistant_only_loss needs data with roles or prompts; text has neither")
     answers_only = roles if config.assistant_only_loss == "auto" else bool(config.assistant_only_loss)
@@ -130,7 +133,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any, tables: tuple[Table, Table
     splits = [_tokenise(Split(*part[:2]), part[2], encoder, config.max_length) for part in parts]
     for split in splits:
         notes += _complaints(split, config.max_length)
-    return Data(splits[0], splits[1] if len(splits) > 1 else None, answers_only, notes)
+    return Data(splits[0], splits[1] if len(splits) > 1 else None, answers_only, choice, notes)
 
 
 def _tokenise(split: Split, rows: list[Sample], encoder: Encoder, max_length: int) -> Split:
@@ -143,13 +146,13 @@ def _tokenise(split: Split, rows: list[Sample], encoder: Encoder, max_length: in
                 "or --assistant_only_loss false, gets around this"
             ) from None
         split.cut += len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        labels[:1] = [IGNORED]  # the first token is predicted from nothing; transformers would count it, TRL not
-        if all(label == IGNORED for label in labels):
+        row, trained = (np.array(each[:max_length], dtype=np.int32) for each in (ids, labels))
+        trained[:1] = IGNORED  # the first token is predicted from nothing; transformers would count it, TRL not
+        if (trained == IGNORED).all():
             split.dropped.append(index)
         else:
-            split.input_ids.append(ids)
-            split.labels.append(labels)
+            split.input_ids.append(row)
+            split.labels.append(trained)
     return split
 
 
@@ -180,5 +183,5 @@ def show(split: Split, tokenizer: Any, index: int = 0) -> list[tuple[str, bool]]
         trained = label != IGNORED
         if not pieces or pieces[-1][1] != trained:
             pieces.append(([], trained))
-        pieces[-1][0].append(token)
+        pieces[-1][0].append(int(token))
     return [(tokenizer.decode(ids), trained) for ids, trained in pieces]

@@ -71,14 +71,15 @@ def has_plain_head(base: nn.Module, device: torch.device) -> bool:
     head = base.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.requires_grad:
         return False
-    if not hasattr(base, "base_model") or base.base_model is base:
+    backbone: Any = getattr(base, "base_model", base)
+    if backbone is base:
         return False
     mode, ids = base.training, torch.arange(1, 9, device=device)[None]
     base.eval()
     try:
         with torch.no_grad():
             logits = base(input_ids=ids, use_cache=False).logits
-            plain = head(base.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            plain = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
     except (TypeError, AttributeError):  # a model with other inputs or outputs
         return False
     finally:

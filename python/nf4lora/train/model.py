@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
@@ -89,7 +90,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[Any, list[str], Any]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padded labels are -100 whatever the token
     stops: list[str] = []
     with contextlib.suppress(OSError, ValueError):  # many models have no generation_config.json
-        ends = GenerationConfig.from_pretrained(name, revision=config.model_revision).eos_token_id
+        ends = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main").eos_token_id
         ids = [ends] if isinstance(ends, int) else ends or []
         stops = [token for token in tokenizer.convert_ids_to_tokens(ids) if token]
     return tokenizer, stops, model_config
@@ -106,6 +107,12 @@ def check_length(config: TrainConfig, model_config: Any) -> str:
     return f"max_length is {positions}, the positions that the model has"
 
 
+def quantization_of(model_config: Any) -> str:
+    """Method that a checkpoint is quantised with, or nothing."""
+    found = getattr(model_config, "quantization_config", None) or {}
+    return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", ""))
+
+
 def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch.dtype) -> Any:
     """The base model: quantised as it is loaded, or as its checkpoint has it.
 
@@ -117,17 +124,16 @@ def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch
 
     import nf4lora
 
-    name = config.model_name_or_path
+    name = config.model_name_or_path or ""
     options: dict[str, Any] = {"revision": config.model_revision, "dtype": dtype, "device_map": {"": device}}
-    quantized = getattr(model_config, "quantization_config", None)
-    if quantized is not None:
-        quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        method = quantized.get("quant_method")
+    method = quantization_of(model_config)
+    if method:
         if not config.load_in_4bit:
             raise UsageError(f"load_in_4bit false, but {name} is quantised already ({method})")
         if method == "bitsandbytes":
             with failures(f"cannot use {name}"):
-                model_config.quantization_config = nf4lora.NF4Config.from_bnb(quantized).to_dict()
+                adopted = nf4lora.NF4Config.from_bnb(model_config.quantization_config)
+                model_config.quantization_config = adopted.to_dict()
         elif method != "nf4lora":
             raise RunError(f"{name} is quantised with {method}; give the 16-bit model, or one in NF4")
         options["config"] = model_config
@@ -137,7 +143,7 @@ def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch
         return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
-def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, str]:
+def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, list[str]]:
     """-> the PeftModel to train, and what `prepare` said.
 
     Raises:
@@ -150,7 +156,7 @@ def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, str]:
     with failures("cannot put adapters on the model"):
         lora = LoraConfig(
             r=config.lora_r,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
             target_parameters=config.lora_target_parameters,
@@ -161,11 +167,12 @@ def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, str]:
             revision=config.model_revision,
         )
         if not config.load_in_4bit:
-            return in_float32(get_peft_model(model, lora)), ""
+            return in_float32(get_peft_model(model, lora)), []
         said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as warned:
             model = nf4lora.prepare(model, lora)
-        return in_float32(model), said.getvalue().strip()
+        lines = [*said.getvalue().splitlines(), *(str(each.message) for each in warned)]
+        return in_float32(model), [line.removeprefix("nf4lora: ").removeprefix("prepare: ") for line in lines]
 
 
 def in_float32(model: Any) -> Any:

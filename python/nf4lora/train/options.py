@@ -20,6 +20,7 @@ from nf4lora.train.values import (
     names,
     one_of,
     optimizer,
+    positive,
     real,
     reports,
     resume,
@@ -82,7 +83,7 @@ class TrainConfig:
         "mask_prompt", "train_on_responses_only", "completion_only_loss")
 
     lora_r: int = option(L, 16, integer(1), "rank", "lora_rank", "r")
-    lora_alpha: float = option(L, 32, real(0, above=True), "scaling is alpha / r")
+    lora_alpha: float = option(L, 32, positive, "scaling is alpha / r")
     lora_dropout: float = option(L, 0.0, real(0, 1, below=True), "")
     lora_target_modules: str | list = option(L, "all-linear", modules, "all-linear, or names of layers",
         "lora_target", "lora_modules", "target_modules")

@@ -27,10 +27,13 @@ class Progress(TrainerCallback):
     def __init__(self, trainer: Trainer, console: Console, path: Path, device: str) -> None:
         self.trainer, self.console, self.path, self.device = trainer, console, path, device
         self.live: Live | None = None
-        self.loss = self.held_out = self.rate = None
+        self.loss: float | None = None
+        self.held_out: float | None = None
+        self.rate: float | None = None
         self.training_seconds = 0.0
         self.elapsed_before = 0.0
         self.began = self.step_began = time.monotonic()
+        self.first_began = 0.0
         self.first_step = self.first_tokens = 0
         self.evaluated = 0
 
@@ -57,12 +60,14 @@ class Progress(TrainerCallback):
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         self.step_began = time.monotonic()
+        self.first_began = self.first_began or self.step_began
+        self.rate = lr_scheduler.get_last_lr()[0]  # of this step; at its end the scheduler shows that of the next
 
-    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training_seconds += time.monotonic() - self.step_began
-        self.loss, self.rate = self.trainer.step_loss, lr_scheduler.get_last_lr()[0]
+        self.loss = self.trainer.step_loss
         self.show(self.line(state))
 
     def on_prediction_step(
@@ -78,6 +83,7 @@ class Progress(TrainerCallback):
         logs = dict(logs or {})
         if "eval_loss" in logs:
             self.held_out = logs["eval_loss"]
+            self.show(self.line(state))
             self.console.print(f"step {state.global_step}: held-out loss {self.held_out:.4f}", highlight=False)
         elif "loss" in logs:
             self.loss, self.rate = logs["loss"], logs["learning_rate"]
@@ -99,8 +105,9 @@ class Progress(TrainerCallback):
             self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def remaining(self, state: Any) -> float | None:
+        """Seconds, at the pace since the first step began: evaluations and checkpoints in between count, loading not."""
         done = state.global_step - self.first_step
-        return (self.elapsed - self.elapsed_before) / done * (state.max_steps - state.global_step) if done else None
+        return (time.monotonic() - self.first_began) / done * (state.max_steps - state.global_step) if done else None
 
     def line(self, state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps} {state.global_step / max(state.max_steps, 1):.0%}"]

@@ -25,7 +25,8 @@ class Trainer(SFTTrainer):
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
-        self.plain_head = not self.aux_loss_enabled and has_plain_head(self.model.get_base_model(), self.args.device)
+        model: Any = self.model
+        self.plain_head = not self.aux_loss_enabled and has_plain_head(model.get_base_model(), self.args.device)
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
         self._eval_loss, self._eval_tokens = 0.0, 0
         self.add_callback(Guard(self))
@@ -69,10 +70,19 @@ class Trainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return -log_p.sum() / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """The mean over all trained tokens, where Trainer takes the mean of the batches' means."""
         self._eval_loss, self._eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss / max(self._eval_tokens, 1)
         return output
 

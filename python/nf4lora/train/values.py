@@ -55,6 +55,12 @@ def real(low: float, high: float = float("inf"), above: bool = False, below: boo
     return parse
 
 
+def positive(value: Any) -> float:
+    """A number above 0; whole numbers stay whole, because other readers of an adapter expect them so."""
+    number = real(0, above=True)(value)
+    return int(number) if number == int(number) else number
+
+
 def steps(value: Any) -> float:
     """A number of steps, or a share of all steps (transformers' rule)."""
     number = real(0, above=True)(value)

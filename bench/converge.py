@@ -1,0 +1,135 @@
+"""converge: whether training in 4 bits with our ops ends where bitsandbytes' and 16-bit LoRA end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from .case import Absent, Settings, without
+from .contenders import OURS, RIVAL, SIXTEEN, adapted
+from .process import Process
+from .table import Table
+
+QUESTION = "After the same 60 steps from the same start, is the loss on held-out data that of PEFT + bitsandbytes?"
+
+DATA = Path("examples/tickets")
+STEPS, BATCH, RATE, WARMUP, SEED = 60, 8, 5e-4, 3, 0  # as examples/tickets.yaml, but for the steps
+
+
+def run(settings: Settings) -> list[Table]:
+    folder = settings.folder()
+    if not (DATA / "train.jsonl").is_file():
+        raise Absent(f"no data in {DATA}: run this in the root of the repository")
+    steps = 2 if settings.quick else STEPS
+    found: dict[str, dict] = {}
+    for name in [OURS, SIXTEEN] if without("bitsandbytes") else [OURS, RIVAL, SIXTEEN]:
+        with Process(
+            "converge", name=name, folder=folder.resolve(), data=DATA.resolve(), device=settings.device, steps=steps
+        ) as process:
+            found[name] = next(process)
+    last = {name: each["eval_loss"] for name, each in found.items()}
+    rows = [
+        {
+            "contender": name,
+            "held-out loss before": each["eval_loss_before"],
+            "held-out loss after": f"{last[name]:.4f}",
+            "beside bitsandbytes, %": 100 * (last[name] / last[RIVAL] - 1) if RIVAL in last else None,
+            "training loss, last 10 steps": mean(each["losses"][-10:]),
+        }
+        for name, each in found.items()
+    ]
+    targets = []
+    if RIVAL in last and not settings.quick:
+        off = 100 * abs(last[OURS] / last[RIVAL] - 1)
+        targets.append((f"held-out loss within 1 % of {RIVAL}, got {off:.2f} %", off <= 1.0))
+    return [
+        Table(
+            f"{settings.model.name} on {DATA}: {steps} steps of {BATCH} rows, loss on the answers only",
+            rows,
+            [
+                f"AdamW, {RATE} with {WARMUP} steps of warm-up and a cosine, gradients clipped to 1; the same rows in "
+                "the same order, the same lora_A; r = 16 on every linear layer, no dropout, bf16, adapters in float32",
+                "the loss is the mean over all answer tokens of valid.jsonl",
+                *without("bitsandbytes"),
+            ],
+            targets,
+        )
+    ]
+
+
+def contender(name: str, folder: str, data: str, device: str, steps: int):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = {part: encoded(Path(data) / f"{part}.jsonl", tokenizer) for part in ("train", "valid")}
+    model = adapted(name, folder, device=device)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    before, losses = held_out_loss(model, rows["valid"], device), []
+    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(SEED)).tolist()
+    for step in range(steps):
+        chosen = [rows["train"][order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
+        loss = model(**padded(chosen, device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    yield {"eval_loss_before": before, "eval_loss": held_out_loss(model, rows["valid"], device), "losses": losses}
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear up, then down along a cosine."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+
+
+def encoded(path: Path, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """input_ids and labels of each conversation; the last answer and its end of turn are trained."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        rows.append((ids, [-100] * start + ids[start:]))
+    return rows
+
+
+def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, Tensor]:
+    """A batch, filled up on the right."""
+    length = max(len(ids) for ids, _ in rows)
+
+    def filled(values: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([each + [filler] * (length - len(each)) for each in values], device=device)
+
+    return {
+        "input_ids": filled([ids for ids, _ in rows], 0),
+        "labels": filled([labels for _, labels in rows], -100),
+        "attention_mask": filled([[1] * len(ids) for ids, _ in rows], 0),
+    }
+
+
+@torch.no_grad()
+def held_out_loss(model, rows: list[tuple[list[int], list[int]]], device: str) -> float:
+    """Mean over all trained tokens.
+
+    The model stays in training mode, which changes nothing without dropout, because bitsandbytes' layers on a CPU pass
+    no gradient to their input any more once they have been evaluated in evaluation mode.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(rows), BATCH):
+        batch = padded(rows[start : start + BATCH], device)
+        trained = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**batch).loss.item() * trained
+        count += trained
+    return total / count

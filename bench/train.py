@@ -1,0 +1,103 @@
+"""train: one step of QLoRA on a real model, in time and memory."""
+
+from __future__ import annotations
+
+import time
+from itertools import cycle
+
+import torch
+
+from .case import Settings, WrongAnswer, without
+from .contenders import IN_BF16, KBIT, OURS, RIVAL, SIXTEEN, adapted
+from .process import Process, forget_peak, peak_bytes
+from .prose import batches
+from .table import Table
+from .timing import Timing
+
+QUESTION = "What does a training step cost in time and memory beside PEFT + bitsandbytes and beside 16-bit LoRA?"
+
+BATCH, LENGTH, STEPS = 4, 256, 5
+MB = 1e6
+
+
+def run(settings: Settings) -> list[Table]:
+    folder = settings.folder()
+    batch, length, steps = (2, 32, 2) if settings.quick else (BATCH, LENGTH, STEPS)
+    rivals = [SIXTEEN] if without("bitsandbytes") else [RIVAL, KBIT, IN_BF16, SIXTEEN]
+    rivals = rivals[: 1 if settings.quick else None]
+    tables = []
+    for checkpointing in (False, True):
+        rows = []
+        for rival in rivals:
+            common = {"folder": folder.resolve(), "checkpointing": checkpointing, "device": settings.device}
+            common |= {"batch": batch, "length": length}
+            with Process("train", name=OURS, **common) as ours, Process("train", name=rival, **common) as theirs:
+                rows.append(row(rival, *taking_turns(ours, theirs, steps), tokens=batch * length))
+        tables.append(table(settings, rows, checkpointing, batch, length, steps))
+    return tables
+
+
+def taking_turns(ours: Process, theirs: Process, steps: int) -> tuple[list[dict], list[dict]]:
+    """What each said of each step; the first, which warms up, is checked and dropped."""
+    first = next(ours), next(theirs)
+    if not abs(first[0]["loss"] / first[1]["loss"] - 1) < 0.2:  # 4 bits are not 16, but it is the same batch
+        raise WrongAnswer(f"loss of the first step: {ours.name} {first[0]['loss']}, {theirs.name} {first[1]['loss']}")
+    found: tuple[list[dict], list[dict]] = [], []
+    for number in range(steps):
+        for index in (0, 1) if number % 2 == 0 else (1, 0):
+            found[index].append(next((ours, theirs)[index]))
+    return found
+
+
+def row(rival: str, ours: list[dict], theirs: list[dict], tokens: int) -> dict:
+    mine, other = (Timing([step["seconds"] for step in each]) for each in (ours, theirs))
+    peak, rivals_peak = (max(step["peak"] for step in each) for each in (ours, theirs))
+    return {
+        "rival": rival,
+        "rival, s": other.spread(1),
+        "ours, s": mine.spread(1),
+        "time, ours / rival": mine.over(other),
+        "rival's peak, MB": rivals_peak / MB,
+        "our peak, MB": peak / MB,
+        "peak, ours / rival": peak / rivals_peak,
+        "rival, tokens/s": tokens / other.median,
+        "ours, tokens/s": tokens / mine.median,
+    }
+
+
+def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int, length: int, steps: int) -> Table:
+    targets = []
+    if rows[0]["rival"] == RIVAL and not settings.quick:
+        share = rows[0]["time, ours / rival"]["median"]
+        targets.append((f"no slower than {RIVAL}, got {share:.2f} of its time", share <= 1.0))
+    return Table(
+        f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, "
+        + ("with gradient checkpointing (non-reentrant)" if checkpointing else "no gradient checkpointing"),
+        rows,
+        [
+            "a step: forward with labels, backward, torch.optim.AdamW, in a plain loop without autocast; bf16, NF4 "
+            "with double quantisation; adapters in float32 but where a row says otherwise",
+            f"each rival beside us: two fresh processes that take turns, {steps} steps each after one to warm up",
+            f"{KBIT}: it also turns embeddings, norms and head to float32",
+            "peak: resident memory (on a GPU: allocated), from the first step on, Python and its libraries included",
+            *without("bitsandbytes"),
+        ],
+        targets,
+    )
+
+
+def contender(name: str, folder: str, checkpointing: bool, device: str, batch: int, length: int):
+    model = adapted(name, folder, checkpointing, device)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    forget_peak(device)
+    for ids in cycle(batches(folder, batch, length)):
+        ids = ids.to(device)
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()  # on a GPU, waits for the loss; then for the optimizer:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        yield {"seconds": time.perf_counter() - start, "loss": value, "peak": peak_bytes(device)}

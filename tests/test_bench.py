@@ -1,0 +1,484 @@
+"""The bench: what it measures with, what it prints, what it keeps. Its figures are not tested, its honesty is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
+
+from nf4lora import reference  # noqa: E402
+
+from bench import (  # noqa: E402
+    __main__,
+    absmax,
+    contenders,
+    converge,
+    load,
+    lora,
+    nf4,
+    perplexity,
+    prose,
+    results,
+    timing,
+    train,
+)
+from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: E402
+from bench.process import Process  # noqa: E402
+from bench.shapes import SHAPES, layers  # noqa: E402
+from bench.table import Table, number, shown  # noqa: E402
+
+QUICK = Settings(quick=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model of two layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A machine without bitsandbytes."""
+    import bench.case as case
+
+    for module in (case, nf4, absmax, lora):
+        monkeypatch.setattr(module, "installed", lambda package: False)
+
+
+def bench(*arguments, cwd=ROOT, package="bench", **options):
+    return subprocess.run(
+        [sys.executable, "-m", package, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **options
+    )
+
+
+# ---- timing ----
+
+
+def test_contenders_take_turns_forwards_and_backwards(monkeypatch):
+    called = []
+    monkeypatch.setattr(timing, "timed", lambda call: call() or 0.1)
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    found = timing.alternate(calls, seconds=0, least=4)
+    warming, rounds = called[:4], called[4:]
+    assert warming == ["a", "b"] * 2
+    assert rounds == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [len(timing_.seconds) for timing_ in found.values()] == [4, 4]
+
+
+@pytest.mark.parametrize(("each", "rounds"), [(0.05, 10), (10.0, 5), (1e-6, 200)])
+def test_rounds_fill_the_time_within_bounds(monkeypatch, each, rounds):
+    monkeypatch.setattr(timing, "timed", lambda call: each)
+    assert len(timing.alternate({"a": int, "b": int}, seconds=1.0)["a"].seconds) == rounds
+
+
+def test_a_ratio_is_taken_within_a_round():
+    # The machine slowed down threefold halfway: the ratio does not notice, the medians' would.
+    ours, theirs = timing.Timing([1.0, 1.0, 3.0]), timing.Timing([2.0, 6.0, 6.0])
+    assert theirs.over(ours)["median"] == 2.0
+    assert theirs.median / ours.median == 6.0
+
+
+def test_a_spread_stays_within_what_was_measured():
+    assert timing.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    found = timing.spread([1.0, 2.0])
+    assert 1.0 <= found["low"] <= found["median"] <= found["high"] <= 2.0
+
+
+def test_copies_exceed_the_cache_twice():
+    for nbytes in (1 << 20, 5 << 20, 31 << 20):
+        assert timing.copies(nbytes, 32 << 20) * nbytes > 64 << 20
+    assert timing.copies(1 << 40, 32 << 20) == 2
+    assert timing.copies(1, 32 << 20) == timing.MOST_COPIES
+    turn = timing.rotation(lambda index: index, timing.last_cache())
+    assert [next(turn) for _ in range(4)] == [0, 1, 2, 0]
+
+
+def test_our_own_work_is_not_somebody_elses(monkeypatch):
+    busy, own = iter([100.0, 100.5]), iter([10.0, 10.5])
+    monkeypatch.setattr(timing, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(timing, "own_seconds", lambda: next(own))
+    with timing.Watch() as watch:
+        pass
+    assert watch.record()["cores_used_by_others"] == 0
+    assert timing.warning(watch.record()) is None
+
+
+def test_somebody_elses_work_is_a_warning(monkeypatch):
+    clock, busy = iter([0.0, 10.0]), iter([100.0, 115.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(timing, "own_seconds", lambda: 10.0)
+    with timing.Watch() as watch:
+        pass
+    assert watch.record()["cores_used_by_others"] == 1.5
+    assert "1.5 of" in timing.warning(watch.record())
+
+
+def test_a_high_load_before_anything_ran_is_a_warning(monkeypatch):
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (3.2, 0, 0))
+    assert "load average 3.2" in timing.warning_before()
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (0.1, 0, 0))
+    assert timing.warning_before() is None
+
+
+# ---- tables and results ----
+
+
+def test_table_renders():
+    rows = [{"layer": "q", "ms": {"median": 1.0, "low": 0.5, "high": 2.0}}, {"layer": "k", "ms": None}]
+    text = Table("Speed", rows, ["a note"], [("fast", True), ("faster", False)]).markdown()
+    assert text.splitlines() == [
+        "**Speed**",
+        "",
+        "| layer | ms                |",
+        "|-------|-------------------|",
+        "| q     | 1.00 (0.500-2.00) |",
+        "| k     | -                 |",
+        "",
+        "- met: fast",
+        "- **missed**: faster",
+        "- a note",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1.0, "1.00"),
+        (12.345, "12.3"),
+        (123.45, "123"),
+        (98765.4, "98765"),
+        (-0.05, "-0.0500"),
+        (0.000123, "0.000123"),
+        (1.5e9, "1.5e+09"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert number(value) == text
+    assert shown(value) == text
+
+
+def record(case="nf4", commit="abc", others=0.0):
+    about = {
+        **{"device": "Some CPU", "cpu": "Some CPU", "cuda": None, "instruction_set": "avx2", "threads": 2},
+        **{"nf4lora": "1", "torch": "2", "transformers": "5", "peft": "0", "bitsandbytes": None, "commit": commit},
+    }
+    return {
+        **{"case": case, "question": "How fast?", "quick": False, "environment": about, "seconds": 12.0},
+        **{"load_average": [0.1, 1.9], "cores_used_by_others": others},
+        "tables": [Table(f"Speed of {case}", [{"ms": 1.0}], ["warm"], [("fast", True)]).to_dict()],
+    }
+
+
+def test_keeping_a_case_leaves_the_others(tmp_path):
+    for each in (record("nf4"), record("lora"), record("nf4", commit="def")):
+        path = results.keep(each, tmp_path)
+    assert path.name == "some-cpu-avx2-2-threads.json"
+    kept = json.loads(path.read_text())["cases"]
+    assert [(name, each["environment"]["commit"]) for name, each in kept.items()] == [("nf4", "def"), ("lora", "abc")]
+
+
+def test_the_page_is_written_anew_between_its_markers(tmp_path):
+    page, folder = tmp_path / "README.md", tmp_path / "results"
+    page.write_text(f"before\n{results.START}\nold figures\n{results.END}\nafter\n")
+    assert results.write(page, folder) == []
+    results.keep(record("nf4"), folder)
+    results.keep(record("lora", others=1.2), folder)
+    results.write(page, folder)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old figures" not in text
+    assert "None recorded" not in text
+    assert text.index("Speed of nf4") < text.index("Speed of lora")
+    assert text.count("**Warning**") == 1
+    results.write(page, folder)
+    assert page.read_text() == text
+
+
+def test_a_page_without_markers_is_refused(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="markers"):
+        results.write(page, tmp_path)
+    assert page.read_text() == "mine"
+
+
+def test_the_readme_has_the_markers_and_every_case():
+    text = results.README.read_text()
+    assert text.count(results.START) == text.count(results.END) == 1
+    for name in __main__.CASES:
+        assert f"| {name} |" in text
+
+
+# ---- cases ----
+
+
+def test_list_of_cases_is_complete():
+    modules = {path.stem for path in (ROOT / "bench").glob("*.py") if "QUESTION =" in path.read_text()}
+    assert set(__main__.CASES) == modules
+    for name in __main__.CASES:
+        module = __main__.case(name)
+        assert module.QUESTION.endswith("?")
+        assert callable(module.run)
+
+
+def test_bench_imports_itself_relatively():
+    for path in (ROOT / "bench").glob("*.py"):  # the same files are nf4lora.bench where they are installed
+        for line in path.read_text().splitlines():
+            assert not line.strip().startswith(("import bench", "from bench", "from nf4lora.bench")), path.name
+
+
+def test_shapes_are_legal():
+    assert all(shape.K % 64 == 0 for shape in SHAPES)
+    assert layers("Llama-3.1-8B gate, up")[0].weights == 14336 * 4096
+
+
+def test_quick_run_prints_tables_and_keeps_nothing():
+    before = sorted(results.FOLDER.glob("*")) if results.FOLDER.is_dir() else []
+    done = bench("nf4", "--quick", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "**Packing bf16 to NF4 and back" in done.stdout
+    assert "**Round trip of N(0, 1)" in done.stdout
+    assert (sorted(results.FOLDER.glob("*")) if results.FOLDER.is_dir() else []) == before
+
+
+def test_it_runs_as_a_part_of_another_package(tmp_path):
+    shutil.copytree(ROOT / "bench", tmp_path / "elsewhere/bench", ignore=shutil.ignore_patterns("__pycache__"))
+    done = bench("absmax", "--quick", "--json", "out.jsonl", cwd=tmp_path, package="elsewhere.bench", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["case"] == "absmax"
+
+
+def test_json_line_holds_what_the_figures_depend_on(tmp_path, capsys):
+    def not_json(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    path = tmp_path / "out.jsonl"
+    for _ in range(2):
+        assert __main__.main(["absmax", "--quick", "--json", str(path), "--device", "cpu"]) == 0
+    lines = [json.loads(line, parse_constant=not_json) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert lines[0].keys() >= {"case", "question", "quick", "environment", "seconds", "load_average", "tables"}
+    assert lines[0]["quick"] is True
+    about = lines[0]["environment"]
+    for key in ("device", "cpu", "instruction_set", "threads", "torch", "bitsandbytes", "nf4lora", "commit"):
+        assert key in about
+    printed = "\n\n".join(Table(**table).markdown() for table in lines[1]["tables"])
+    assert printed in capsys.readouterr().out
+
+
+def test_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["nf5"])
+    assert stop.value.code == 2
+    assert "case must be one of nf4, absmax" in capsys.readouterr().err
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch, capsys):
+    right = reference.nf4_quantize
+    monkeypatch.setattr(reference, "nf4_quantize", lambda *a: (right(*a)[0] ^ 1, right(*a)[1]))
+    monkeypatch.setattr(nf4, "alternate", lambda *a, **k: pytest.fail("timed"))
+    assert __main__.main(["nf4", "--quick", "--device", "cpu"]) == 1
+    assert "the answer is wrong" in capsys.readouterr().err
+
+
+def test_comparisons_catch_what_they_are_for():
+    check_equal("same", torch.arange(3), torch.arange(3))
+    with pytest.raises(WrongAnswer, match="1 of 3"):
+        check_equal("other", torch.tensor([0, 1, 3]), torch.arange(3))
+    check_close("near", torch.tensor([1.0, 100.5]), torch.tensor([1.0, 100.0]), 0.01)
+    for wrong in ([1.0, 102.0], [1.0, float("nan")]):
+        with pytest.raises(WrongAnswer):
+            check_close("far", torch.tensor(wrong), torch.tensor([1.0, 100.0]), 0.01)
+
+
+def test_absent_rival_is_named(alone):
+    for table in (nf4.speed(QUICK), absmax.run(QUICK)[0]):
+        assert "bitsandbytes is absent: not compared with" in table.notes
+        assert all(row[key] is None for row in table.rows for key in row if "bitsandbytes" in key)
+
+
+def test_absent_model_is_no_failure(tmp_path, capsys):
+    assert __main__.main(["train", "converge", "perplexity", "--quick", "--model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("python examples/smollm2.py makes it") == 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_layer_is_measured_forwards_and_backwards(monkeypatch):
+    monkeypatch.setattr(timing, "last_cache", lambda device="cpu": 1 << 16)
+    (row,) = lora.rows_of(SHAPES[1], (4,), QUICK)
+    assert row["forward"]["GFLOP/s"] > 0
+    assert row["both"]["torch / ours"]["median"] > 0
+    assert row["both"]["bitsandbytes / ours"] is None
+
+
+def test_layer_that_forgets_its_adapter_is_caught():
+    base = lora.NF4Linear.from_linear(lora.linear(torch.randn(192, 576).bfloat16()))
+
+    def layer():
+        return lora.with_lora(lora.copied(base))
+
+    lora.check(SHAPES[1], {"nf4lora": layer}, "both", "cpu")
+    right = reference.lora_linear
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WrongAnswer):
+        patch.setattr(reference, "lora_linear", lambda *a, lora_B, **k: right(*a, lora_B=2 * lora_B, **k))
+        lora.check(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
+
+
+# ---- whole models ----
+
+
+def test_processes_take_turns(tmp_path, tiny):
+    common = {"folder": tiny, "checkpointing": False, "device": "cpu", "batch": 1, "length": 16}
+    with Process("train", name=contenders.SIXTEEN, **common) as process:
+        losses = [next(process)["loss"] for _ in range(3)]
+        assert len(set(losses)) == 3
+    assert process.child.returncode == 0
+
+
+def test_a_process_that_dies_says_why(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match=r"(?s)perplexity\(name=nf4lora.*nowhere"),
+        Process("perplexity", name=contenders.OURS, folder=tmp_path / "nowhere", device="cpu", quick=True) as process,
+    ):
+        next(process)
+
+
+NAMES = [contenders.OURS, contenders.RIVAL, contenders.KBIT, contenders.IN_BF16, contenders.SIXTEEN]
+
+
+def test_contenders_start_from_the_same_adapter(tiny):
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for name in NAMES:
+        model = contenders.adapted(name, tiny)
+        found[name] = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        assert model.training
+        assert all("lora_" in key for key in found[name])
+        kinds = {value.dtype for value in found[name].values()}
+        assert kinds == {torch.bfloat16 if name == contenders.IN_BF16 else torch.float32}
+    for key, ours in found[contenders.OURS].items():
+        for theirs in (found[contenders.RIVAL][key], found[contenders.SIXTEEN][key]):
+            assert torch.equal(ours, theirs)
+            assert bool(ours.any()) == ("lora_A" in key)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_step_trains(tiny, checkpointing):
+    steps = train.contender(contenders.OURS, tiny, checkpointing, "cpu", batch=2, length=32)
+    found = [next(steps) for _ in range(2)]
+    assert found[0]["loss"] != found[1]["loss"]
+    assert found[1]["peak"] > 1e8
+    assert found[1]["seconds"] > 0
+
+
+def test_another_loss_is_a_wrong_answer():
+    class Fake:
+        name = "fake"
+
+        def __init__(self, loss):
+            self.loss = loss
+
+        def __next__(self):
+            return {"loss": self.loss}
+
+    with pytest.raises(WrongAnswer, match="loss of the first step"):
+        train.taking_turns(Fake(3.0), Fake(11.0), 1)
+    ours, theirs = train.taking_turns(Fake(3.0), Fake(3.01), 4)
+    assert [len(ours), len(theirs)] == [4, 4]
+
+
+def test_answers_alone_are_trained():
+    tokenizer = tiny_tokenizer()
+    path = ROOT / "examples/tickets/valid.jsonl"
+    answer = json.loads(path.read_text().splitlines()[0])["messages"][-1]["content"]
+    ids, labels = converge.encoded(path, tokenizer)[0]
+    assert len(ids) == len(labels)
+    trained = tokenizer.decode([token for token in labels if token != -100])
+    assert trained == f"{answer}<|im_end|>\n"
+
+
+def test_held_out_loss_does_not_depend_on_the_padding(tiny):
+    model = contenders.load(contenders.SIXTEEN, tiny).float()
+    rows = [([5, 6, 7, 8], [-100, 6, 7, 8]), ([9] * 40, [-100] * 20 + [9] * 20)]
+    together = converge.held_out_loss(model, rows, "cpu")
+    apart = [converge.held_out_loss(model, [row], "cpu") for row in rows]
+    assert together == pytest.approx((3 * apart[0] + 20 * apart[1]) / 23, rel=1e-5)
+
+
+def test_converging_is_measured(tiny):
+    (found,) = converge.contender(contenders.OURS, tiny, ROOT / "examples/tickets", "cpu", steps=1)
+    assert len(found["losses"]) == 1
+    assert found["eval_loss"] != found["eval_loss_before"]
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_about_its_vocabulary(tiny):
+    (found,) = perplexity.contender(contenders.SIXTEEN, tiny, "cpu", quick=True)
+    assert found["tokens"] == 2 * 63
+    assert 200 < found["perplexity"] < 350  # of 259 tokens
+
+
+def test_the_story_is_long_enough_and_whole(tiny):
+    ids = prose.tokens(tiny)
+    assert tiny_tokenizer().decode(ids) == prose.TEXT.read_text(encoding="utf-8")
+    assert len(prose.TEXT.read_text(encoding="utf-8").split()) > 3000
+    assert prose.batches(tiny, 4, 256)[0].shape == (4, 256)
+
+
+def test_model_to_load_has_its_largest_tensors_in_linear_layers(tmp_path):
+    largest, total, shards = load.write_model(tmp_path, quick=True)
+    assert shards > 1
+    assert largest == 256 * 1024 * 2
+    assert total == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) - sum(
+        8 + int.from_bytes(path.read_bytes()[:8], "little") for path in tmp_path.glob("*.safetensors")
+    )
+
+
+class InProcess:
+    """Process without a process: the contender runs here."""
+
+    def __init__(self, module, **arguments):
+        self.name, self.steps = module, __main__.case(module).contender(**arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.steps.close()
+
+    def __next__(self):
+        return json.loads(json.dumps(next(self.steps)))
+
+
+@pytest.mark.parametrize("name", ["train", "converge", "perplexity"])
+def test_case_of_a_whole_model(name, tiny, monkeypatch):
+    module = __main__.case(name)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "Process", InProcess)
+    monkeypatch.setattr(module, "without", lambda package: [f"{package} is absent: not compared with"])
+    for table in module.run(Settings(quick=True, model=tiny)):
+        assert "bitsandbytes is absent: not compared with" in table.notes
+        assert not table.targets
+        assert any(contenders.OURS in row.values() or "ours, s" in row for row in table.rows)
+        assert Table(**json.loads(json.dumps(table.to_dict()))).markdown() == table.markdown()
+
+
+@pytest.mark.slow
+def test_loading_is_watched_from_outside():
+    (table,) = load.run(QUICK)
+    ours = table.rows[0]
+    assert ours["before, MB"] < ours["final, MB"] <= ours["peak, MB"]
+    assert table.targets[0][1]
