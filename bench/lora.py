@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from nf4lora import NF4Linear, ops, reference
 from torch import Tensor, nn
+
+from nf4lora import NF4Linear, ops, reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
@@ -142,6 +143,7 @@ def of_bitsandbytes(weight: Tensor) -> nn.Module:
 def with_lora(base: nn.Module) -> nn.Module:
     """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
     import peft
+
     from nf4lora import adapter
 
     adapter.install()

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
 from nf4lora import build_info
 
 from .timing import alternate, last_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from nf4lora import ops, reference
 
 from .case import Settings, check_equal, installed, without

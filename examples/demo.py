@@ -41,11 +41,12 @@ def parse(answer: str) -> dict | None:
 
 def load(base: str, adapter: Path):
     """The 4-bit model with the trained adapter, as the training's last lines say, and its tokenizer."""
-    import nf4lora
     import torch
-    from nf4lora.train.model import choose_device
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    import nf4lora
+    from nf4lora.train.model import choose_device
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and PEFT

@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 from adapted import IDS, adapted, config, layers, packed_llama, pair, relative, step, trainable
-from nf4lora import adapter, ops, reference
 from peft import get_peft_model
 from peft.tuners import lora
 from torch import nn
 
 from models import tiny_llama
+from nf4lora import adapter, ops, reference
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from models import tiny_llama, tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
 
-from nf4lora import reference  # noqa: E402
-
 from bench import (  # noqa: E402
     __main__,
     absmax,
@@ -34,6 +32,7 @@ from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: 
 from bench.process import Process  # noqa: E402
 from bench.shapes import SHAPES, layers  # noqa: E402
 from bench.table import Table, number, shown  # noqa: E402
+from nf4lora import reference  # noqa: E402
 
 QUICK = Settings(quick=True)
 

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from nf4lora.config import NF4Config
-from nf4lora.linear import NF4Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import tiny_llama
+from nf4lora.config import NF4Config
+from nf4lora.linear import NF4Linear
 
 LAYER = "model.layers.0.self_attn.q_proj."
 NORM = "model.layers.0.input_layernorm.weight"

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from nf4lora.config import NF4Config
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoQuantizationConfig
+
+from nf4lora.config import NF4Config
 
 BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 

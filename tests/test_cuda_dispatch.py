@@ -3,6 +3,7 @@ dispatch key on CPU tensors."""
 
 import pytest
 import torch
+
 from nf4lora import _C
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

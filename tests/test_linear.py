@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from nf4lora import reference
 from nf4lora.linear import NF4Linear, blocksize_for
-from torch import nn
 
 LAYOUTS = [(True, 64), (False, 64), (True, 32), (True, 128), (False, 256)]
 

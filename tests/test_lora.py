@@ -12,8 +12,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.nf4lora
 
 # Against the reference, which does the same arithmetic and sums in another order. Results that are rounded to 16 bits
-# may land on either neighbour, so one unit in the last place of the largest value, which is 2^-7 (2^-10) of a value just
-# above a power of two; float32 sums of up to 4,608 terms differ by a few dozen units in theirs.
+# may land on either neighbour, so one unit in the last place of the largest value, which is 2^-7 (2^-10) of a value
+# just above a power of two; float32 sums of up to 4,608 terms differ by a few dozen units in theirs.
 ULP = {torch.float32: 2**-23 * 64, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # dA and dB are never rounded to 16 bits.
 FLOAT_SUM = 2**-23 * 64
@@ -252,12 +252,12 @@ def test_nan_stays_in_its_row(device):
 
 
 BAD = [
-    ({"x": torch.zeros(2, 60)}, ValueError, r"the last dimension of x must be 64 \(in features of qweight\), got shape"),
+    ({"x": torch.zeros(2, 60)}, ValueError, r"the last dimension of x must be 64 \(in features of qweight\), got"),
     ({"x": torch.zeros(2, 64).double()}, TypeError, "x must be float32, bfloat16 or float16, got float64"),
     ({"qweight": torch.zeros(8, 32)}, TypeError, "qweight must be uint8, got float32"),
     ({"qweight": torch.zeros(256, dtype=torch.uint8)}, ValueError, r"qweight must be \[N, K/2\], got shape \[256\]"),
-    ({"absmax": torch.zeros(8, 2)}, ValueError, r"absmax must hold 8 values \(one per 64 weights\), got shape \[8, 2\]"),
-    ({"absmax": torch.zeros(8, 1, dtype=torch.uint8)}, TypeError, "absmax must be float32, or uint8 with nested, got u"),
+    ({"absmax": torch.zeros(8, 2)}, ValueError, r"absmax must hold 8 values \(one per 64 weights\), got shape"),
+    ({"absmax": torch.zeros(8, 1, dtype=torch.uint8)}, TypeError, "absmax must be float32, or uint8 with nested"),
     ({"nested": torch.zeros(2)}, TypeError, "absmax must be uint8, got float32"),
     ({"bias": torch.zeros(7)}, ValueError, r"bias must be \[8\], got shape \[7\]"),
     ({"lora_A": torch.zeros(4, 64)}, ValueError, "lora_A and lora_B must come together, got only one"),
@@ -265,7 +265,7 @@ BAD = [
     ({"lora_A": torch.zeros(4, 64), "lora_B": torch.zeros(8, 5)}, ValueError, r"lora_B must be \[8, 4\]"),
     ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1"),
     ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
-    ({"lora_A": torch.zeros(4, 64), "lora_B": torch.zeros(8, 4), "dropout": 0.5}, ValueError, "dropout > 0 needs a seed"),
+    ({"lora_A": torch.zeros(4, 64), "lora_B": torch.zeros(8, 4), "dropout": 0.5}, ValueError, "dropout > 0 needs"),
     ({"blocksize": 96}, ValueError, "blocksize must be a power of two"),
     ({"blocksize": 128}, ValueError, "qweight must have a multiple of blocksize / 2 = 64 columns"),
 ]  # fmt: skip
@@ -298,7 +298,7 @@ def test_opcheck(device, dropout):
     case = Case(device=device, dropout=dropout)
     x, A, B = (t.requires_grad_() for t in (case.x, case.A, case.B))
     torch.library.opcheck(raw.lora_linear.default, case.forward())
-    y, S = raw.lora_linear(*case.forward())
+    _, S = raw.lora_linear(*case.forward())
     for t in (x, A, B):
         t.requires_grad_(False)
     torch.library.opcheck(raw.lora_linear_backward.default, (*case.backward(S.detach()), True))

@@ -9,8 +9,6 @@ import peft
 import pytest
 import torch
 from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, step, trainable
-from nf4lora import NF4Config, NF4Linear, prepare, report
-from nf4lora.adapter_files import base_hash
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -23,6 +21,8 @@ from transformers import (
 )
 
 from models import tiny_llama, tiny_tokenizer
+from nf4lora import NF4Config, NF4Linear, prepare, report
+from nf4lora.adapter_files import base_hash
 
 
 def llama(**options):

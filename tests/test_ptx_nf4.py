@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nf4lora import reference
 from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
+
+from nf4lora import reference
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from nf4lora import cli
 from nf4lora.train import config as configuration
 from nf4lora.train.config import parse_arguments

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nf4lora.train.errors import RunError
 from nf4lora.train.formats import recognise, samples
 from nf4lora.train.rows import Table

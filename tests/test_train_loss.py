@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nf4lora.train import loss
-from nf4lora.train.loss import CrossEntropy, has_plain_head, score
 from torch import nn
 
 from models import tiny_llama
+from nf4lora.train import loss
+from nf4lora.train.loss import CrossEntropy, has_plain_head, score
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.rows import read_directory, read_file, read_hub
 

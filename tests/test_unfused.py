@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nf4lora import _C, ops, reference, unfused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@
 import torch
 
 try:
-    from nf4lora import _C
+    from nf4lora import _C as _C
 except ImportError as error:  # a failed load is said here and now, not as a NameError later
     raise ImportError(
         f"nf4lora: the compiled module did not load with torch {torch.__version__}: {error}. It needs torch 2.11 or "

@@ -121,7 +121,7 @@ def _operands(x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksi
     A, B = (None if p is None else p.to(x.dtype).to(acc) for p in (lora_A, lora_B))
     mask = torch.ones((), dtype=torch.bool)
     if dropout > 0 and A is not None:
-        mask = dropout_mask(*rows.shape, dropout, seed).to(x.device)
+        mask = dropout_mask(rows.shape[0], rows.shape[1], dropout, seed).to(x.device)
     return rows.to(acc), W, A, B, mask, 1.0 / (1.0 - dropout)
 
 

@@ -105,7 +105,7 @@ class Progress(TrainerCallback):
             self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def remaining(self, state: Any) -> float | None:
-        """Seconds, at the pace since the first step began: evaluations and checkpoints in between count, loading not."""
+        """Seconds, at the pace since the first step began: with evaluations and checkpoints, without loading."""
         done = state.global_step - self.first_step
         return (time.monotonic() - self.first_began) / done * (state.max_steps - state.global_step) if done else None
 
