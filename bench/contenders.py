@@ -15,15 +15,16 @@ RIVAL = "bitsandbytes + PEFT"
 KBIT = "bitsandbytes + PEFT, prepare_model_for_kbit_training"  # as PEFT's guide says: everything else becomes float32
 IN_BF16 = "bitsandbytes + PEFT, adapters in bf16"  # as TRL casts them
 SIXTEEN = "bf16 LoRA"
+EXACT = "the 4-bit weights in float32, PEFT"  # what the 4-bit contenders approximate in bf16
 
 
-def load(name: str, folder: Path | str, device: str = "cpu") -> Any:
-    """The model as the contender's users load it: bf16, NF4 with double quantisation but for the 16-bit one."""
+def load(name: str, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model as the contender's users load it, in NF4 with double quantisation but for the 16-bit one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if name == OURS:
         import nf4lora
 
@@ -33,7 +34,7 @@ def load(name: str, folder: Path | str, device: str = "cpu") -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
@@ -42,7 +43,10 @@ def adapted(name: str, folder: Path | str, checkpointing: bool = False, device: 
     """The model with adapters, in training mode."""
     import peft
 
-    model = load(name, folder, device)
+    if name == EXACT:
+        model = load(OURS, folder, device, torch.float32).dequantize(torch.float32)
+    else:
+        model = load(name, folder, device)
     recompute = {"use_reentrant": False}
     if name == OURS:
         import nf4lora

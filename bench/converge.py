@@ -11,50 +11,52 @@ import torch
 from torch import Tensor
 
 from .case import Absent, Settings, without
-from .contenders import OURS, RIVAL, SIXTEEN, adapted
+from .contenders import EXACT, OURS, RIVAL, SIXTEEN, adapted
 from .process import Process
 from .table import Table
 
 QUESTION = "After the same 60 steps from the same start, is the loss on held-out data that of PEFT + bitsandbytes?"
 
 DATA = Path("examples/tickets")
-STEPS, BATCH, RATE, WARMUP, SEED = 60, 8, 5e-4, 3, 0  # as examples/tickets.yaml, but for the steps
+BATCH, RATE, WARMUP, SEED = 8, 5e-4, 3, 0  # as examples/tickets.yaml
+EVALUATED = [0, 5, 20, 60]
 
 
 def run(settings: Settings) -> list[Table]:
     folder = settings.folder()
     if not (DATA / "train.jsonl").is_file():
         raise Absent(f"no data in {DATA}: run this in the root of the repository")
-    steps = 2 if settings.quick else STEPS
+    evaluated = [0, 1] if settings.quick else EVALUATED
+    arguments = {"folder": folder.resolve(), "data": DATA.resolve(), "device": settings.device, "evaluated": evaluated}
     found: dict[str, dict] = {}
-    for name in [OURS, SIXTEEN] if without("bitsandbytes") else [OURS, RIVAL, SIXTEEN]:
-        with Process(
-            "converge", name=name, folder=folder.resolve(), data=DATA.resolve(), device=settings.device, steps=steps
-        ) as process:
+    for name in [OURS, *([] if without("bitsandbytes") else [RIVAL]), EXACT, SIXTEEN]:
+        with Process("converge", name=name, **arguments) as process:
             found[name] = next(process)
-    last = {name: each["eval_loss"] for name, each in found.items()}
-    rows = [
-        {
-            "contender": name,
-            "held-out loss before": each["eval_loss_before"],
-            "held-out loss after": f"{last[name]:.4f}",
-            "beside bitsandbytes, %": 100 * (last[name] / last[RIVAL] - 1) if RIVAL in last else None,
-            "training loss, last 10 steps": mean(each["losses"][-10:]),
+    last = {name: each["held_out"][-1] for name, each in found.items()}
+    rows = []
+    for name, each in found.items():
+        row: dict = {"contender": name}
+        row |= {
+            f"held-out loss at {step}": f"{loss:.4f}" for step, loss in zip(evaluated, each["held_out"], strict=True)
         }
-        for name, each in found.items()
-    ]
+        row["beside bitsandbytes, %"] = 100 * (last[name] / last[RIVAL] - 1) if RIVAL in last else None
+        row["training loss, last 10 steps"] = mean(each["losses"][-10:])
+        rows.append(row)
     targets = []
     if RIVAL in last and not settings.quick:
-        off = 100 * abs(last[OURS] / last[RIVAL] - 1)
-        targets.append((f"held-out loss within 1 % of {RIVAL}, got {off:.2f} %", off <= 1.0))
+        off = 100 * (last[OURS] / last[RIVAL] - 1)
+        targets.append((f"held-out loss at most 1 % above that of {RIVAL}, got {off:+.2f} %", off <= 1.0))
     return [
         Table(
-            f"{settings.model.name} on {DATA}: {steps} steps of {BATCH} rows, loss on the answers only",
+            f"{settings.model.name} on {DATA}: {evaluated[-1]} steps of {BATCH} rows, loss on the answers only",
             rows,
             [
                 f"AdamW, {RATE} with {WARMUP} steps of warm-up and a cosine, gradients clipped to 1; the same rows in "
                 "the same order, the same lora_A; r = 16 on every linear layer, no dropout, bf16, adapters in float32",
                 "the loss is the mean over all answer tokens of valid.jsonl",
+                "PEFT rounds what an adapter adds to bf16 and adds it to an output already rounded to bf16: a change "
+                "below half a last place is lost, which is most of it in the first steps. The fused op adds in float32 "
+                "and rounds once, and follows the float32 run",
                 *without("bitsandbytes"),
             ],
             targets,
@@ -62,19 +64,25 @@ def run(settings: Settings) -> list[Table]:
     ]
 
 
-def contender(name: str, folder: str, data: str, device: str, steps: int):
+def contender(name: str, folder: str, data: str, device: str, evaluated: list[int]):
+    """Trains to the last step of `evaluated`; the held-out loss after each of these, the training loss of every one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = {part: encoded(Path(data) / f"{part}.jsonl", tokenizer) for part in ("train", "valid")}
+    train, valid = (encoded(Path(data) / f"{part}.jsonl", tokenizer) for part in ("train", "valid"))
     model = adapted(name, folder, device=device)
     weights = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
+    steps = evaluated[-1]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-    before, losses = held_out_loss(model, rows["valid"], device), []
-    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(SEED)).tolist()
-    for step in range(steps):
-        chosen = [rows["train"][order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SEED)).tolist()
+    held_out, losses = [], []
+    for step in range(steps + 1):
+        if step in evaluated:
+            held_out.append(held_out_loss(model, valid, device))
+        if step == steps:
+            break
+        chosen = [train[order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
         loss = model(**padded(chosen, device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -82,7 +90,7 @@ def contender(name: str, folder: str, data: str, device: str, steps: int):
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    yield {"eval_loss_before": before, "eval_loss": held_out_loss(model, rows["valid"], device), "losses": losses}
+    yield {"held_out": held_out, "losses": losses}
 
 
 def rate(step: int, steps: int) -> float:

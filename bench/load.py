@@ -11,7 +11,7 @@ import torch
 
 from .case import Settings, without
 from .contenders import OURS, RIVAL, load
-from .process import Process, anonymous_bytes
+from .process import Process, anonymous_bytes, peak_bytes
 from .table import Table
 from .timing import spread
 
@@ -38,6 +38,7 @@ def run(settings: Settings) -> list[Table]:
     notes = [
         f"memory: anonymous pages (RssAnon) of a fresh process, Python and libraries included, read every millisecond "
         f"from outside; the largest peak of {len(runs[OURS])} loads, the median of the rest",
+        "peak resident: pages of the mapped files included, which the system takes back when it needs them",
         f"the largest tensor has {largest / MB:.1f} MB; the files were just written and come from the page cache",
         *without("bitsandbytes"),
     ]
@@ -57,7 +58,7 @@ def row(name: str, found: list[dict]) -> dict:
         "peak, MB": max(each["peak"] for each in found) / MB,
         "final, MB": middle("final"),
         "peak - final, MB": max(each["peak"] - each["final"] for each in found) / MB,
-        "final - before - model, MB": middle("final") - middle("before") - middle("bytes"),
+        "peak resident, MB": max(each["resident"] for each in found) / MB,
     }
 
 
@@ -117,7 +118,7 @@ def contender(name: str, folder: str, device: str):
     start = time.perf_counter()
     model = load(name, folder, device)
     seconds = time.perf_counter() - start
-    yield {"seconds": seconds, "final": anonymous_bytes(), "bytes": model_bytes(model)}
+    yield {"seconds": seconds, "final": anonymous_bytes(), "resident": peak_bytes(), "bytes": model_bytes(model)}
 
 
 def model_bytes(model: torch.nn.Module) -> int:

@@ -14,13 +14,13 @@ from nf4lora import NF4Linear, ops, reference
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
 from .machine import bandwidth
-from .shapes import QUICK, Shape, layers
+from .shapes import QUICK, Shape, named
 from .table import Table
 from .timing import Timing, alternate, rotation
 
 QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and beside bitsandbytes + PEFT?"
 
-SHAPES = layers("SmolLM2-135M gate, up", "Llama-3.1-8B q, o", "Llama-3.1-8B gate, up", "Qwen2.5-7B down")
+SHAPES = named("SmolLM2-135M gate, up", "Llama-3.1-8B q, o", "Llama-3.1-8B gate, up", "Qwen2.5-7B down")
 TOKENS = (1, 4, 16, 128, 512, 2048)
 
 
@@ -96,74 +96,16 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
     return row
 
 
-# ---- what is called ----
-
-
-def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return layer()(x)
-
-
-def both(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    module = layer()
-    x = x.detach().requires_grad_()
-    wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-    return torch.autograd.grad(module(x), wanted, dy)
-
-
-CALLS: dict[str, Callable] = {"forward": forward, "both": both}
-
-
-# ---- the layers ----
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def copied(base: NF4Linear) -> NF4Linear:
-    layer = NF4Linear(base.in_features, base.out_features, bias=False, device="meta")
-    for name, parameter in base.named_parameters():
-        setattr(layer, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    return layer
-
-
-def of_bitsandbytes(weight: Tensor) -> nn.Module:
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(
-        *reversed(weight.shape), bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
-    )
-    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
-    return layer.to(weight.device)
-
-
-def with_lora(base: nn.Module) -> nn.Module:
-    """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
-    import peft
-
-    from nf4lora import adapter
-
-    adapter.install()
-    model = nn.Module()
-    model.layer = base
-    model.is_loaded_in_4bit = not isinstance(base, NF4Linear)  # by which PEFT knows bitsandbytes' layers
-    peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"]), model)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in (model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight):
-        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.02).to(base.weight.device)
-    return model.layer
-
-
 def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
     """Ours against the reference, the rivals against ours: they must at least do the same work."""
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(M, size, generator=generator).bfloat16() for size in (shape.K, shape.N))
     layer = turns["nf4lora"]()
     A, B = layer.lora_A["default"].weight.data.cpu(), layer.lora_B["default"].weight.data.cpu()
-    packed = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in op_arguments(layer).items()}
+    packed = {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in layer.base_layer.op_arguments().items()
+    }
     y, S = reference.lora_linear(x, **packed, lora_A=A, lora_B=B, scaling=ALPHA / RANK)
     expected = (y,)
     if kind == "both":
@@ -178,10 +120,6 @@ def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: i
     if "bitsandbytes" in turns:
         for number, (found, wanted) in enumerate(zip(answer("bitsandbytes"), expected, strict=True)):
             check_close(f"bitsandbytes {shape.name}, {kind} {number}", found, wanted, 0.02)
-
-
-def op_arguments(layer: Any) -> dict[str, Any]:
-    return layer.base_layer.op_arguments()
 
 
 # ---- how the op is given its gradient ----

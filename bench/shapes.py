@@ -40,6 +40,6 @@ SHAPES = (
 QUICK = SHAPES[:2]
 
 
-def layers(*names: str) -> list[Shape]:
+def named(*names: str) -> list[Shape]:
     """The shapes of 'model layer' names."""
     return [next(shape for shape in SHAPES if f"{shape.model} {shape.layer}" == name) for name in names]

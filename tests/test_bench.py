@@ -1,6 +1,7 @@
 """The bench: what it measures with, what it prints, what it keeps. Its figures are not tested, its honesty is."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -325,7 +326,7 @@ def test_layer_is_measured_forwards_and_backwards(monkeypatch):
 
 
 def test_layer_that_forgets_its_adapter_is_caught():
-    base = lora.NF4Linear.from_linear(lora.linear(torch.randn(192, 576).bfloat16()))
+    base = lora.NF4Linear.from_linear(lora.linear((torch.randn(192, 576) * 0.02).bfloat16()))
 
     def layer():
         return lora.with_lora(lora.copied(base))
@@ -419,15 +420,24 @@ def test_held_out_loss_does_not_depend_on_the_padding(tiny):
 
 
 def test_converging_is_measured(tiny):
-    (found,) = converge.contender(contenders.OURS, tiny, ROOT / "examples/tickets", "cpu", steps=1)
+    (found,) = converge.contender(contenders.OURS, tiny, ROOT / "examples/tickets", "cpu", evaluated=[0, 1])
+    before, after = found["held_out"]
     assert len(found["losses"]) == 1
-    assert found["eval_loss"] != found["eval_loss_before"]
+    assert after < before
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_about_its_vocabulary(tiny):
     (found,) = perplexity.contender(contenders.SIXTEEN, tiny, "cpu", quick=True)
-    assert found["tokens"] == 2 * 63
-    assert 200 < found["perplexity"] < 350  # of 259 tokens
+    for losses in found.values():
+        assert len(losses) == 2 * 63
+        assert 200 < math.exp(sum(losses) / len(losses)) < 350  # of 259 tokens
+
+
+def test_difference_comes_with_its_standard_error():
+    ours, theirs = [1.0, 1.1, 1.0, 1.1], [1.0, 1.0, 1.0, 1.0]
+    percent, error = perplexity.beside(ours, theirs)
+    assert percent == pytest.approx(100 * (math.exp(0.05) - 1))
+    assert error == pytest.approx(100 * 0.0577350 / 2, rel=1e-4)
 
 
 def test_the_story_is_long_enough_and_whole(tiny):

@@ -1,0 +1,71 @@
+"""One linear layer as each contender has it, and what is called on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from nf4lora import NF4Linear
+from torch import Tensor, nn
+
+from .contenders import ALPHA, RANK
+
+# ---- what is called ----
+
+
+def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return layer()(x)
+
+
+def both(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    module = layer()
+    x = x.detach().requires_grad_()
+    wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+    return torch.autograd.grad(module(x), wanted, dy)
+
+
+CALLS: dict[str, Callable] = {"forward": forward, "both": both}
+
+
+# ---- the layers ----
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def copied(base: NF4Linear) -> NF4Linear:
+    layer = NF4Linear(base.in_features, base.out_features, bias=False, device="meta")
+    for name, parameter in base.named_parameters():
+        setattr(layer, name, nn.Parameter(parameter.clone(), requires_grad=False))
+    return layer
+
+
+def of_bitsandbytes(weight: Tensor) -> nn.Module:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(
+        *reversed(weight.shape), bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
+    return layer.to(weight.device)
+
+
+def with_lora(base: nn.Module) -> nn.Module:
+    """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
+    import peft
+
+    from nf4lora import adapter
+
+    adapter.install()
+    model = nn.Module()
+    model.layer = base
+    model.is_loaded_in_4bit = not isinstance(base, NF4Linear)  # by which PEFT knows bitsandbytes' layers
+    peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"]), model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight):
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.02).to(base.weight.device)
+    return model.layer
