@@ -5,30 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from nf4lora import NF4Linear
 from torch import Tensor, nn
 
+from nf4lora import NF4Linear
+
 from .contenders import ALPHA, RANK
-
-# ---- what is called ----
-
-
-def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return layer()(x)
-
-
-def both(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    module = layer()
-    x = x.detach().requires_grad_()
-    wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-    return torch.autograd.grad(module(x), wanted, dy)
-
-
-CALLS: dict[str, Callable] = {"forward": forward, "both": both}
-
-
-# ---- the layers ----
 
 
 def linear(weight: Tensor) -> nn.Linear:
@@ -69,3 +50,18 @@ def with_lora(base: nn.Module) -> nn.Module:
     for parameter in (model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight):
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.02).to(base.weight.device)
     return model.layer
+
+
+def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return layer()(x)
+
+
+def both(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    module = layer()
+    x = x.detach().requires_grad_()
+    wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+    return torch.autograd.grad(module(x), wanted, dy)
+
+
+CALLS: dict[str, Callable] = {"forward": forward, "both": both}

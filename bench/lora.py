@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nf4lora import NF4Linear, ops, reference
+from nf4lora import NF4Linear, reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
+from .layers import CALLS, copied, forward, linear, of_bitsandbytes, with_lora
 from .machine import bandwidth
+from .overhead import overhead
 from .shapes import QUICK, Shape, named
 from .table import Table
 from .timing import Timing, alternate, rotation
@@ -39,7 +40,8 @@ def run(settings: Settings) -> list[Table]:
     return [
         Table("Forward, no gradients", [row["forward"] for row in rows], [*notes, packed]),
         Table("Forward and backward", [row["both"] for row in rows], [*notes, in_training]),
-        autograd(settings),
+        small_adapters(settings),
+        overhead(settings),
     ]
 
 
@@ -96,6 +98,47 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
     return row
 
 
+def small_adapters(settings: Settings) -> Table:
+    """How much of what a small adapter adds arrives in the output."""
+    shape = QUICK[0] if settings.quick else SHAPES[1]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.N, shape.K, generator=generator).mul_(0.02).bfloat16()
+    x = torch.randn(64, shape.K, generator=generator).bfloat16()
+    made = {"nf4lora": with_lora(NF4Linear.from_linear(linear(weight)))}
+    if installed("bitsandbytes"):
+        made["bitsandbytes + PEFT"] = with_lora(of_bitsandbytes(weight)).train()  # its base bit-equal to ours
+    rows = []
+    for share in (0.0001, 0.001, 0.003, 0.01, 0.1):
+        row: dict = {"adapter / output, %": 100 * share}
+        for name, layer in made.items():
+            row[f"arrives, {name}, %"] = 100 * arrives(layer, x, share)
+        rows.append(row)
+    return Table(
+        f"How much of a small adapter arrives in a bf16 output, {shape.name}, 64 tokens",
+        rows,
+        [
+            "adapter / output: root mean square of what the adapter adds, over that of the base's output",
+            "arrives: the change of the output along what the adapter adds in float64; 100 % is all of it",
+            "PEFT adds the adapter to an output already rounded to bf16, where a change below half a last place is "
+            "lost; the fused op adds in float32 and rounds once",
+        ],
+    )
+
+
+def arrives(layer: nn.Module, x: Tensor, share: float) -> float:
+    """<y(B) - y(0), delta> / <delta, delta>, where delta = scaling x A^T B^T is share times as large as y(0)."""
+    A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight
+    drawn = B.data.clone()
+    B.data.zero_()
+    y0 = forward(lambda: layer, x).double()
+    S = (x.double() @ A.bfloat16().double().T).bfloat16().double()
+    B.data = (drawn * (share * y0.norm() / (ALPHA / RANK * S @ drawn.double().T).norm())).bfloat16().float()
+    delta = ALPHA / RANK * S @ B.data.double().T
+    y = forward(lambda: layer, x).double()
+    B.data = drawn
+    return ((y - y0).flatten() @ delta.flatten() / delta.norm() ** 2).item()
+
+
 def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
     """Ours against the reference, the rivals against ours: they must at least do the same work."""
     generator = torch.Generator().manual_seed(1)
@@ -120,64 +163,3 @@ def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: i
     if "bitsandbytes" in turns:
         for number, (found, wanted) in enumerate(zip(answer("bitsandbytes"), expected, strict=True)):
             check_close(f"bitsandbytes {shape.name}, {kind} {number}", found, wanted, 0.02)
-
-
-# ---- how the op is given its gradient ----
-
-
-class Function(torch.autograd.Function):
-    """The other way to differentiate the op, beside torch.library.register_autograd, which ops.py uses."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.nf4lora.lora_linear(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ops._setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dS: Tensor | None) -> tuple:  # type: ignore[override]
-        return ops._backward(ctx, dy, dS)
-
-
-def autograd(settings: Settings) -> Table:
-    """Microseconds of a call so small that nothing but its overhead is left."""
-    repeats = 20 if settings.quick else 200
-    x, A, B = (torch.randn(shape, device=settings.device) for shape in ((1, 64), (4, 64), (64, 4)))
-    qweight, absmax = ops.nf4_quantize(torch.randn(64, 64, device=settings.device))
-    arguments = (x, qweight, absmax, None, None, A, B, 1.0, 0.0, None, 64)
-    ways = {
-        "torch.library.register_autograd": lambda: ops.lora_linear(*arguments),
-        "autograd.Function": lambda: Function.apply(*arguments)[0],
-    }
-    ones = torch.ones(1, 64, device=settings.device)
-    inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
-
-    def without_gradient(way: Callable[[], Tensor]) -> None:
-        with torch.no_grad():
-            for _ in range(repeats):
-                way()
-
-    def with_gradient(way: Callable[[], Tensor]) -> None:
-        for _ in range(repeats):
-            way()
-
-    def differentiated(way: Callable[[], Tensor]) -> None:
-        for _ in range(repeats):
-            torch.autograd.grad(way(), inputs, ones)
-
-    rows: list[dict] = [{"way": name} for name in ways]
-    for label, measured in (
-        ("without gradients, us", without_gradient),
-        ("forward, us", with_gradient),
-        ("forward and backward, us", differentiated),
-    ):
-        took = alternate({name: partial(measured, way) for name, way in ways.items()}, device=settings.device)
-        for row in rows:
-            row[label] = took[row["way"]].spread(1e6 / repeats)
-    return Table(
-        "Overhead of a call, M = 1, 64 x 64, rank 4",
-        rows,
-        ["both compile with fullgraph=True (tests/test_lora.py); ops.py uses the first"],
-    )

@@ -1,5 +1,7 @@
 """The bench: what it measures with, what it prints, what it keeps. Its figures are not tested, its honesty is."""
 
+import doctest
+import importlib
 import json
 import math
 import shutil
@@ -15,11 +17,13 @@ from models import tiny_llama, tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
 
+import nf4lora  # noqa: E402
 from bench import (  # noqa: E402
     __main__,
     absmax,
     contenders,
     converge,
+    layers,
     load,
     lora,
     nf4,
@@ -30,8 +34,9 @@ from bench import (  # noqa: E402
     train,
 )
 from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: E402
+from bench.overhead import Function  # noqa: E402
 from bench.process import Process  # noqa: E402
-from bench.shapes import SHAPES, layers  # noqa: E402
+from bench.shapes import SHAPES, named  # noqa: E402
 from bench.table import Table, number, shown  # noqa: E402
 from nf4lora import reference  # noqa: E402
 
@@ -243,7 +248,7 @@ def test_bench_imports_itself_relatively():
 
 def test_shapes_are_legal():
     assert all(shape.K % 64 == 0 for shape in SHAPES)
-    assert layers("Llama-3.1-8B gate, up")[0].weights == 14336 * 4096
+    assert named("Llama-3.1-8B gate, up")[0].weights == 14336 * 4096
 
 
 def test_quick_run_prints_tables_and_keeps_nothing():
@@ -326,16 +331,43 @@ def test_layer_is_measured_forwards_and_backwards(monkeypatch):
 
 
 def test_layer_that_forgets_its_adapter_is_caught():
-    base = lora.NF4Linear.from_linear(lora.linear((torch.randn(192, 576) * 0.02).bfloat16()))
+    base = lora.NF4Linear.from_linear(layers.linear((torch.randn(192, 576) * 0.02).bfloat16()))
 
     def layer():
-        return lora.with_lora(lora.copied(base))
+        return layers.with_lora(layers.copied(base))
 
     lora.check(SHAPES[1], {"nf4lora": layer}, "both", "cpu")
     right = reference.lora_linear
     with pytest.MonkeyPatch.context() as patch, pytest.raises(WrongAnswer):
         patch.setattr(reference, "lora_linear", lambda *a, lora_B, **k: right(*a, lora_B=2 * lora_B, **k))
         lora.check(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
+
+
+def test_the_other_way_to_differentiate_compiles_too():
+    x, A, B = (torch.randn(shape, requires_grad=True) for shape in ((1, 64), (4, 64), (64, 4)))
+    qweight, absmax = nf4lora.ops.nf4_quantize(torch.randn(64, 64))
+    arguments = (qweight, absmax, None, None, A, B, 1.0, 0.0, None, 64)
+    compiled = torch.compile(lambda x: Function.apply(x, *arguments)[0], fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).sum(), [x, A, B])
+    expected = torch.autograd.grad(nf4lora.ops.lora_linear(x, *arguments).sum(), [x, A, B])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_in_docstrings(path):
+    if path.stem.startswith("__"):
+        pytest.skip("no examples")
+    module = importlib.import_module(f"bench.{path.stem}")
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+def test_all_of_a_small_adapter_arrives():
+    (*_, large) = rows = lora.small_adapters(QUICK).rows
+    assert large["arrives, nf4lora, %"] == pytest.approx(100, abs=1)
+    assert rows[2]["arrives, nf4lora, %"] == pytest.approx(100, abs=5)
+    if "arrives, bitsandbytes + PEFT, %" in large:
+        assert large["arrives, bitsandbytes + PEFT, %"] == pytest.approx(100, abs=1)
 
 
 # ---- whole models ----
