@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,24 @@ def copied(base: NF4Linear) -> NF4Linear:
     return layer
 
 
-def of_bitsandbytes(weight: Tensor) -> nn.Module:
+def of_bitsandbytes(weight: Tensor) -> Any:
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear4bit(
-        *reversed(weight.shape), bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
     )
     layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
     return layer.to(weight.device)
 
 
-def with_lora(base: nn.Module) -> nn.Module:
+def with_lora(base: Any) -> Any:
     """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
     import peft
 
     from nf4lora import adapter
 
     adapter.install()
-    model = nn.Module()
+    model: Any = nn.Module()
     model.layer = base
     model.is_loaded_in_4bit = not isinstance(base, NF4Linear)  # by which PEFT knows bitsandbytes' layers
     peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"]), model)

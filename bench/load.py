@@ -27,7 +27,7 @@ def run(settings: Settings) -> list[Table]:
     with tempfile.TemporaryDirectory(prefix="nf4lora-bench-") as folder:
         print(f"writing a model of {'8 MB' if settings.quick else '1.2 GB'} to {folder}", flush=True)
         largest, total, shards = write_model(Path(folder), settings.quick)
-        runs = {name: [] for name in names}
+        runs: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(1 if settings.quick else ROUNDS):
             for name in names:
                 runs[name].append(measured(name, folder, settings.device))

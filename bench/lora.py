@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def small_adapters(settings: Settings) -> Table:
     )
 
 
-def arrives(layer: nn.Module, x: Tensor, share: float) -> float:
+def arrives(layer: Any, x: Tensor, share: float) -> float:
     """<y(B) - y(0), delta> / <delta, delta>, where delta = scaling x A^T B^T is share times as large as y(0)."""
     A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight
     drawn = B.data.clone()

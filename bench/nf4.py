@@ -112,7 +112,7 @@ def check(weight: torch.Tensor, qweight: torch.Tensor, absmax: torch.Tensor) -> 
 
 
 def round_trip(samples: int) -> Table:
-    rows = []
+    rows: list[dict] = []
     for blocksize, published in PUBLISHED.items():
         errors = torch.tensor([error(blocksize, seed) for seed in range(samples)], dtype=torch.float64)
         mean = errors.mean(dim=0)

@@ -29,7 +29,11 @@ def run(settings: Settings) -> list[Table]:
     for checkpointing in (False, True):
         rows = []
         for rival in rivals:
-            common = {"folder": folder.resolve(), "checkpointing": checkpointing, "device": settings.device}
+            common: dict[str, object] = {
+                "folder": folder.resolve(),
+                "checkpointing": checkpointing,
+                "device": settings.device,
+            }
             common |= {"batch": batch, "length": length}
             with Process("train", name=OURS, **common) as ours, Process("train", name=rival, **common) as theirs:
                 rows.append(row(rival, *taking_turns(ours, theirs, steps), tokens=batch * length))

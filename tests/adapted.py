@@ -6,10 +6,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from models import tiny_llama
 from nf4lora import adapter
 from nf4lora.adapter import NF4LoraLinear
 from nf4lora.linear import NF4Linear
+
+from models import tiny_llama
 
 IDS = torch.randint(0, 259, (3, 17), generator=torch.Generator().manual_seed(7))
 

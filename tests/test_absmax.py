@@ -4,12 +4,13 @@ import hashlib
 
 import pytest
 import torch
-from absmax_claims import *  # noqa: F403  the tests that every device shares
-from conftest import KNOWN_SETS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nf4lora import _C, ops, reference
+
+from absmax_claims import *  # noqa: F403  the tests that every device shares
+from conftest import KNOWN_SETS
 
 # SHA-256 of the 256 float32 values of bitsandbytes' create_dynamic_map(signed=True).
 MAP_DIGEST = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"

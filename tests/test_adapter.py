@@ -8,13 +8,14 @@ import sys
 import peft
 import pytest
 import torch
-from adapted import IDS, adapted, config, layers, packed_llama, pair, relative, step, trainable
 from peft import get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from models import tiny_llama
 from nf4lora import adapter, ops, reference
+
+from adapted import IDS, adapted, config, layers, packed_llama, pair, relative, step, trainable
+from models import tiny_llama
 
 
 @pytest.fixture

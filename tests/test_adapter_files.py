@@ -9,15 +9,16 @@ import peft
 import pytest
 import torch
 import transformers
-from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, trainable
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nf4lora
-from models import tiny_llama
 from nf4lora import load_adapter, save_adapter
 from nf4lora.adapter_files import base_hash, base_state_dict
 from nf4lora.linear import NF4Linear
+
+from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, trainable
+from models import tiny_llama
 
 
 @pytest.fixture

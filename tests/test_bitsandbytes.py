@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from models import tiny_llama
 from nf4lora import bitsandbytes as ours
 from nf4lora import reference
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+
+from models import tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
 

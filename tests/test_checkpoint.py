@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from models import tiny_llama
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+
+from models import tiny_llama
 
 LAYER = "model.layers.0.self_attn.q_proj."
 NORM = "model.layers.0.input_layernorm.weight"

@@ -8,7 +8,6 @@ import weakref
 import peft
 import pytest
 import torch
-from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, step, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -20,9 +19,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from models import tiny_llama, tiny_tokenizer
 from nf4lora import NF4Config, NF4Linear, prepare, report
 from nf4lora.adapter_files import base_hash
+
+from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, step, trainable
+from models import tiny_llama, tiny_tokenizer
 
 
 def llama(**options):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from nf4lora import reference
+
 from absmax_claims import *  # noqa: F403  the tests that every device shares
 from absmax_claims import assert_same_bits
 from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
-
-from nf4lora import reference
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

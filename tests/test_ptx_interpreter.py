@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ptx import ARCHITECTURES, Device, PtxError, compile_ptx, find_nvcc
 
 PLANTED = Path(__file__).parent / "ptx" / "planted.cu"

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
 
 from nf4lora import reference
+
+from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

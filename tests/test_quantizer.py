@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.trainer_utils import validate_quantization_for_training
 
-from models import tiny_llama
 from nf4lora import reference
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
 from nf4lora.quantizer import NF4Quantizer, layers_to_pack
+
+from models import tiny_llama
 
 IDS = torch.arange(24).reshape(2, 12)
 PROJECTIONS = 14  # linear layers in two Llama blocks

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from adapted import adapted, packed_llama, trainable
 from torch import nn
 
-from models import tiny_llama
 from nf4lora import NF4Config, NF4Linear, prepare, report
+
+from adapted import adapted, packed_llama, trainable
+from models import tiny_llama
 
 HIDDEN, INNER, VOCABULARY, KEY = 64, 128, 259, 32  # of packed_llama: one layer, two key heads of 16
 WEIGHTS = HIDDEN * HIDDEN * 2 + HIDDEN * KEY * 2 + HIDDEN * INNER * 3

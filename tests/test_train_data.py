@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from models import tiny_tokenizer
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.data import hold_out, prepare_data, read, show
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.masking import IGNORED
 from nf4lora.train.rows import Table
+
+from models import tiny_tokenizer
 
 
 def chat(question="Hi?", answer="Hello."):

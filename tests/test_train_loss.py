@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import tiny_llama
 from nf4lora.train import loss
 from nf4lora.train.loss import CrossEntropy, has_plain_head, score
+
+from models import tiny_llama
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import tiny_tokenizer
 from nf4lora.train.errors import RunError
 from nf4lora.train.formats import Sample
 from nf4lora.train.masking import IGNORED, Encoder, install_chat_template
 from nf4lora.train.turns import MaskError
+
+from models import tiny_tokenizer
 
 ONE = [{"role": "user", "content": "Hi there?"}, {"role": "assistant", "content": "Hello."}]
 TWO = [

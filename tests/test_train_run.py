@@ -17,13 +17,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import nf4lora
-from models import tiny_llama, tiny_tokenizer
 from nf4lora import cli
 from nf4lora.train import output, plot
 from nf4lora.train import run as running
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.trainer import Trainer, check_gradients
+
+from models import tiny_llama, tiny_tokenizer
 
 PLOT_LOSS = plot.plot_loss
 ROWS = [
