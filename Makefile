@@ -13,16 +13,13 @@ SOURCES := $(shell find csrc python bench _build -type f -not -name '*.so' -not 
            CMakeLists.txt pyproject.toml
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test test-all lint format gate sanitize clean
+.PHONY: demo test lint format gate sanitize clean
 
 demo: $(VENV)/train
 	$(RUN) examples/demo.py
 
 test: $(VENV)/test
 	$(RUN) -m pytest
-
-test-slow: $(VENV)/test
-	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff format --check .
@@ -48,15 +45,13 @@ $(VENV)/torch:
 	$(PIP) '$(TORCH)' numpy
 	touch $@
 
-# The dependencies come first: after them, a changed source means one build and no network.
+# pip builds a local project anew each time it is asked, so a changed source is never tested as it was.
 $(VENV)/train: $(VENV)/torch $(SOURCES)
 	$(PIP) '.[train]' gguf
-	$(PIP) --force-reinstall --no-deps .
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) '.[test]'
-	$(PIP) --force-reinstall --no-deps .
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nf4lora import ops, reference
@@ -54,8 +56,8 @@ def speed_of(shape: Shape, settings: Settings) -> dict:
     packed = rotation(lambda _: (qweight.clone(), absmax.clone()), qweight.nbytes + absmax.nbytes, device)
     outs = rotation(lambda _: torch.empty_like(weight), weight.nbytes, device)
 
-    encoders = {"nf4lora": lambda: ops.nf4_quantize(next(weights))}
-    decoders = {
+    encoders: dict[str, Callable] = {"nf4lora": lambda: ops.nf4_quantize(next(weights))}
+    decoders: dict[str, Callable] = {
         "nf4lora": lambda: ops.nf4_dequantize(*next(packed), out=next(outs)),
         "nf4lora, new": lambda: ops.nf4_dequantize(*next(packed)),
         "fill_": lambda: next(outs).fill_(1),

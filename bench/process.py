@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 TOP = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]  # the folder that this package lies in
 
@@ -30,7 +31,7 @@ class Process:
         self.name = f"{module}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
         self.log = tempfile.TemporaryFile("w+")
         path = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.child = subprocess.Popen(
+        self.child: Any = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.process", module, json.dumps(arguments, default=str)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

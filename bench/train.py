@@ -21,7 +21,7 @@ MB = 1e6
 
 
 def run(settings: Settings) -> list[Table]:
-    folder = settings.folder()
+    settings.folder()  # absent: said before anything is made
     batch, length, steps = (2, 32, 2) if settings.quick else (BATCH, LENGTH, STEPS)
     rivals = [SIXTEEN] if without("bitsandbytes") else [RIVAL, KBIT, IN_BF16, SIXTEEN]
     rivals = rivals[: 1 if settings.quick else None]
@@ -29,16 +29,17 @@ def run(settings: Settings) -> list[Table]:
     for checkpointing in (False, True):
         rows = []
         for rival in rivals:
-            common: dict[str, object] = {
-                "folder": folder.resolve(),
-                "checkpointing": checkpointing,
-                "device": settings.device,
-            }
-            common |= {"batch": batch, "length": length}
-            with Process("train", name=OURS, **common) as ours, Process("train", name=rival, **common) as theirs:
+            options = (settings, checkpointing, batch, length)
+            with process(OURS, *options) as ours, process(rival, *options) as theirs:
                 rows.append(row(rival, *taking_turns(ours, theirs, steps), tokens=batch * length))
         tables.append(table(settings, rows, checkpointing, batch, length, steps))
     return tables
+
+
+def process(name: str, settings: Settings, checkpointing: bool, batch: int, length: int) -> Process:
+    folder = settings.folder().resolve()
+    sizes = {"batch": batch, "length": length}
+    return Process("train", name=name, folder=folder, checkpointing=checkpointing, device=settings.device, **sizes)
 
 
 def taking_turns(ours: Process, theirs: Process, steps: int) -> tuple[list[dict], list[dict]]:
