@@ -23,7 +23,7 @@ CONFIG = ROOT / "examples" / "tickets.yaml"
 CATEGORIES = ("billing", "booking", "complaint", "lost_property", "praise", "question", "repair")
 URGENCIES = ("low", "normal", "high")
 KEYS = ("category", "urgency", "summary", "reply")
-BATCH = 48
+BATCH = 16
 ANSWER = 96  # tokens; the longest answer in the data has 88
 
 
