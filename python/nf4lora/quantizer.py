@@ -7,6 +7,7 @@ and `_process_model_after_weight_loading` raises it.
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -251,8 +252,9 @@ class _LoadOperation(ConversionOps):
             missing_keys.clear()  # the model is thrown away: nothing is to be drawn at random, no report to be printed
         return {}
 
+    @abstractmethod
     def load(self, tensors: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """The tensors of one layer of the file -> those of the model, by full name."""
 
 
 class PackWeight(_LoadOperation):
