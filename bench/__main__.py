@@ -64,7 +64,7 @@ def run(name: str, settings: Settings, about: dict, json: Path | None) -> bool:
         **watch.record(),
         "tables": [table.to_dict() for table in tables],
     }
-    if not settings.quick and (text := warning(record)):
+    if not settings.quick and name not in results.UNTIMED and (text := warning(record)):
         print(f"warning: {name}: {text}", file=sys.stderr, flush=True)
     if json is not None:
         results.append(json, record)

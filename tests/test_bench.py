@@ -130,6 +130,20 @@ def test_somebody_elses_work_is_a_warning(monkeypatch):
     assert "1.5 of" in timing.warning(watch.record())
 
 
+@pytest.mark.parametrize(("case", "warned"), [("train", True), ("converge", False), ("perplexity", False)])
+def test_only_a_time_suffers_from_somebody_else(case, warned):
+    record = {
+        "case": case,
+        "question": "?",
+        "environment": {},
+        "seconds": 1.0,
+        "load_average": [1.0, 2.0],
+        "cores_used_by_others": 0.5,
+        "tables": [],
+    }
+    assert ("**Warning**" in results.case_text(record, {})) == warned
+
+
 def test_a_high_load_before_anything_ran_is_a_warning(monkeypatch):
     monkeypatch.setattr(timing.os, "getloadavg", lambda: (3.2, 0, 0))
     assert "load average 3.2" in timing.warning_before()
