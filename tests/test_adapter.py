@@ -8,6 +8,8 @@ import sys
 import peft
 import pytest
 import torch
+import transformers.integrations.peft
+from packaging.version import Version
 from peft import get_peft_model
 from peft.tuners import lora
 from torch import nn
@@ -146,23 +148,30 @@ def test_every_way_into_peft_gives_the_fused_layer(tmp_path):
 
     saved = adapted(packed_llama())
     saved.save_pretrained(tmp_path)
-    added = packed_llama()
-    added.add_adapter(config())
-    loaded = packed_llama()
-    loaded.load_adapter(str(tmp_path))
     second = adapted(packed_llama())
     second.add_adapter("other", config())
     ways = {
         "get_peft_model": saved,
         "from_pretrained": PeftModel.from_pretrained(packed_llama(), tmp_path),
         "inject_adapter_in_model": inject_adapter_in_model(config(), packed_llama()),
-        "transformers add_adapter": added,
-        "transformers load_adapter": loaded,
         "a second adapter": second,
         "mixed": get_peft_model(packed_llama(), config(), mixed=True),
     }
     for way, model in ways.items():
         assert len(layers(model)) == 7, way
+
+
+def test_transformers_own_ways_into_peft_give_the_fused_layer(tmp_path):
+    needed = transformers.integrations.peft.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(needed):
+        pytest.skip(f"transformers {transformers.__version__} refuses peft {peft.__version__}: it wants {needed}")
+    saved = adapted(packed_llama())
+    saved.save_pretrained(tmp_path)
+    added = packed_llama()
+    added.add_adapter(config())
+    loaded = packed_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert len(layers(added)) == len(layers(loaded)) == 7
     assert torch.equal(loaded(IDS).logits, saved(IDS).logits)
 
 

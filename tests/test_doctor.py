@@ -71,6 +71,16 @@ def command(environment):
     )
 
 
+def test_a_peft_that_transformers_refuses_is_named(monkeypatch):
+    from transformers.integrations import peft
+
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "99.0")
+    (found,) = [each for each in doctor.findings(nf4lora.build_info()) if "add_adapter" in each.what]
+    assert "prepare and PEFT itself work" in found.what and "peft>=99.0" in found.cure and not found.broken
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "0.1")
+    assert not [each for each in doctor.findings(nf4lora.build_info()) if "add_adapter" in each.what]
+
+
 def test_command_prints_and_succeeds():
     done = command({})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,21 @@ def findings(info: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             yield Finding(f"{name} is missing; {need} needs it", cure, broken=name in ("transformers", "peft"))
+    yield from _peft()
+
+
+def _peft() -> Iterator[Finding]:
+    """A new transformers may want a PEFT that its other users have not yet got."""
+    from packaging.version import Version
+    from transformers.integrations import peft as own
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found, wanted = metadata.version("peft"), getattr(own, "MIN_PEFT_VERSION", "0")
+        if Version(found) < Version(wanted):
+            yield Finding(
+                f"transformers' own add_adapter and load_adapter refuse peft {found}; prepare and PEFT itself work",
+                f"pip install 'peft>={wanted}', or an older transformers",
+            )
 
 
 def _cpu(info: dict[str, Any]) -> Iterator[Finding]:
