@@ -74,7 +74,15 @@ def assert_matches_reference(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 32, 1), (5, 3, 64, 0), (0, 8, 64, 4), (7, 33, 96, 5), (64, 192, 1056, 20), (1100, 70, 128, 8)],
+    [
+        (1, 1, 32, 1),
+        (5, 3, 64, 0),
+        (0, 8, 64, 4),
+        (7, 33, 96, 5),
+        (64, 192, 1056, 20),
+        (1100, 70, 128, 8),
+        (1550, 40, 64, 3),
+    ],
     ids=str,
 )
 def test_matches_the_reference(instruction_set, dtype, shape):
@@ -111,9 +119,13 @@ def test_every_weight_is_that_of_dequantize(instruction_set, dtype):
     case.x = torch.eye(192, dtype=dtype)
     y, S = raw.lora_linear(*case.forward())
     assert torch.equal(y, W.T)
+    few = torch.cat([raw.lora_linear(row[None], *case.forward()[1:])[0] for row in case.x])
+    assert torch.equal(few, W.T)
     case.dy, case.x = torch.eye(150, dtype=dtype), torch.zeros(150, 192, dtype=dtype)
     dx, _, _ = raw.lora_linear_backward(*case.backward(S.new_empty(150, 0)), True)
     assert torch.equal(dx, W)
+    rows = [(dy[None], case.x[:1], S.new_empty(1, 0), *case.backward(S)[3:], True) for dy in case.dy]
+    assert torch.equal(torch.cat([raw.lora_linear_backward(*each)[0] for each in rows]), W)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -180,13 +192,43 @@ def test_thread_count_does_not_change_a_bit(device):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_rows_do_not_see_each_other(device):
-    # A token's result does not depend on what else is in the batch, or how many.
-    case = Case(M=1030, N=65, K=128, dtype=torch.bfloat16, device=device)
+def test_rows_do_not_see_each_other(instruction_set):
+    # A token's result does not depend on what else is in the batch.
+    for M in (1, 2, 5, 16, 40):
+        case = Case(M=M, N=65, K=1152, dtype=torch.bfloat16)
+        whole, _ = raw.lora_linear(*case.forward())
+        case.x[1:] = torch.randn_like(case.x[1:])
+        assert torch.equal(raw.lora_linear(*case.forward())[0][0], whole[0])
+
+
+def test_the_number_of_rows_does_not_matter_beyond_a_few(instruction_set):
+    # Up to 16 rows another kernel sums in another order; from there on it is one order for all.
+    case = Case(M=1600, N=65, K=1152, dtype=torch.bfloat16)
     whole, _ = raw.lora_linear(*case.forward())
-    for rows in (slice(0, 1), slice(5, 18), slice(1000, 1030)):
+    for rows in (slice(0, 17), slice(5, 118), slice(1000, 1600)):
         part, _ = raw.lora_linear(case.x[rows], *case.forward()[1:])
         assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_small_number_of_rows_matches_the_reference(instruction_set, dtype, blocksize):
+    # The widths cut a row of W into whole pieces, ragged pieces, and pieces that end within a block.
+    for K in (blocksize, 3 * blocksize, 8192 + (blocksize if blocksize < 4096 else 0)):
+        for M in range(1, 18):
+            case = Case(M, 37, K, 20, blocksize, dtype, double_quant=M % 2 == 0, bias=M % 3 == 0)
+            y, S = raw.lora_linear(*case.forward())
+            expected_y, expected_S = reference.lora_linear(*case.forward())
+            assert_close(S, expected_S, ULP[dtype], "S")
+            assert_close(y, expected_y, 2 * ULP[dtype], f"y, {M} rows of {K}")
+
+
+@pytest.mark.parametrize("lora_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [3, 40])
+def test_adapters_of_any_dtype_are_rounded_once(instruction_set, lora_dtype, M):
+    case = Case(M=M, R=20, dtype=torch.bfloat16, dropout=0.2)
+    case.A, case.B = case.A.to(lora_dtype), case.B.to(lora_dtype)
+    assert_matches_reference(case)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 0, 5), (4, 1, 1, 2)], ids=str)

@@ -14,6 +14,24 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 12;  // absmax values a thread should have before a second one is woken
 
+// sums[block] of each block in [begin, end), in index order. Four blocks side by side hide the latency of the addition.
+void sum_blocks(const float* values, int64_t count, int64_t begin, int64_t end, double* sums) {
+  int64_t block = begin;
+  for (; block + 4 <= end && (block + 4) * kNestedBlocksize <= count; block += 4) {
+    const float* first = values + block * kNestedBlocksize;
+    double four[4] = {};
+    for (int i = 0; i < kNestedBlocksize; ++i) {
+      for (int j = 0; j < 4; ++j) four[j] += static_cast<double>(first[j * kNestedBlocksize + i]);
+    }
+    std::copy_n(four, 4, sums + block);
+  }
+  for (; block < end; ++block) {
+    sums[block] = 0.0;
+    const int64_t stop = std::min(count, (block + 1) * kNestedBlocksize);
+    for (int64_t i = block * kNestedBlocksize; i < stop; ++i) sums[block] += static_cast<double>(values[i]);
+  }
+}
+
 std::tuple<Tensor, Tensor> absmax_quantize(const Tensor& absmax) {
   check_absmax_quantize(absmax);
   const Tensor in = contiguous_view(absmax);
@@ -24,13 +42,11 @@ std::tuple<Tensor, Tensor> absmax_quantize(const Tensor& absmax) {
   auto* scales = static_cast<float*>(nested.mutable_data_ptr());
 
   // The mean in float64, block by block in index order: a stated order, so that every device rounds the same sum.
+  Scratch<double> sums(blocks);
+  torch::stable::parallel_for(0, blocks, kGrain / kNestedBlocksize,
+                              [&](int64_t first, int64_t last) { sum_blocks(values, count, first, last, sums.get()); });
   double total = 0.0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    double sum = 0.0;
-    const int64_t end = std::min(count, (block + 1) * kNestedBlocksize);
-    for (int64_t i = block * kNestedBlocksize; i < end; ++i) sum += static_cast<double>(values[i]);
-    total += sum;
-  }
+  for (int64_t block = 0; block < blocks; ++block) total += sums.get()[block];
   if (!std::isfinite(total)) fail_absmax_quantize_finite();
   const float offset = count ? static_cast<float>(total / static_cast<double>(count)) : 0.0f;
   scales[blocks] = offset;
@@ -38,13 +54,7 @@ std::tuple<Tensor, Tensor> absmax_quantize(const Tensor& absmax) {
   const Loops& isa = loops();
   auto* codes = static_cast<uint8_t*>(absmax_q.mutable_data_ptr());
   torch::stable::parallel_for(0, blocks, kGrain / kNestedBlocksize, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      float largest = 0.0f;
-      const int64_t begin = block * kNestedBlocksize, end = std::min(count, begin + kNestedBlocksize);
-      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(values[i] - offset));
-      scales[block] = largest;
-      isa.absmax_quantize(values, scales, offset, begin, end, codes);
-    }
+    isa.absmax_quantize(values, offset, first, last, count, scales, codes);
   });
   return {absmax_q, nested};
 }
@@ -53,22 +63,20 @@ Tensor absmax_dequantize(const Tensor& absmax_q, const Tensor& nested) {
   check_absmax_dequantize(absmax_q, nested);
   const Tensor codes = contiguous_view(absmax_q), scales = contiguous_view(nested);
   Tensor absmax = torch::stable::new_empty(codes, codes.sizes(), ScalarType::Float);
-  const int64_t count = codes.numel();
-  const auto* bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
-  const auto* scale = static_cast<const float*>(scales.const_data_ptr());
   auto* out = static_cast<float*>(absmax.mutable_data_ptr());
-  const float offset = scale[scales.numel() - 1];
+  const Scales packed = scales_of(codes, scales);
   const Loops& isa = loops();
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    isa.absmax_dequantize(bytes, scale, offset, begin, end, out);
-  });
+  torch::stable::parallel_for(0, codes.numel(), kGrain,
+                              [&](int64_t begin, int64_t end) { isa.absmax_dequantize(packed, begin, end, out); });
   return absmax;
 }
 
 }  // namespace
 
-Tensor decoded_absmax(const Tensor& absmax, const OptionalTensor& nested) {
-  return nested ? absmax_dequantize(absmax, *nested) : contiguous_view(absmax);
+Scales scales_of(const Tensor& absmax, const OptionalTensor& nested) {
+  if (!nested) return {static_cast<const float*>(absmax.const_data_ptr()), nullptr, nullptr, 0.0f};
+  const auto* values = static_cast<const float*>(nested->const_data_ptr());
+  return {nullptr, static_cast<const uint8_t*>(absmax.const_data_ptr()), values, values[nested->numel() - 1]};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nf4lora, CPU, m) {

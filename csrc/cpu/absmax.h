@@ -1,11 +1,12 @@
-// The scales of a weight as float32, whether they were quantised again or not.
+// The scales of a weight as the loops take them, whether they were quantised again or not.
 #pragma once
 
 #include "tensors.h"
 
 namespace nf4lora {
 
-// absmax itself, or its decoding when `nested` is there: float32, contiguous, one value per block.
-Tensor decoded_absmax(const Tensor& absmax, const OptionalTensor& nested);
+// Views of absmax and, with double quantisation, of nested: nothing is decoded. The tensors must be contiguous and
+// outlive the result.
+Scales scales_of(const Tensor& absmax, const OptionalTensor& nested);
 
 }  // namespace nf4lora

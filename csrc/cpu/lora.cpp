@@ -9,10 +9,17 @@
 #include <vector>
 
 #include "absmax.h"
+#include "dropout.h"
 #include "product.h"
 
 namespace nf4lora {
 namespace {
+
+// Rows of x that are multiplied one row of W at a time, by dtype: beyond, laying out panels pays.
+constexpr int64_t kFewRows[] = {4, 16, 4};
+// Rows of dy up to which reading the weight line by line matters more than keeping sums near.
+constexpr int64_t kFewGradients = 48;
+constexpr int64_t kMaxFloats = 16;  // lanes of the widest instruction set
 
 Dense dense(const Tensor& matrix) {
   return {matrix.const_data_ptr(), dtype_of(matrix), matrix.dim() ? matrix.size(matrix.dim() - 1) : 1};
@@ -22,116 +29,88 @@ Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
   return contiguous_view(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
 
-// The dropout mask over [M, K]: 1 where kept. Nothing is stored; a seed and an index give every element.
-struct Dropout {
-  const Loops& isa;
-  double probability;
-  uint64_t seed;
-  int64_t K;
-
-  bool active() const { return probability > 0.0; }
-  double inverse_keep() const { return active() ? 1.0 / (1.0 - probability) : 1.0; }
-  void keep(int64_t row, int64_t column, int64_t count, float* out) const {
-    isa.dropout_mask(seed, dropout_threshold(probability), row * K + column, count, out);
-  }
-};
-
-Dropout dropout_of(const Loops& isa, double probability, const OptionalTensor& seed, const LinearShape& shape) {
-  const bool active = probability > 0.0 && shape.R > 0;
-  return {isa, active ? probability : 0.0,
-          active ? *static_cast<const uint64_t*>(contiguous_view(*seed).const_data_ptr()) : 0, shape.K};
-}
-
-// x with the dropped elements zeroed, for rows [first, first + rows): [rows, K] of x's dtype.
-Scratch<uint8_t> masked_rows(const Loops& isa, const Dropout& dropout, const Dense& x, int64_t first, int64_t rows) {
-  const int64_t K = dropout.K, row_bytes = K * bytes_of(x.dtype);
-  Scratch<uint8_t> out(rows * row_bytes);
-  const auto* source = static_cast<const uint8_t*>(x.data) + first * row_bytes;
-  uint8_t* target = out.get();
-  torch::stable::parallel_for(0, rows, 1 + 4096 / K, [&](int64_t begin, int64_t end) {
-    Scratch<float> keep(K);
-    for (int64_t row = begin; row < end; ++row) {
-      dropout.keep(first + row, 0, K, keep.get());
-      isa.multiply(source + row * row_bytes, keep.get(), K, x.dtype, target + row * row_bytes);
-    }
-  });
-  return out;
-}
-
-// All of a [depth, columns] operand as panels, for a product with few columns (the rank).
-class Panels {
- public:
-  template <class Fill>
-  Panels(const Gemm& gemm, int64_t columns, int64_t depth, Fill&& fill) : gemm_(gemm), columns_(columns) {
-    steps_ = (depth + gemm.step - 1) / gemm.step;
-    const int64_t vectors = (columns + gemm.vector - 1) / gemm.vector;
-    memory_ = std::make_unique<Scratch<uint32_t>>(vectors * gemm.vector * steps_);
-    for (int64_t first = 0; first < columns; first += gemm.max_lanes) {
-      const int64_t chunk = kPanelSteps * gemm.step;
-      torch::stable::parallel_for(0, (depth + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin * chunk; k < std::min(depth, end * chunk); k += chunk) {
-          fill(first, std::min<int64_t>(columns - first, lanes(first)), lanes(first), k, std::min(chunk, depth - k),
-               memory_->get() + first * steps_ + k / gemm.step * lanes(first));
-        }
-      });
-    }
-  }
-
-  int lanes(int64_t first) const {
-    const int64_t rest = (columns_ - first + gemm_.vector - 1) / gemm_.vector * gemm_.vector;
-    return static_cast<int>(std::min<int64_t>(rest, gemm_.max_lanes));
-  }
-
-  // out[first_row + i, :] = round(scale * tiles * panels): [rows, columns] of a dtype. Split over rows.
-  void multiply(const Loops& isa, const Tiles& tiles, float scale, const Dense& out, int64_t first_row) const {
-    auto* data = static_cast<uint8_t*>(const_cast<void*>(out.data));
-    torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
-      Scratch<float> sums(gemm_.rows * gemm_.max_lanes);
-      for (int64_t tile = begin; tile < end; ++tile) {
-        for (int64_t first = 0; first < columns_; first += gemm_.max_lanes) {
-          const int width = lanes(first);
-          std::fill_n(sums.get(), gemm_.rows * width, 0.0f);
-          gemm_.tile(tiles.at(tile, 0), memory_->get() + first * steps_, steps_, width, sums.get());
-          for (int64_t r = 0; r < tiles.rows_in(tile); ++r) {
-            const int64_t at = (first_row + tile * gemm_.rows + r) * out.stride + first;
-            isa.store(sums.get() + r * width, scale, std::min<int64_t>(width, columns_ - first), out.dtype,
-                      data + at * bytes_of(out.dtype));
-          }
-        }
-      }
-    });
-  }
-
- private:
-  const Gemm& gemm_;
-  int64_t columns_, steps_;
-  std::unique_ptr<Scratch<uint32_t>> memory_;
-};
-
 // Everything forward and backward need of the arguments, in the form that the loops take.
 struct Layer {
   const Loops& isa;
   const Gemm& gemm;
   LinearShape shape;
   Tensor qweight, absmax;
-  OptionalTensor lora_A, lora_B;  // rounded once to x's dtype
+  OptionalTensor nested, lora_A, lora_B;
   Packed W;
 
   Layer(const LinearShape& shape_, const Tensor& x, const Tensor& qweight_, const Tensor& absmax_,
-        const OptionalTensor& nested, const OptionalTensor& A, const OptionalTensor& B, int64_t blocksize)
+        const OptionalTensor& nested_, const OptionalTensor& A, const OptionalTensor& B, int64_t blocksize)
       : isa(loops()),
         gemm(*isa.gemm[static_cast<int>(dtype_of(x))]),
         shape(shape_),
         qweight(contiguous_view(qweight_)),
-        absmax(decoded_absmax(absmax_, nested)) {
+        absmax(contiguous_view(absmax_)) {
+    if (nested_) nested = contiguous_view(*nested_);
     if (A) {
-      lora_A = to_dtype(*A, x.scalar_type());
-      lora_B = to_dtype(*B, x.scalar_type());
+      lora_A = contiguous_view(*A);
+      lora_B = contiguous_view(*B);
     }
-    W = {static_cast<const uint8_t*>(qweight.const_data_ptr()), static_cast<const float*>(absmax.const_data_ptr()),
-         shape.K, blocksize};
+    W = {static_cast<const uint8_t*>(qweight.const_data_ptr()), scales_of(absmax, nested), shape.K, blocksize};
+  }
+
+  // A and B are rounded once to x's dtype.
+  void round_lora(ScalarType dtype) {
+    if (!lora_A) return;
+    lora_A = to_dtype(*lora_A, dtype);
+    lora_B = to_dtype(*lora_B, dtype);
   }
 };
+
+// The low-rank product that starts the sums of a wide one: scale * (A B) for tiles A and a panel B that `fill` lays out.
+template <class Fill>
+struct LowRankStart {
+  const Gemm& gemm;
+  const Tiles* tiles;  // null without LoRA
+  float scale;
+  Fill fill;
+
+  int64_t room() const { return tiles ? tiles->steps() * gemm.max_lanes : 0; }
+  void open(const Strip& strip, uint32_t* panel) const {
+    if (tiles) fill(strip.first, strip.valid, strip.lanes, 0, tiles->depth(), panel);
+  }
+  Start start(int64_t tile, const uint32_t* panel) const {
+    return tiles ? Start{tiles->at(tile), panel, tiles->steps(), scale, nullptr, nullptr} : kFromZero;
+  }
+};
+template <class Fill>
+LowRankStart(const Gemm&, const Tiles*, float, Fill) -> LowRankStart<Fill>;
+
+// Few rows: x W^T with k along the lanes, every row of W streamed once.
+void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const Dropout& dropout, float scaling,
+                  const float* offsets, const Dense& S, const Dense& y) {
+  const Few& few = *layer.isa.few[static_cast<int>(x.dtype)];
+  const auto [M, N, K, R] = layer.shape;
+  if (R) {
+    torch::stable::parallel_for(0, R, 1 + (1 << 16) / (K * M + 1), [&](int64_t begin, int64_t end) {
+      few.low_rank(masked, M, dense(*layer.lora_A), begin, end, K, static_cast<float>(dropout.inverse_keep()),
+                   const_cast<void*>(S.data), R);
+    });
+  }
+  const int64_t stride = (R + kMaxFloats - 1) / kMaxFloats * kMaxFloats;
+  Scratch<uint8_t> prepared(few.size(static_cast<int>(std::min<int64_t>(M, few.rows)), K));
+  Scratch<float> scaled(few.rows * stride);
+  for (int64_t first = 0; first < M; first += few.rows) {
+    const auto rows = static_cast<int>(std::min<int64_t>(M - first, few.rows));
+    few.prepare(x, first, rows, K, prepared.get());
+    std::fill_n(scaled.get(), few.rows * stride, 0.0f);
+    for (int row = 0; row < rows && R; ++row) {
+      const auto* values = static_cast<const uint8_t*>(S.data) + (first + row) * R * bytes_of(S.dtype);
+      layer.isa.widen(values, scaling, R, S.dtype, scaled.get() + row * stride);
+    }
+    const LowRank low = {scaled.get(), stride, R ? dense(*layer.lora_B) : Dense{}, R};
+    auto* out = static_cast<uint8_t*>(const_cast<void*>(y.data)) + first * N * bytes_of(y.dtype);
+    // Every thread starts on a cache line of y, and a thread is worth waking for 2^16 weights.
+    const int64_t unit = 32, grain = 1 + (1 << 16) / (unit * K + 1);
+    torch::stable::parallel_for(0, (N + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
+      few.multiply(layer.W, begin * unit, std::min(end * unit, N), prepared.get(), rows, low, offsets, out, N);
+    });
+  }
+}
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
                                        const OptionalTensor& nested, const OptionalTensor& bias,
@@ -139,12 +118,11 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
                                        double probability, const OptionalTensor& seed, int64_t blocksize) {
   const LinearShape shape =
       check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B, probability, seed, blocksize);
-  const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
+  const auto [M, N, K, R] = shape;
   const Tensor in = contiguous_view(x);
-  const Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
-  const Loops& isa = layer.isa;
+  Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
   const Gemm& gemm = layer.gemm;
-  const Dropout dropout = dropout_of(isa, probability, seed, shape);
+  const Dropout dropout = dropout_of(layer.isa, probability, seed, shape);
 
   std::vector<int64_t> out_shape(in.sizes().begin(), in.sizes().end());
   out_shape.back() = N;
@@ -153,48 +131,53 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
   const Tensor offset = bias ? to_dtype(*bias, ScalarType::Float) : S;
   const float* offsets = bias ? static_cast<const float*>(offset.const_data_ptr()) : nullptr;
   const Dense rows = {in.const_data_ptr(), dtype_of(in), K}, low_rank = {S.const_data_ptr(), dtype_of(in), R};
-  auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  const Dense out = {y.mutable_data_ptr(), dtype_of(in), N};
 
+  if (M <= kFewRows[static_cast<int>(rows.dtype)] && M) {
+    Scratch<uint8_t> masked = masked_rows(dropout, rows, 0, dropout.active() ? M : 0);
+    const Dense kept = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
+    multiply_few(layer, rows, kept, dropout, static_cast<float>(scaling), offsets, low_rank, out);
+    return {y, S};
+  }
+
+  layer.round_lora(x.scalar_type());
   std::unique_ptr<Panels> panels_A;
   if (R && M) {
     panels_A =
         std::make_unique<Panels>(gemm, R, K, [&](auto... where) { gemm.panel_rows(dense(*layer.lora_A), where...); });
   }
-  for (int64_t first = 0; first < M; first += kRowChunk) {
-    const int64_t count = std::min(M - first, kRowChunk);
+  for_row_chunks(M, gemm.rows, [&](int64_t first, int64_t count) {
     const Tiles tiles(gemm, rows, Tiles::Source::rows, first, count, K);
     std::unique_ptr<Tiles> tiles_S;
     if (R) {
       const auto inverse_keep = static_cast<float>(dropout.inverse_keep());
       if (dropout.active()) {
-        Scratch<uint8_t> masked = masked_rows(isa, dropout, rows, first, count);
+        Scratch<uint8_t> masked = masked_rows(dropout, rows, first, count);
         const Tiles masked_tiles(gemm, {masked.get(), rows.dtype, K}, Tiles::Source::rows, 0, count, K);
-        panels_A->multiply(isa, masked_tiles, inverse_keep, low_rank, first);
+        panels_A->multiply(masked_tiles, inverse_keep, low_rank, first);
       } else {
-        panels_A->multiply(isa, tiles, inverse_keep, low_rank, first);
+        panels_A->multiply(tiles, inverse_keep, low_rank, first);
       }
       tiles_S = std::make_unique<Tiles>(gemm, low_rank, Tiles::Source::rows, first, count, R);
     }
-    for_strips(gemm, tiles.count(), N, [&](const Strip& strip, uint32_t* panel) {
-      const int64_t size = tiles.count() * gemm.rows * strip.lanes;
-      if (R) {
-        accumulate(gemm, *tiles_S, strip, panel,
-                   [&](auto... where) { gemm.panel_rows(dense(*layer.lora_B), where...); });
-        for (int64_t i = 0; i < size; ++i) strip.sums[i] *= static_cast<float>(scaling);
-      }
-      if (offsets) {
-        for (int64_t i = 0; i < size; ++i) {
-          const int64_t lane = i % strip.lanes;
-          if (lane < strip.valid) strip.sums[i] += offsets[strip.first + lane];
-        }
-      }
-      accumulate(gemm, tiles, strip, panel, [&](auto... where) { gemm.panel_nf4_rows(layer.W, where...); });
-      for (int64_t row = 0; row < count; ++row) {
-        isa.store(strip.sums + row * strip.lanes, 1.0f, strip.valid, rows.dtype,
-                  out + ((first + row) * N + strip.first) * bytes_of(rows.dtype));
-      }
-    });
-  }
+    const LowRankStart low{gemm, tiles_S.get(), static_cast<float>(scaling),
+                           [&](auto... where) { gemm.panel_rows(dense(*layer.lora_B), where...); }};
+    multiply(
+        gemm, tiles, N, Order::strips, low.room() + gemm.max_lanes,
+        [&](auto... where) { gemm.panel_nf4_rows(layer.W, where...); },
+        [&](const Strip& strip, uint32_t* room) {
+          low.open(strip, room);
+          if (!offsets) return;
+          auto* values = reinterpret_cast<float*>(room + low.room());
+          std::fill_n(std::copy_n(offsets + strip.first, strip.valid, values), strip.lanes - strip.valid, 0.0f);
+        },
+        [&](const Strip&, int64_t tile, const uint32_t* room) {
+          Start start = low.start(tile, room);
+          if (offsets) start.offset = reinterpret_cast<const float*>(room + low.room());
+          return start;
+        },
+        rounded_into(gemm, tiles, out, first, 1.0f));
+  });
   return {y, S};
 }
 
@@ -203,15 +186,18 @@ template <class Fill>
 void add_outer(const Gemm& gemm, const Tiles& tiles, int64_t columns, float scale, bool transposed, float* out,
                Fill&& fill) {
   const int64_t R = tiles.rows();
-  for_strips(gemm, tiles.count(), columns, [&](const Strip& strip, uint32_t* panel) {
-    accumulate(gemm, tiles, strip, panel, fill);
-    for (int64_t r = 0; r < R; ++r) {
-      for (int64_t lane = 0; lane < strip.valid; ++lane) {
-        const int64_t column = strip.first + lane;
-        out[transposed ? column * R + r : r * columns + column] += scale * strip.sums[r * strip.lanes + lane];
-      }
-    }
-  });
+  multiply(
+      gemm, tiles, columns, Order::strips, 0, fill, [](const Strip&, uint32_t*) {},
+      [](const Strip&, int64_t, const uint32_t*) { return kFromZero; },
+      [&](const Strip& strip, int64_t tile, const float* sums) {
+        for (int64_t row = 0; row < tiles.rows_in(tile); ++row) {
+          const int64_t r = tile * gemm.rows + row;
+          for (int64_t lane = 0; lane < strip.valid; ++lane) {
+            const int64_t column = strip.first + lane;
+            out[transposed ? column * R + r : r * columns + column] += scale * sums[row * strip.lanes + lane];
+          }
+        }
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S,
@@ -222,12 +208,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                                                         int64_t blocksize, bool need_dx) {
   const LinearShape shape =
       check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
-  const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
+  const auto [M, N, K, R] = shape;
   const Tensor grad = contiguous_view(dy), in = contiguous_view(x), low_rank = contiguous_view(S);
-  const Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
-  const Loops& isa = layer.isa;
+  Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
+  layer.round_lora(x.scalar_type());
   const Gemm& gemm = layer.gemm;
-  const Dropout dropout = dropout_of(isa, probability, seed, shape);
+  const Dropout dropout = dropout_of(layer.isa, probability, seed, shape);
   const auto scale_dx = static_cast<float>(scaling * dropout.inverse_keep());
 
   Tensor dx = need_dx ? torch::stable::new_empty(in, in.sizes(), x.scalar_type())
@@ -236,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
   Tensor dB = torch::stable::new_zeros(in, R ? std::vector<int64_t>{N, R} : std::vector<int64_t>{0}, ScalarType::Float);
   const Dense rows = {in.const_data_ptr(), dtype_of(in), K}, grads = {grad.const_data_ptr(), dtype_of(in), N};
   const Dense S_rows = {low_rank.const_data_ptr(), dtype_of(in), R};
-  auto* out = static_cast<uint8_t*>(dx.mutable_data_ptr());
+  const Dense out = {dx.mutable_data_ptr(), dtype_of(in), K};
   auto* out_A = static_cast<float*>(dA.mutable_data_ptr());
   auto* out_B = static_cast<float*>(dB.mutable_data_ptr());
 
@@ -245,36 +231,34 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
     panels_B = std::make_unique<Panels>(gemm, R, N,
                                         [&](auto... where) { gemm.panel_columns(dense(*layer.lora_B), where...); });
   }
-  for (int64_t first = 0; first < M; first += kRowChunk) {
-    const int64_t count = std::min(M - first, kRowChunk);
+  for_row_chunks(M, gemm.rows, [&](int64_t first, int64_t count) {
     const Tiles tiles(gemm, grads, Tiles::Source::rows, first, count, N);
     Scratch<uint8_t> T_memory(count * R * bytes_of(rows.dtype));
     const Dense T = {T_memory.get(), rows.dtype, R};
     std::unique_ptr<Tiles> tiles_T;
     if (R) {
-      panels_B->multiply(isa, tiles, 1.0f, T, 0);
+      panels_B->multiply(tiles, 1.0f, T, 0);
       tiles_T = std::make_unique<Tiles>(gemm, T, Tiles::Source::rows, 0, count, R);
     }
     if (need_dx) {
-      for_strips(gemm, tiles.count(), K, [&](const Strip& strip, uint32_t* panel) {
-        if (R) {
-          accumulate(gemm, *tiles_T, strip, panel,
-                     [&](auto... where) { gemm.panel_columns(dense(*layer.lora_A), where...); });
-          for (int64_t i = 0; i < tiles.count() * gemm.rows * strip.lanes; ++i) strip.sums[i] *= scale_dx;
-        }
-        if (dropout.active()) {
-          Scratch<float> keep(strip.lanes);
-          for (int64_t row = 0; row < count; ++row) {
-            dropout.keep(first + row, strip.first, strip.valid, keep.get());
-            for (int64_t i = 0; i < strip.valid; ++i) strip.sums[row * strip.lanes + i] *= keep.get()[i];
-          }
-        }
-        accumulate(gemm, tiles, strip, panel, [&](auto... where) { gemm.panel_nf4_columns(layer.W, where...); });
-        for (int64_t row = 0; row < count; ++row) {
-          isa.store(strip.sums + row * strip.lanes, 1.0f, strip.valid, rows.dtype,
-                    out + ((first + row) * K + strip.first) * bytes_of(rows.dtype));
-        }
-      });
+      const LowRankStart low{gemm, tiles_T.get(), scale_dx,
+                             [&](auto... where) { gemm.panel_columns(dense(*layer.lora_A), where...); }};
+      multiply(
+          gemm, tiles, K, count <= kFewGradients ? Order::depth : Order::strips,
+          low.room() + gemm.rows * gemm.max_lanes, [&](auto... where) { gemm.panel_nf4_columns(layer.W, where...); },
+          [&](const Strip& strip, uint32_t* room) { low.open(strip, room); },
+          [&](const Strip& strip, int64_t tile, uint32_t* room) {
+            Start start = low.start(tile, room);
+            if (!dropout.active()) return start;
+            auto* keep = reinterpret_cast<float*>(room + low.room());
+            std::fill_n(keep, gemm.rows * strip.lanes, 0.0f);
+            for (int64_t row = 0; row < tiles.rows_in(tile); ++row) {
+              dropout.keep(first + tile * gemm.rows + row, strip.first, strip.valid, keep + row * strip.lanes);
+            }
+            start.factors = keep;
+            return start;
+          },
+          rounded_into(gemm, tiles, out, first, 1.0f));
     }
     if (R) {
       const Tiles S_columns(gemm, S_rows, Tiles::Source::columns, first, R, count);
@@ -283,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                   gemm.panel_columns(grads, n, valid, lanes, first + k, depth, panel);
                 });
       const Tiles T_columns(gemm, T, Tiles::Source::columns, 0, R, count);
-      Scratch<uint8_t> masked = dropout.active() ? masked_rows(isa, dropout, rows, first, count) : Scratch<uint8_t>(0);
+      Scratch<uint8_t> masked = masked_rows(dropout, rows, first, dropout.active() ? count : 0);
       const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
       const int64_t offset = dropout.active() ? 0 : first;
       add_outer(gemm, T_columns, K, scale_dx, false, out_A,
@@ -291,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                   gemm.panel_columns(wide, n, valid, lanes, offset + k, depth, panel);
                 });
     }
-  }
+  });
   if (!R) return {dx, dA, dB};
   return {dx, to_dtype(dA, lora_A->scalar_type()), to_dtype(dB, lora_B->scalar_type())};
 }

@@ -11,7 +11,8 @@
 namespace nf4lora {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // weights a thread should have before a second one is woken
+constexpr int64_t kStreamed = 16 << 20;  // bytes of a weight that would only push other things out of the caches
+constexpr int64_t kGrain = 1 << 15;      // weights a thread should have before a second one is woken
 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize) {
   check_nf4_quantize(weight, blocksize);
@@ -43,8 +44,10 @@ void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocks
   const auto* bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
   void* weight = out.mutable_data_ptr();
+  const bool stream =
+      out.numel() * bytes_of(dtype_of(out)) >= kStreamed && reinterpret_cast<uintptr_t>(weight) % 64 == 0;
   torch::stable::parallel_for(0, scales.numel(), kGrain / blocksize + 1, [&](int64_t begin, int64_t end) {
-    isa.nf4_dequantize(bytes, scale, begin, end, blocksize, dtype_of(out), weight);
+    isa.nf4_dequantize(bytes, scale, begin, end, blocksize, dtype_of(out), stream, weight);
   });
 }
 

@@ -1,19 +1,20 @@
 // The table of loops of one instruction set. CMake compiles this file once for each, with NF4LORA_ISA as its name.
 #include "loops.h"
 
-#include "absmax.h"
+#include "encode.h"
+#include "few.h"
 #include "gemm.h"
-#include "nf4.h"
 #include "philox.h"
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
 
-static void store_row(const float* values, float scale, int64_t count, Dtype dtype, void* out) {
+static void widen_row(const void* values, float scale, int64_t count, Dtype dtype, float* out) {
   with_dtype(dtype, [&](auto tag) __attribute__((always_inline)) {
     using T = decltype(tag);
-    narrow<T>(values, broadcast(scale), count, static_cast<typename T::Element*>(out));
+    widen<T>(static_cast<const typename T::Element*>(values), count, out);
   });
+  for (int64_t i = 0; i < count; ++i) out[i] *= scale;
 }
 
 static void multiply_row(const void* values, const float* factors, int64_t count, Dtype dtype, void* out) {
@@ -33,8 +34,10 @@ static void multiply_row(const void* values, const float* factors, int64_t count
 
 #if defined(__AVX512BF16__)
 using Bf16Math = DotProduct;
+using Bf16Few = Paired;
 #else
 using Bf16Math = Multiply<Bf16>;
+using Bf16Few = Widened<Bf16>;
 #endif
 
 }  // namespace NF4LORA_ISA
@@ -53,9 +56,10 @@ const Loops& NF4LORA_TABLE(NF4LORA_ISA)() {
       absmax_quantize,
       absmax_dequantize,
       dropout_mask,
-      store_row,
+      widen_row,
       multiply_row,
       {&kGemm<Multiply<F32>>, &kGemm<Bf16Math>, &kGemm<Multiply<F16>>},
+      {&kFew<Widened<F32>>, &kFew<Bf16Few>, &kFew<Widened<F16>>},
   };
   return table;
 }

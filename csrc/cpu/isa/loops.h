@@ -15,15 +15,42 @@ struct Dense {
   int64_t stride;  // elements from one row to the next
 };
 
-// A packed NF4 matrix. Panels of it hold W rounded to the dtype of the product.
+// The scales of a weight, flat: float32, or quantised again.
+struct Scales {
+  const float* absmax;      // [count], null with double quantisation
+  const uint8_t* absmax_q;  // [count]
+  const float* nested;      // [ceil(count / 256)]
+  float offset;
+};
+
+// A packed NF4 matrix. Whoever decodes it rounds W to the dtype of the product.
 struct Packed {
   const uint8_t* qweight;  // [N, K/2]
-  const float* absmax;     // [N, K/blocksize], decoded
+  Scales scales;           // of N * K / blocksize blocks
   int64_t K;
   int64_t blocksize;
 };
 
-// Matrix products C[rows, lanes] += A[rows, depth] B[depth, lanes] in tiles of kRows rows and up to `max_lanes` lanes.
+// What the sums of a product begin with: scale * (A_low B_low) * factors + offset.
+struct Start {
+  const void* A;         // A tile of `steps`, of the low-rank product
+  const void* B;         // B panel
+  int64_t steps;         // 0: no such product
+  float scale;           //
+  const float* factors;  // [rows][lanes], or null for ones
+  const float* offset;   // [lanes], or null for zeros
+};
+
+// Where a product goes: rounded to the dtype of its operands.
+struct Finish {
+  void* out;       // row 0, lane 0
+  int64_t stride;  // elements from one row to the next
+  int64_t rows;    // that exist, at most `Gemm::rows`
+  int64_t lanes;   // that exist
+  float scale;     // applied before rounding
+};
+
+// Matrix products C[rows, lanes] = A[rows, depth] B[depth, lanes] in tiles of kRows rows and up to `max_lanes` lanes.
 // Both operands are first laid out in 32-bit elements, `step` values of the depth in each: one float32, or a pair of
 // bfloat16 for the dot-product instruction. A depth that is no multiple of `step` is padded with zeros.
 //
@@ -48,8 +75,34 @@ struct Gemm {
   void (*panel_nf4_columns)(const Packed& W, int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth,
                             void* panel);
 
-  // C += A B over `steps` elements.
-  void (*tile)(const void* A, const void* B, int64_t steps, int lanes, float* C);
+  // sums = what `start` says;  sums += A B over `steps` elements;  rounds them to where `finish` says.
+  void (*begin)(const Start& start, int lanes, float* sums);
+  void (*add)(const void* A, const void* B, int64_t steps, int lanes, float* sums);
+  void (*finish)(const Finish& finish, int lanes, const float* sums);
+};
+
+// The low-rank part of a product with few rows.
+struct LowRank {
+  const float* S;  // [16][stride], scaled; zeros beyond what exists
+  int64_t stride;  // R rounded up to a multiple of 16
+  Dense B;         // [N, R], rounded to the dtype of the product when read
+  int64_t R;       // 0 without LoRA
+};
+
+// y = x W^T + S B^T + bias for few rows of x: every row of W is streamed once and multiplied as it is decoded.
+struct Few {
+  int rows;  // of x in one call, at most
+
+  // Bytes that rows of x take when prepared.
+  int64_t (*size)(int rows, int64_t K);
+  // Rows [row, row + rows) of x in the order in which `multiply` wants them.
+  void (*prepare)(const Dense& x, int64_t row, int rows, int64_t K, void* out);
+  // Columns [begin, end) of y, [rows, stride] of x's dtype.
+  void (*multiply)(const Packed& W, int64_t begin, int64_t end, const void* x, int rows, const LowRank& low,
+                   const float* bias, void* y, int64_t stride);
+  // Columns [begin, end) of S = round(scale * x A^T), A [R, K] rounded to x's dtype when read.
+  void (*low_rank)(const Dense& x, int64_t rows, const Dense& A, int64_t begin, int64_t end, int64_t K, float scale,
+                   void* S, int64_t stride);
 };
 
 struct Loops {
@@ -58,23 +111,25 @@ struct Loops {
   // Blocks [begin, end) of a flat weight. Returns the first block that is not finite, or -1.
   int64_t (*nf4_quantize)(const void* weight, Dtype dtype, int64_t begin, int64_t end, int64_t blocksize,
                           uint8_t* qweight, float* absmax);
+  // `stream`: past the caches, where the weight is too large to stay there; it must then be aligned to 64 bytes.
   void (*nf4_dequantize)(const uint8_t* qweight, const float* absmax, int64_t begin, int64_t end, int64_t blocksize,
-                         Dtype dtype, void* weight);
+                         Dtype dtype, bool stream, void* weight);
 
-  // Elements [begin, end). `nested` holds one value per 256 elements; the offset comes apart.
-  void (*absmax_quantize)(const float* absmax, const float* nested, float offset, int64_t begin, int64_t end,
+  // Nested blocks [begin, end) of `count` scales; writes `nested` and the codes.
+  void (*absmax_quantize)(const float* absmax, float offset, int64_t begin, int64_t end, int64_t count, float* nested,
                           uint8_t* absmax_q);
-  void (*absmax_dequantize)(const uint8_t* absmax_q, const float* nested, float offset, int64_t begin, int64_t end,
-                            float* absmax);
+  // Scales [begin, end), into absmax[begin ...].
+  void (*absmax_dequantize)(const Scales& scales, int64_t begin, int64_t end, float* absmax);
 
   // keep[i] = 1 where element `begin + i` of the dropout mask is kept, else 0.
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, float* keep);
-
-  // Rows of floats. `store` rounds to a dtype, scaling first; `multiply` is element by element.
-  void (*store)(const float* values, float scale, int64_t count, Dtype dtype, void* out);
+  // out = scale * values, widened.
+  void (*widen)(const void* values, float scale, int64_t count, Dtype dtype, float* out);
+  // out = values * factors, element by element.
   void (*multiply)(const void* values, const float* factors, int64_t count, Dtype dtype, void* out);
 
   const Gemm* gemm[3];  // by dtype of x
+  const Few* few[3];
 };
 
 const Loops& loops_scalar();

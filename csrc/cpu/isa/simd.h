@@ -70,11 +70,52 @@ NF4LORA_INLINE Float round_f16(Float v) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);  // results below 2^-126 become zeros
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(rounded));
+#else
   const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(v)), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+#endif
 }
 NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Bits in lanes: packed codes on their way to an index.
+using Int = __m512i;
+NF4LORA_INLINE Int load_bits(const uint8_t* p) { return _mm512_loadu_si512(p); }
+NF4LORA_INLINE Int load_bits(const uint8_t* p, int64_t lanes) {  // the first lanes; zeros in the rest
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << lanes) - 1), p);
+}
+NF4LORA_INLINE Int no_bits() { return _mm512_setzero_si512(); }
+NF4LORA_INLINE Int shift_right(Int v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
+NF4LORA_INLINE void transpose(Int v[kLanes]) {
+  Int t[kLanes];
+  NF4LORA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+  }
 }
 
 #elif defined(__AVX2__)
@@ -117,6 +158,38 @@ NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+using Int = __m256i;
+NF4LORA_INLINE Int load_bits(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+NF4LORA_INLINE Int load_bits(const uint8_t* p, int64_t lanes) {
+  const Int wanted =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), wanted);
+}
+NF4LORA_INLINE Int no_bits() { return _mm256_setzero_si256(); }
+NF4LORA_INLINE Int shift_right(Int v, int bits) { return _mm256_srli_epi32(v, bits); }
+NF4LORA_INLINE void transpose(Int v[kLanes]) {
+  Int t[kLanes];
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    v[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+
 #else  // any processor: four lanes that the compiler maps to what it has
 
 inline constexpr int kLanes = 4;
@@ -132,6 +205,25 @@ NF4LORA_INLINE Float broadcast(float v) { return Float{v, v, v, v}; }
 NF4LORA_INLINE Float multiply(Float a, Float b) { return a * b; }
 NF4LORA_INLINE Float add(Float a, Float b) { return a + b; }
 NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }
+
+typedef uint32_t Int __attribute__((vector_size(16)));
+NF4LORA_INLINE Int no_bits() { return Int{0, 0, 0, 0}; }
+NF4LORA_INLINE Int load_bits(const uint8_t* p, int64_t lanes) {
+  Int v = no_bits();
+  std::memcpy(&v, p, static_cast<size_t>(4 * lanes));
+  return v;
+}
+NF4LORA_INLINE Int load_bits(const uint8_t* p) { return load_bits(p, kLanes); }
+NF4LORA_INLINE Int shift_right(Int v, int bits) { return v >> static_cast<uint32_t>(bits); }
+NF4LORA_INLINE void transpose(Int v[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t kept = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = kept;
+    }
+  }
+}
 
 // IEEE binary16 without the instructions: exact one way, nearest even the other.
 NF4LORA_INLINE float from_f16(uint16_t half) {
@@ -181,18 +273,21 @@ NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
 
 // The three dtypes behind one face. F32, Bf16 and F16 are tags; `Element` is what memory holds.
 struct F32 {
+  static constexpr bool kHalf = false;
   using Element = float;
   NF4LORA_INLINE Float load(const float* p) { return NF4LORA_ISA::load(p); }
   NF4LORA_INLINE void store(float* p, Float v) { NF4LORA_ISA::store(p, v); }
   NF4LORA_INLINE Float round(Float v) { return v; }
 };
 struct Bf16 {
+  static constexpr bool kHalf = false;
   using Element = uint16_t;
   NF4LORA_INLINE Float load(const uint16_t* p) { return load_bf16(p); }
   NF4LORA_INLINE void store(uint16_t* p, Float v) { store_bf16(p, v); }
   NF4LORA_INLINE Float round(Float v) { return round_bf16(v); }
 };
 struct F16 {
+  static constexpr bool kHalf = true;
   using Element = uint16_t;
   NF4LORA_INLINE Float load(const uint16_t* p) { return load_f16(p); }
   NF4LORA_INLINE void store(uint16_t* p, Float v) { store_f16(p, v); }
