@@ -18,7 +18,7 @@ FLOORS = [
     {"_C"},
     {"unfused"},
     {"ops"},
-    {"linear", "doctor"},
+    {"linear", "doctor", "loss"},
     {"config", "checkpoint"},
     {"bitsandbytes", "adapter"},
     {"adapter_files"},

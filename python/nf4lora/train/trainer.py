@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from nf4lora.loss import has_plain_head, score
 from nf4lora.train.errors import RunError
 from nf4lora.train.interrupt import Interrupt
-from nf4lora.train.loss import has_plain_head, score
 
 
 class Trainer(SFTTrainer):
