@@ -40,38 +40,44 @@ class NF4LoraLinear(lora.Linear):
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, None if isinstance(base_layer, NF4Linear) else dtype
 
-    def _fused_adapter(self) -> str | None:
-        """Name of the adapter that the fused op can compute; None where PEFT's own forward has to."""
-        if self._disable_adapters or self.merged_adapters or not isinstance(self.base_layer, NF4Linear):
+    def _fused_adapter(self) -> tuple[nn.Module, nn.Module, float, float] | None:
+        """lora_A, lora_B, scaling and dropout that the fused op can compute; None where PEFT's own forward has to."""
+        if self._disable_adapters or self.merged_adapters:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
+        # A module's attribute takes half a microsecond to find, and a generated token asks for thousands: so the
+        # dictionaries that hold them are asked directly.
+        modules: Any = self._modules
+        layers_A, layers_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+        active = [name for name in self.active_adapters if name in layers_A]
+        if len(active) != 1 or not isinstance(modules["base_layer"], NF4Linear):
             return None
         (name,) = active
-        lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        lora_A, lora_B, dropout = layers_A[name], layers_B[name], modules["lora_dropout"]._modules[name]
+        scaling = self.scaling[name]
         plain = (
             name not in self.lora_variant
             and lora_B.bias is None
-            and isinstance(self.scaling[name], (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
+            and isinstance(scaling, (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
             and (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and dropout.p < 1))
             and not _hooked(lora_A)
             and not _hooked(lora_B)
         )
-        return name if plain else None
+        if not plain:
+            return None
+        return lora_A, lora_B, scaling, dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else self._fused_adapter()
-        if name is None:
+        fused = None if args or kwargs else self._fused_adapter()
+        if fused is None:
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        lora_A, lora_B, scaling, p = fused
         # From torch's generator, so that checkpointing, which restores its state, draws the same mask again.
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
         return self.base_layer(
             x,
-            lora_A=self.lora_A[name].weight.float(),  # float32 already, except in FSDP's mixed precision
-            lora_B=self.lora_B[name].weight.float(),
-            scaling=self.scaling[name],
+            lora_A=lora_A.weight.float(),  # type: ignore[operator]  # float32 already, but in FSDP's mixed precision
+            lora_B=lora_B.weight.float(),  # type: ignore[operator]
+            scaling=scaling,
             dropout=p,
             seed=seed,
         )

@@ -210,10 +210,17 @@ def lora_linear(
     >>> lora_linear(torch.arange(64.0), qweight, absmax)
     tensor([0., 1., 2.])
     """
-    if bias is not None:
+    if bias is not None and bias.requires_grad:
         bias = bias.detach()
-    y, _ = _ops.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize)
-    return y
+    arguments = (x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize)
+    if torch.compiler.is_compiling() or _wants_gradient(x, lora_A, lora_B):
+        return _ops.lora_linear.default(*arguments)[0]
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python that notes a gradient costs 10 microseconds
+        return _ops.lora_linear.default(*arguments)[0]
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @torch.library.register_fake("nf4lora::lora_linear")
