@@ -28,6 +28,8 @@ SHAPES = (
     Shape("SmolLM2-135M", "k, v", 192, 576),
     Shape("SmolLM2-135M", "gate, up", 1536, 576),
     Shape("SmolLM2-135M", "down", 576, 1536),
+    Shape("TinyLlama-1.1B", "down", 2048, 5632),
+    Shape("Llama-2-7B", "gate, up", 11008, 4096),
     Shape("Llama-3.1-8B", "q, o", 4096, 4096),
     Shape("Llama-3.1-8B", "k, v", 1024, 4096),
     Shape("Llama-3.1-8B", "gate, up", 14336, 4096),

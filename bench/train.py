@@ -73,8 +73,8 @@ def row(rival: str, ours: list[dict], theirs: list[dict], tokens: int) -> dict:
 def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int, length: int, steps: int) -> Table:
     targets = []
     if rows[0]["rival"] == RIVAL and not settings.quick:
-        share = rows[0]["time, ours / rival"]["median"]
-        targets.append((f"no slower than {RIVAL}, got {share:.2f} of its time", share <= 1.0))
+        targets = [limit(rows, RIVAL, "time, ours / rival", 0.5), limit(rows, RIVAL, "peak, ours / rival", 0.4)]
+        targets.append(limit(rows, SIXTEEN, "time, ours / rival", 1.0))
     return Table(
         f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, "
         + ("with gradient checkpointing (non-reentrant)" if checkpointing else "no gradient checkpointing"),
@@ -89,6 +89,13 @@ def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int,
         ],
         targets,
     )
+
+
+def limit(rows: list[dict], rival: str, key: str, most: float) -> tuple[str, bool]:
+    """A target: the most that we may take of what a rival takes."""
+    cell = next(row for row in rows if row["rival"] == rival)[key]
+    found = cell["median"] if isinstance(cell, dict) else cell
+    return f"{key.partition(',')[0]} at most {most} of {rival}'s, got {found:.2f}", found <= most
 
 
 def contender(name: str, folder: str, checkpointing: bool, device: str, batch: int, length: int):

@@ -120,8 +120,12 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
           if (k == 0) open(strip, room.get());
           for (int64_t tile = 0; tile < tiles.count(); ++tile) {
             float* own = sums.get() + i * strip_sums + (once ? 0 : tile * gemm.rows * strip.lanes);
-            if (k == 0) gemm.begin(start(strip, tile, room.get()), strip.lanes, own);
-            gemm.add(tiles.at(tile, k / gemm.step), panel.get(), steps, strip.lanes, own);
+            const uint32_t* A = tiles.at(tile, k / gemm.step);
+            if (k == 0) {
+              gemm.begin(start(strip, tile, room.get()), A, panel.get(), steps, strip.lanes, own);
+            } else {
+              gemm.add(A, panel.get(), steps, strip.lanes, own);
+            }
             if (k + depth == tiles.depth()) finish(strip, tile, own);
           }
         }
@@ -167,8 +171,7 @@ class Panels {
       for (int64_t tile = begin; tile < end; ++tile) {
         for (int64_t first = 0; first < columns_; first += gemm_.max_lanes) {
           const Strip strip{first, std::min<int64_t>(lanes(first), columns_ - first), lanes(first)};
-          gemm_.begin(kFromZero, strip.lanes, sums.get());
-          gemm_.add(tiles.at(tile), memory_.get() + first * steps_, steps_, strip.lanes, sums.get());
+          gemm_.begin(kFromZero, tiles.at(tile), memory_.get() + first * steps_, steps_, strip.lanes, sums.get());
           round(strip, tile, sums.get());
         }
       }

@@ -27,26 +27,44 @@ NF4LORA_INLINE void multiply_add(Float (&sum)[kRows][kWidth], const uint32_t* A,
 
 // Not inlined: g++ 12 spills an accumulator inside the loop when it is.
 template <class Math, int kWidth>
-static __attribute__((noinline)) void begin_tile(const Start& start, float* sums) {
+static __attribute__((noinline)) void begin_tile(const Start& start, const void* A, const void* B, int64_t steps,
+                                                 float* sums) {
   Float sum[kRows][kWidth];
   NF4LORA_UNROLL
   for (int r = 0; r < kRows; ++r) {
     NF4LORA_UNROLL
     for (int j = 0; j < kWidth; ++j) sum[r][j] = broadcast(0.0f);
   }
-  multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(start.A), static_cast<const float*>(start.B),
-                             start.steps);
-  const Float scale = broadcast(start.scale);
+  if (start.steps) {
+    multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(start.A), static_cast<const float*>(start.B),
+                               start.steps);
+    const Float scale = broadcast(start.scale);
+    NF4LORA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      NF4LORA_UNROLL
+      for (int j = 0; j < kWidth; ++j) sum[r][j] = multiply(sum[r][j], scale);
+    }
+    if (start.factors) {
+      NF4LORA_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        NF4LORA_UNROLL
+        for (int j = 0; j < kWidth; ++j)
+          sum[r][j] = multiply(sum[r][j], load(start.factors + (r * kWidth + j) * kLanes));
+      }
+    }
+  }
+  if (start.offset) {
+    NF4LORA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      NF4LORA_UNROLL
+      for (int j = 0; j < kWidth; ++j) sum[r][j] = add(sum[r][j], load(start.offset + j * kLanes));
+    }
+  }
+  multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(A), static_cast<const float*>(B), steps);
   NF4LORA_UNROLL
   for (int r = 0; r < kRows; ++r) {
     NF4LORA_UNROLL
-    for (int j = 0; j < kWidth; ++j) {
-      const int at = (r * kWidth + j) * kLanes;
-      Float v = multiply(sum[r][j], scale);
-      if (start.factors) v = multiply(v, load(start.factors + at));
-      if (start.offset) v = add(v, load(start.offset + j * kLanes));
-      store(sums + at, v);
-    }
+    for (int j = 0; j < kWidth; ++j) store(sums + (r * kWidth + j) * kLanes, sum[r][j]);
   }
 }
 
@@ -80,8 +98,8 @@ NF4LORA_INLINE void with_width(int lanes, Fn&& fn) {
 }
 
 template <class Math>
-static void begin(const Start& start, int lanes, float* sums) {
-  with_width(lanes, [&](auto width) { begin_tile<Math, width.value>(start, sums); });
+static void begin_product(const Start& start, const void* A, const void* B, int64_t steps, int lanes, float* sums) {
+  with_width(lanes, [&](auto width) { begin_tile<Math, width.value>(start, A, B, steps, sums); });
 }
 
 template <class Math>
@@ -110,7 +128,7 @@ inline constexpr Gemm kGemm = {
     panel_columns<Math>,
     panel_nf4_rows<Math>,
     panel_nf4_columns<Math>,
-    begin<Math>,
+    begin_product<Math>,
     add_product<Math>,
     finish<Math>,
 };

@@ -75,8 +75,8 @@ struct Gemm {
   void (*panel_nf4_columns)(const Packed& W, int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth,
                             void* panel);
 
-  // sums = what `start` says;  sums += A B over `steps` elements;  rounds them to where `finish` says.
-  void (*begin)(const Start& start, int lanes, float* sums);
+  // sums = what `start` says + A B over `steps` elements;  sums += A B;  rounds them to where `finish` says.
+  void (*begin)(const Start& start, const void* A, const void* B, int64_t steps, int lanes, float* sums);
   void (*add)(const void* A, const void* B, int64_t steps, int lanes, float* sums);
   void (*finish)(const Finish& finish, int lanes, const float* sums);
 };
