@@ -192,6 +192,29 @@ def test_thread_count_does_not_change_a_bit(device):
         assert all(map(torch.equal, results[0], other))
 
 
+class Products(torch.utils.data.Dataset):
+    """What a layer gives in whatever process asks for it."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        y, S = raw.lora_linear(*self.case.forward())
+        return torch.cat([t.flatten().float() for t in (y, *raw.lora_linear_backward(*self.case.backward(S), True))])
+
+
+@pytest.mark.parametrize("M", [3, 40])
+def test_works_in_a_forked_data_loader(M):
+    products = Products(Case(M=M, dtype=torch.bfloat16))
+    here = products[0]  # the parent's threads have run
+    loader = torch.utils.data.DataLoader(products, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for there in loader:
+        assert torch.equal(there[0], here)
+
+
 def test_rows_do_not_see_each_other(instruction_set):
     # A token's result does not depend on what else is in the batch.
     for M in (1, 2, 5, 16, 40):

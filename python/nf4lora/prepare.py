@@ -67,7 +67,8 @@ def prepare(
     on), one loaded with `NF4Config`, one loaded by bitsandbytes (its bytes are adopted without a copy), or a PeftModel
     over any of these, which keeps its adapters. Embeddings, norms and the output head stay as they are; no dtype
     changes but those that the printed line names; adapters are float32. Whether gradient checkpointing is on is left
-    to the trainer.
+    to the trainer. A call with `labels` then computes its loss in chunks, where the model's head allows it
+    (`nf4lora.loss.chunk_loss`), and its `logits` only when they are looked at.
 
     Args:
         lora_config: a `peft.LoraConfig`, in place of single options
