@@ -84,7 +84,7 @@ LowRankStart(const Gemm&, const Tiles*, float, Fill) -> LowRankStart<Fill>;
 void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const Dropout& dropout, float scaling,
                   const float* offsets, const Dense& S, const Dense& y) {
   const Few& few = *layer.isa.few[static_cast<int>(x.dtype)];
-  const auto [M, N, K, R] = layer.shape;
+  const int64_t M = layer.shape.M, N = layer.shape.N, K = layer.shape.K, R = layer.shape.R;
   if (R) {
     torch::stable::parallel_for(0, R, 1 + (1 << 16) / (K * M + 1), [&](int64_t begin, int64_t end) {
       few.low_rank(masked, M, dense(*layer.lora_A), begin, end, K, static_cast<float>(dropout.inverse_keep()),
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
                                        double probability, const OptionalTensor& seed, int64_t blocksize) {
   const LinearShape shape =
       check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B, probability, seed, blocksize);
-  const auto [M, N, K, R] = shape;
+  const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
   const Tensor in = contiguous_view(x);
   Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
   const Gemm& gemm = layer.gemm;
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                                                         int64_t blocksize, bool need_dx) {
   const LinearShape shape =
       check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
-  const auto [M, N, K, R] = shape;
+  const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
   const Tensor grad = contiguous_view(dy), in = contiguous_view(x), low_rank = contiguous_view(S);
   Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
   layer.round_lora(x.scalar_type());

@@ -67,28 +67,15 @@ NF4LORA_INLINE void interleave(const uint8_t* const rows[kGroup], int valid, int
   int64_t s = 0;
 #if defined(__AVX2__)
   for (; s + 8 <= steps; s += 8) {
-    __m256i v[8], t[8];
+    __m256i v[8];
     NF4LORA_UNROLL
     for (int r = 0; r < 8; ++r) {
       v[r] = r < valid ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + 4 * s)) : _mm256_setzero_si256();
     }
-    NF4LORA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-      t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    NF4LORA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      v[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-      v[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-      v[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-      v[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
+    transpose8(v);
     NF4LORA_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const __m256i column =
-          i < 4 ? _mm256_permute2x128_si256(v[i], v[i + 4], 0x20) : _mm256_permute2x128_si256(v[i - 4], v[i], 0x31);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (s + i) * width), column);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (s + i) * width), v[i]);
     }
   }
 #endif

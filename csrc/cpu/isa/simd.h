@@ -39,6 +39,32 @@ NF4LORA_INLINE float to_bf16(float value) {
   return float_of((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
 }
 
+#if defined(__AVX2__)
+// v[i] = element i of each, for eight vectors of eight 32-bit elements.
+NF4LORA_INLINE void transpose8(__m256i v[8]) {
+  __m256i t[8];
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    v[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+  }
+  NF4LORA_UNROLL
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+#endif
+
 #if defined(__AVX512F__)
 
 inline constexpr int kLanes = 16;
@@ -167,28 +193,7 @@ NF4LORA_INLINE Int load_bits(const uint8_t* p, int64_t lanes) {
 }
 NF4LORA_INLINE Int no_bits() { return _mm256_setzero_si256(); }
 NF4LORA_INLINE Int shift_right(Int v, int bits) { return _mm256_srli_epi32(v, bits); }
-NF4LORA_INLINE void transpose(Int v[kLanes]) {
-  Int t[kLanes];
-  NF4LORA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  NF4LORA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    v[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  NF4LORA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
-  }
-  NF4LORA_UNROLL
-  for (int i = 0; i < 8; ++i) v[i] = t[i];
-}
+NF4LORA_INLINE void transpose(Int v[kLanes]) { transpose8(v); }
 
 #else  // any processor: four lanes that the compiler maps to what it has
 

@@ -1,0 +1,89 @@
+"""step: where the time and the memory of our training step go, by what computes it."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import torch
+
+from .case import Settings
+from .contenders import OURS, adapted
+from .process import Process, forget_peak, peak_bytes
+from .prose import batches
+from .table import Table
+from .train import BATCH, LENGTH, MB
+
+QUESTION = "Where does the time of our training step go?"
+
+# An operator belongs to the first group one of whose words its name contains.
+GROUPS = {
+    "lora_linear, backward": ("lora_linear_backward",),
+    "lora_linear, forward": ("lora_linear",),
+    "attention (torch)": ("attention",),
+    "output head, its gradient (torch)": ("aten::mm", "aten::addmm", "aten::linear"),
+    "softmax of the loss (torch)": ("softmax", "amax"),
+    "optimizer (torch)": ("Optimizer", "foreach", "lerp", "addcdiv", "addcmul", "sqrt"),
+    "copies and casts (torch)": ("copy", "aten::to", "contiguous", "clone", "fill", "zero"),
+    "element by element (torch)": ("mul", "add", "silu", "neg", "pow", "rsqrt", "mean", "cat", "sum", "div", "sub"),
+}
+REST = "everything else, Python included"
+
+
+def run(settings: Settings) -> list[Table]:
+    batch, length = (2, 32) if settings.quick else (BATCH, LENGTH)
+    options = {"folder": settings.folder().resolve(), "device": settings.device, "batch": batch, "length": length}
+    with Process("step", **options) as process:
+        found = next(process)
+    whole = found["seconds"]
+    rows = [{"what": what, "ms": 1e3 * seconds, "share, %": 100 * seconds / whole} for what, seconds in found["groups"]]
+    return [
+        Table(
+            f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, by operator",
+            rows,
+            [
+                f"one step of {1e3 * whole:.0f} ms under torch.profiler, which slows it a little, after two to warm up",
+                "each operator's own time",
+                f"resident memory: {found['before'] / MB:.0f} MB when the model is loaded, Python and its libraries "
+                f"included, {found['peak'] / MB:.0f} MB at the peak of the step",
+            ],
+        )
+    ]
+
+
+def group_of(name: str) -> str:
+    """The group of an operator, by its name.
+
+    >>> group_of("nf4lora::lora_linear_backward"), group_of("aten::mm"), group_of("aten::embedding")
+    ('lora_linear, backward', 'output head, its gradient (torch)', 'everything else, Python included')
+    """
+    return next((group for group, words in GROUPS.items() if any(word in name for word in words)), REST)
+
+
+def contender(folder: str, device: str, batch: int, length: int):
+    from torch.profiler import ProfilerActivity, profile
+
+    model = adapted(OURS, folder, device=device)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    forget_peak(device)
+    before = peak_bytes(device)
+    steps = cycle(batches(folder, batch, length))
+
+    def step() -> None:
+        ids = next(steps).to(device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    peak = peak_bytes(device)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled, torch.profiler.record_function("a step"):
+        step()
+    events = profiled.key_averages()
+    whole = next(event for event in events if event.key == "a step").cpu_time_total / 1e6
+    groups = dict.fromkeys([*GROUPS, REST], 0.0)
+    for event in events:
+        groups[group_of(event.key)] += event.self_cpu_time_total / 1e6
+    # The backward pass runs in a thread of its own, so "a step" waits for it: that time is not its own.
+    groups[REST] = max(0.0, whole - sum(seconds for group, seconds in groups.items() if group != REST))
+    yield {"seconds": whole, "groups": list(groups.items()), "before": before, "peak": peak}
