@@ -193,7 +193,7 @@ def _chunked(original: Callable) -> Callable:
         for name, value in outputs.items():  # the cache, hidden states, attentions, as the backbone calls them
             if name != "last_hidden_state":
                 result[name] = value
-        vars(result).update(make_logits=lambda: self.get_output_embeddings()(hidden), lists_logits=not self.training)
+        result.__dict__.update(make_logits=lambda: self.get_output_embeddings()(hidden), lists_logits=not self.training)
         return result
 
     return forward
