@@ -160,3 +160,20 @@ def test_opcheck(device):
     absmax = torch.rand(300, device=device)
     torch.library.opcheck(torch.ops.nf4lora.absmax_quantize.default, (absmax,))
     torch.library.opcheck(torch.ops.nf4lora.absmax_dequantize.default, ops.absmax_quantize(absmax))
+
+
+def test_nearest_is_right_at_every_midpoint_and_wherever_the_search_changes_its_mind(instruction_set):
+    # Pairs of v and -v keep the mean at zero, and a 1 in each block the scale at one: v is looked up as it is.
+    code = reference.nested_code()
+    midpoints = (code[1:] + code[:-1]) / 2
+    powers = 2.0 ** torch.arange(-30, 1)
+    edges = (powers[:, None] * (1 + torch.arange(128) / 128)).flatten()  # where upper bits of a float32 change
+    exact = torch.cat([midpoints.abs(), edges[edges <= 1]])
+    up, down = torch.full(exact.shape, torch.inf), torch.full(exact.shape, -torch.inf)
+    values = torch.cat([exact, exact.nextafter(up), exact.nextafter(down)]).clamp(max=1)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 127)).reshape(-1, 127)
+    blocks = torch.nn.functional.pad(blocks, (0, 1), value=1.0)
+    absmax = torch.stack([blocks, -blocks], dim=-1).flatten()
+    absmax_q, nested = ops.absmax_quantize(absmax)
+    assert nested[-1] == 0 and (nested[:-1] == 1).all()
+    assert torch.equal(absmax_q.long(), torch.bucketize(absmax, midpoints, right=False))

@@ -1,7 +1,8 @@
 // lora on the CPU: the frozen NF4 linear layer with its LoRA branch, forward and backward.
 //
 // One pass over the packed weight per chunk of rows: a panel of W is decoded into cache and used for all of them. The
-// LoRA branch starts the same sums, so it costs no pass of its own over y or dx. The loops are in isa/gemm.h.
+// LoRA branch starts the same sums, so it costs no pass of its own over y or dx. A few rows stream the weight instead. The
+// loops are in isa/gemm.h and isa/few.h.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
