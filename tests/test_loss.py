@@ -165,6 +165,28 @@ def test_a_head_that_is_trained_or_scaled_keeps_its_models_loss():
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
+class Doubled(nn.Module):
+    """A head that was wrapped after `chunk_loss`, as PEFT does to put an adapter on it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.weight = head, head.weight
+
+    def forward(self, hidden):
+        return 2 * self.head(hidden)
+
+
+def test_a_head_that_is_wrapped_later_is_not_bypassed():
+    model, original = prepared()
+    ids, labels = batch()
+    plain = model(input_ids=ids, labels=labels).loss
+    for each in (model, original):
+        each.set_output_embeddings(Doubled(each.get_output_embeddings()))
+    found = model(input_ids=ids, labels=labels)
+    assert type(found) is not LossOutput and found.loss != plain
+    torch.testing.assert_close(found.loss, original(input_ids=ids, labels=labels).loss)
+
+
 def test_the_loss_holds_few_logits(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 16 * 259)
     model, _ = prepared()

@@ -200,15 +200,16 @@ def _chunked(original: Callable) -> Callable:
 
 
 def _asks_for_plain_loss(model: Any, kwargs: dict[str, Any]) -> bool:
-    weight = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
     return (
         kwargs.get("labels") is not None
+        and isinstance(head, nn.Linear)  # nobody has wrapped it since, with an adapter say
         and not kwargs.get("logits_to_keep")
         and kwargs.get("return_dict") is not False
         and not {"ignore_index", "reduction", "label_smoothing", "weight"} & kwargs.keys()
         and not (kwargs.get("output_router_logits") or getattr(model.config, "output_router_logits", False))
         and getattr(model, "_loss_function", None) is None  # somebody set another
-        and not weight.requires_grad
-        and type(weight.data) is Tensor  # not sharded
+        and not head.weight.requires_grad
+        and type(head.weight.data) is Tensor  # not sharded
         and not torch.compiler.is_compiling()
     )
