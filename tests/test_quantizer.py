@@ -302,7 +302,10 @@ def test_loading_needs_no_memory_beyond_the_model_and_one_tensor(saved, dtype):
         child.stdin.write("\n")
         peak, status = 0, f"/proc/{child.pid}/status"
         os.set_blocking(child.stdout.fileno(), False)
-        while not (line := child.stdout.readline()):
+        line = ""
+        while not line.endswith("\n"):  # what has been written so far may be half a line
+            line += child.stdout.readline()
+            assert child.poll() is None, "the process that loads the model died"
             with open(status) as file:
                 peak = max([peak, *(int(line.split()[1]) for line in file if line.startswith("RssAnon"))])
         child.stdin.write("\n")

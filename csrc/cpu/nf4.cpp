@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize)
   const void* data = in.const_data_ptr();
   auto* codes = static_cast<uint8_t*>(qweight.mutable_data_ptr());
   auto* scales = static_cast<float*>(absmax.mutable_data_ptr());
+  prefer_huge_pages(codes, qweight.numel());
   std::atomic<int64_t> broken{-1};
   torch::stable::parallel_for(0, absmax.numel(), kGrain / blocksize + 1, [&](int64_t begin, int64_t end) {
     const int64_t block = isa.nf4_quantize(data, dtype_of(in), begin, end, blocksize, codes, scales);
@@ -56,6 +57,7 @@ Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax, int64_t block
   std::vector<int64_t> shape(qweight.sizes().begin(), qweight.sizes().end());
   shape.back() *= 2;
   Tensor weight = torch::stable::new_empty(qweight, shape, dtype);
+  prefer_huge_pages(weight.mutable_data_ptr(), weight.numel() * bytes_of(dtype_of(dtype)));
   dequantize_into(qweight, absmax, blocksize, weight);
   return weight;
 }
