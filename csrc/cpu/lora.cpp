@@ -16,8 +16,6 @@
 namespace nf4lora {
 namespace {
 
-// Rows of x that are multiplied one row of W at a time, by dtype: beyond, laying out panels pays.
-constexpr int64_t kFewRows[] = {4, 16, 4};
 // Rows of dy up to which reading the weight line by line matters more than keeping sums near.
 constexpr int64_t kFewGradients = 48;
 constexpr int64_t kMaxFloats = 16;  // lanes of the widest instruction set
@@ -34,6 +32,7 @@ Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
 struct Layer {
   const Loops& isa;
   const Gemm& gemm;
+  const Few& few;
   LinearShape shape;
   Tensor qweight, absmax;
   OptionalTensor nested, lora_A, lora_B;
@@ -43,6 +42,7 @@ struct Layer {
         const OptionalTensor& nested_, const OptionalTensor& A, const OptionalTensor& B, int64_t blocksize)
       : isa(loops()),
         gemm(*isa.gemm[static_cast<int>(dtype_of(x))]),
+        few(*isa.few[static_cast<int>(dtype_of(x))]),
         shape(shape_),
         qweight(contiguous_view(qweight_)),
         absmax(contiguous_view(absmax_)) {
@@ -84,7 +84,7 @@ LowRankStart(const Gemm&, const Tiles*, float, Fill) -> LowRankStart<Fill>;
 // Few rows: x W^T with k along the lanes, every row of W streamed once.
 void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const Dropout& dropout, float scaling,
                   const float* offsets, const Dense& S, const Dense& y) {
-  const Few& few = *layer.isa.few[static_cast<int>(x.dtype)];
+  const Few& few = layer.few;
   const int64_t M = layer.shape.M, N = layer.shape.N, K = layer.shape.K, R = layer.shape.R;
   if (R) {
     torch::stable::parallel_for(0, R, 1 + (1 << 16) / (K * M + 1), [&](int64_t begin, int64_t end) {
@@ -92,25 +92,23 @@ void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const
                    const_cast<void*>(S.data), R);
     });
   }
+  const auto rows = static_cast<int>(M);
   const int64_t stride = (R + kMaxFloats - 1) / kMaxFloats * kMaxFloats;
-  Scratch<uint8_t> prepared(few.size(static_cast<int>(std::min<int64_t>(M, few.rows)), K));
-  Scratch<float> scaled(few.rows * stride);
-  for (int64_t first = 0; first < M; first += few.rows) {
-    const auto rows = static_cast<int>(std::min<int64_t>(M - first, few.rows));
-    few.prepare(x, first, rows, K, prepared.get());
-    std::fill_n(scaled.get(), few.rows * stride, 0.0f);
-    for (int row = 0; row < rows && R; ++row) {
-      const auto* values = static_cast<const uint8_t*>(S.data) + (first + row) * R * bytes_of(S.dtype);
-      layer.isa.widen(values, scaling, R, S.dtype, scaled.get() + row * stride);
-    }
-    const LowRank low = {scaled.get(), stride, R ? dense(*layer.lora_B) : Dense{}, R};
-    auto* out = static_cast<uint8_t*>(const_cast<void*>(y.data)) + first * N * bytes_of(y.dtype);
-    // Every thread starts on a cache line of y, and a thread is worth waking for 2^16 weights.
-    const int64_t unit = 32, grain = 1 + (1 << 16) / (unit * K + 1);
-    torch::stable::parallel_for(0, (N + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
-      few.multiply(layer.W, begin * unit, std::min(end * unit, N), prepared.get(), rows, low, offsets, out, N);
-    });
+  Scratch<uint8_t> prepared(few.size(rows, K));
+  Scratch<float> scaled(kMostFewRows * stride);
+  few.prepare(x, rows, K, prepared.get());
+  std::fill_n(scaled.get(), kMostFewRows * stride, 0.0f);
+  for (int64_t row = 0; row < M && R; ++row) {
+    const auto* values = static_cast<const uint8_t*>(S.data) + row * R * bytes_of(S.dtype);
+    layer.isa.widen(values, scaling, R, S.dtype, scaled.get() + row * stride);
   }
+  const LowRank low = {scaled.get(), stride, R ? dense(*layer.lora_B) : Dense{}, R};
+  // Every thread starts on a cache line of y, and a thread is worth waking for 2^16 weights.
+  const int64_t unit = 32, grain = 1 + (1 << 16) / (unit * K + 1);
+  torch::stable::parallel_for(0, (N + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
+    few.multiply(layer.W, begin * unit, std::min(end * unit, N), prepared.get(), rows, low, offsets,
+                 const_cast<void*>(y.data), N);
+  });
 }
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
@@ -134,7 +132,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
   const Dense rows = {in.const_data_ptr(), dtype_of(in), K}, low_rank = {S.const_data_ptr(), dtype_of(in), R};
   const Dense out = {y.mutable_data_ptr(), dtype_of(in), N};
 
-  if (M <= kFewRows[static_cast<int>(rows.dtype)] && M) {
+  if (M && M <= layer.few.rows) {
     Scratch<uint8_t> masked = masked_rows(dropout, rows, 0, dropout.active() ? M : 0);
     const Dense kept = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
     multiply_few(layer, rows, kept, dropout, static_cast<float>(scaling), offsets, low_rank, out);

@@ -7,36 +7,36 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-inline constexpr int64_t kFetch = 4096;     // bytes of W to prefetch before they are needed
-inline constexpr int64_t kNear = 16 << 10;  // bytes of x that stay in the first cache level beside everything else
+inline constexpr int64_t kFetch = 2048;     // bytes of W to prefetch before they are needed
+inline constexpr int64_t kNear = 32 << 10;  // bytes of x that stay in the first cache level beside everything else
 inline constexpr int kTogether = 16;        // rows of W
+inline constexpr int kWidest = kLanes == 16 ? 8 : 4;  // rows of x whose sums registers hold
 
-// out[i] = the sum of v[i]'s lanes, for i < count.
-NF4LORA_INLINE void sum_lanes(const Float* v, int count, float* out) {
+// out[i] = the sum of the lanes of v[i * stride], for i < count.
+NF4LORA_INLINE void sum_lanes(const Float* v, int64_t stride, int count, float* out) {
 #if defined(__AVX512F__)
   int i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const __m512 a =
-        _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 1], 0x44), _mm512_shuffle_f32x4(v[i], v[i + 1], 0xEE));
-    const __m512 b =
-        _mm512_add_ps(_mm512_shuffle_f32x4(v[i + 2], v[i + 3], 0x44), _mm512_shuffle_f32x4(v[i + 2], v[i + 3], 0xEE));
+  for (; i + 4 <= count; i += 4, v += 4 * stride) {
+    const __m512 v0 = v[0], v1 = v[stride], v2 = v[2 * stride], v3 = v[3 * stride];
+    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x44), _mm512_shuffle_f32x4(v0, v1, 0xEE));
+    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(v2, v3, 0x44), _mm512_shuffle_f32x4(v2, v3, 0xEE));
     __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1));
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
     const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
     _mm_storeu_ps(out + i, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum)));
   }
-  for (; i < count; ++i) {
-    __m512 sum = _mm512_add_ps(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E));
+  for (; i < count; ++i, v += stride) {
+    __m512 sum = _mm512_add_ps(*v, _mm512_shuffle_f32x4(*v, *v, 0x4E));
     sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xB1));
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1));
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
     out[i] = _mm512_cvtss_f32(sum);
   }
 #else
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count; ++i, v += stride) {
     float lanes[kLanes];
-    store(lanes, v[i]);
+    store(lanes, *v);
     for (int width = kLanes / 2; width; width /= 2) {
       for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
     }
@@ -45,9 +45,11 @@ NF4LORA_INLINE void sum_lanes(const Float* v, int count, float* out) {
 #endif
 }
 
-// S times a row of B: what the first sum of each row of x begins with.
-template <class T, int M>
-NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, Sums<M>& sums) {
+// sums[m] = S times row n of B, for m < M.
+template <class T>
+NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, int M, Float* sums) {
+  for (int m = 0; m < M; ++m) sums[m] = broadcast(0.0f);
+  if (!low.R) return;
   with_dtype(low.B.dtype, [&](auto tag) __attribute__((always_inline)) {
     using From = decltype(tag);
     const auto* row = static_cast<const typename From::Element*>(low.B.data) + n * low.B.stride;
@@ -56,8 +58,7 @@ NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, Sums<M>& sums) {
       const bool whole = r + kLanes <= low.R;
       if (!whole) std::memcpy(padded, row + r, static_cast<size_t>(low.R - r) * sizeof padded[0]);
       const Float value = T::round(From::load(whole ? row + r : padded));
-      NF4LORA_UNROLL
-      for (int m = 0; m < M; ++m) sums[m][0] = fma(load(low.S + m * low.stride + r), value, sums[m][0]);
+      for (int m = 0; m < M; ++m) sums[m] = fma(load(low.S + m * low.stride + r), value, sums[m]);
     }
   });
 }
@@ -72,103 +73,114 @@ constexpr int64_t span_for(int64_t bytes) {
 // Blocks that columns lie in, from the first column of a block on.
 NF4LORA_INLINE int64_t scales_in(int64_t columns, int64_t blocksize) { return (columns + blocksize - 1) / blocksize; }
 
-// Rows of W are taken in groups, so that their sums are added up side by side, and each part of x is used for all of
-// them while it is near.
+// The rows of W are halved, and a pair has one of each half: either half is read line after line, which the processor's
+// own prefetching follows; two neighbours it does not. They are taken in groups, so that their sums are added up side by
+// side, and each part of x, M rows of it, is used for all of them while it is near.
 template <class Math, int M>
-static __attribute__((noinline)) void multiply_few(const Packed& W, int64_t begin, int64_t end, const void* x, int rows,
-                                                   const LowRank& low, const float* bias, void* y, int64_t stride) {
+static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const void* x, int rows, const LowRank& low,
+                           const float* bias, void* y, int64_t stride) {
   using T = typename Math::Tag;
-  constexpr int kSums = sums_for(M);
-  constexpr int64_t kMostRows = M > 8 ? kTogether / 2 : kTogether;  // their sums must stay near as well
   constexpr int64_t kSpan = span_for(M * Math::kBytes);
-  const int64_t blocks = W.K / W.blocksize;
+  const int parts = (rows + M - 1) / M, sums = parts * M;
+  const int64_t part_bytes = M * (W.K + 128) * Math::kBytes;
+  const int64_t most = parts > 1 ? kTogether / 4 : kTogether / 2;  // pairs: their sums must stay near as well
+  const int64_t blocks = W.K / W.blocksize, half = (end - begin + 1) / kPair;
   const bool nested = W.scales.absmax == nullptr;
-  const int64_t far = kFetch / (smaller(kSpan, W.K) / 2 + 1) + 1;  // pieces
-  float room[2][kSpan / kMinBlocksize];                            // scales in use, and those that follow
+  float room[2][kPair][kSpan / kMinBlocksize];  // scales in use, and those that follow
+  Float sums_of[kTogether * kMostFewRows];
   int turn = 0;
-  if (nested && begin < end)
-    read_scales(W.scales, begin * blocks, scales_in(smaller(kSpan, W.K), W.blocksize), room[0]);
-  Float sums_of[M][kMostRows];
-  for (int64_t first = begin; first < end; first += kMostRows) {
-    const int64_t count = smaller(kMostRows, end - first);
-    for (int64_t k = 0; k == 0 || k < W.K; k += kSpan) {
+  // Row n of either half; past the end, the last one stands in, and its sums are not used.
+  const auto row_of = [&](int64_t n, int r) { return smaller(begin + n + r * half, end - 1); };
+  for (int r = 0; r < kPair && nested && begin < end; ++r) {
+    read_scales(W.scales, row_of(0, r) * blocks, scales_in(smaller(kSpan, W.K), W.blocksize), room[0][r]);
+  }
+  for (int64_t first = 0; first < half; first += most) {
+    const int64_t count = smaller(most, half - first);
+    for (int r = 0; r < kPair; ++r) {
+      for (int64_t i = 0; i < count; ++i) begin_sums<T>(low, row_of(first + i, r), sums, sums_of + (r * most + i) * sums);
+    }
+    for (int64_t k = 0; k < W.K; k += kSpan) {
       for (int64_t i = 0; i < count; ++i) {
-        // After this piece of a row: the same piece of the next, the next piece of the first, or the next group.
+        // After this piece of a pair: the same piece of the next, the next piece of the first, or the next group.
         int64_t next = first + i + 1, next_k = k;
-        if (i + 1 == count) {
-          next_k = k + kSpan < W.K ? k + kSpan : 0;
-          next = next_k ? first : first + count;
+        if (i + 1 == count && k + kSpan < W.K) next = first, next_k = k + kSpan;
+        if (i + 1 == count && k + kSpan >= W.K) next_k = 0;
+        // Pieces are read in this order: what is some of them ahead lies in this group, or at the start of the next.
+        int64_t later = i + kFetch / (smaller(kSpan, W.K) / 2) + 1, later_k = k;
+        for (; later >= count && later_k + kSpan < W.K; later_k += kSpan) later -= count;
+        if (later >= count) later_k = 0;
+        Piece piece;
+        piece.count = smaller(kSpan, W.K - k);
+        piece.blocksize = W.blocksize;
+        piece.soon = nested && next < half ? scales_in(smaller(kSpan, W.K - next_k), W.blocksize) : 0;
+        piece.done = 0;
+        for (int r = 0; r < kPair; ++r) {
+          const int64_t n = row_of(first + i, r), its_first = row_of(next, r) * blocks + next_k / W.blocksize;
+          piece.bytes[r] = W.qweight + (n * W.K + k) / 2;
+          piece.scales[r] = nested ? room[turn][r] : W.scales.absmax + n * blocks + k / W.blocksize;
+          piece.later[r] = W.qweight + ((begin + first + later + r * half) * W.K + later_k) / 2;
+          piece.codes[r] = W.scales.absmax_q + its_first;
+          piece.values[r] = room[1 - turn][r];
         }
-        const int64_t own = (first + i) * blocks + k / W.blocksize, its = next * blocks + next_k / W.blocksize;
-        const int64_t its_count = nested && next < end ? scales_in(smaller(kSpan, W.K - next_k), W.blocksize) : 0;
-        // Pieces are read in this order: what is `far` of them ahead lies in this group, or at the start of the next.
-        const int64_t later = i + far, later_k = k + later / count * kSpan;
-        const bool within = later_k < W.K;
-        const uint8_t* bytes =
-            W.qweight + ((first + (within ? later % count : later)) * W.K + (within ? later_k : 0)) / 2;
-        Ahead ahead{bytes, W.scales.absmax_q + its, room[1 - turn], its_count, 0};
-        Sums<M> sums;
-        NF4LORA_UNROLL
-        for (int m = 0; m < M; ++m) {
-          NF4LORA_UNROLL
-          for (int j = 0; j < kSums; ++j) sums[m][j] = broadcast(0.0f);
-          if (k) sums[m][0] = sums_of[m][i];
+        Float* out = sums_of + i * sums;
+        for (int part = 0; part < parts; ++part) {
+          const void* rows_of_x = static_cast<const uint8_t*>(x) + part * part_bytes;
+          Math::template multiply_piece<M>(piece, rows_of_x, k, W.K, out + part * M, most * sums);
         }
-        if (k == 0 && low.R) begin_sums<T, M>(low, first + i, sums);
-        Math::template multiply_row<M>(W, first + i, x, k, smaller(kSpan, W.K - k),
-                                       nested ? room[turn] : W.scales.absmax + own, ahead, sums);
-        NF4LORA_UNROLL
-        for (int m = 0; m < M; ++m) {
-          Float total = sums[m][0];
-          for (int j = 1; j < kSums; ++j) total = add(total, sums[m][j]);
-          sums_of[m][i] = total;
+        if (!piece.soon) continue;
+        while (piece.done < piece.soon) piece.look_up(1);
+        for (int r = 0; r < kPair; ++r) {
+          apply_nested(W.scales, row_of(next, r) * blocks + next_k / W.blocksize, piece.soon, room[1 - turn][r]);
         }
-        if (!nested) continue;
-        while (ahead.done < its_count) ahead.look_up(1);
-        apply_nested(W.scales, its, its_count, room[1 - turn]);
         turn = 1 - turn;
       }
     }
-    for (int m = 0; m < rows; ++m) {
-      float values[kMostRows];
-      sum_lanes(sums_of[m], static_cast<int>(count), values);
-      for (int64_t i = 0; bias && i < count; ++i) values[i] += bias[first + i];
-      narrow<T>(values, broadcast(1.0f), count, static_cast<typename T::Element*>(y) + m * stride + first);
+    for (int r = 0; r < kPair; ++r) {
+      const int64_t n = begin + first + r * half, columns = smaller(count, end - n);
+      for (int m = 0; m < rows && columns > 0; ++m) {
+        float values[kTogether];
+        sum_lanes(sums_of + r * most * sums + m, sums, static_cast<int>(columns), values);
+        for (int64_t i = 0; bias && i < columns; ++i) values[i] += bias[n + i];
+        narrow<T>(values, broadcast(1.0f), columns, static_cast<typename T::Element*>(y) + m * stride + n);
+      }
     }
   }
 }
 
-// How many rows a product is compiled for that is asked for `rows`: the rest are zeros.
-constexpr int padded_rows(int rows) { return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 ? 8 : rows <= 12 ? 12 : 16; }
+// Rows of x in a part: as few parts as possible, of equal size; 5, 7 are padded with zeros.
+constexpr int part_for(int rows) {
+  const int parts = (rows + kWidest - 1) / kWidest, part = (rows + parts - 1) / parts;
+  return part <= 4 ? part : part <= 6 ? 6 : 8;
+}
 
 template <class Math>
 static int64_t size_few(int rows, int64_t K) {
-  return padded_rows(rows) * (K + 128) * Math::kBytes;
+  const int part = part_for(rows);
+  return (rows + part - 1) / part * part * (K + 128) * Math::kBytes;
 }
 
 template <class Math>
-static void prepare_few(const Dense& x, int64_t row, int rows, int64_t K, void* out) {
-  const int M = padded_rows(rows);
-  if (M > rows) std::memset(out, 0, static_cast<size_t>(size_few<Math>(rows, K)));
-  Math::prepare(x, row, rows, M, K, out);
-}
-
-template <class Math>
-static void multiply_few_rows(const Packed& W, int64_t begin, int64_t end, const void* x, int rows, const LowRank& low,
-                              const float* bias, void* y, int64_t stride) {
-  switch (padded_rows(rows)) {
-    case 1: return multiply_few<Math, 1>(W, begin, end, x, rows, low, bias, y, stride);
-    case 2: return multiply_few<Math, 2>(W, begin, end, x, rows, low, bias, y, stride);
-    case 3: return multiply_few<Math, 3>(W, begin, end, x, rows, low, bias, y, stride);
-    case 4: return multiply_few<Math, 4>(W, begin, end, x, rows, low, bias, y, stride);
+static void prepare_few(const Dense& x, int rows, int64_t K, void* out) {
+  const int part = part_for(rows);
+  if (rows % part) std::memset(out, 0, static_cast<size_t>(size_few<Math>(rows, K)));
+  auto* to = static_cast<uint8_t*>(out);
+  for (int first = 0; first < rows; first += part, to += part * (K + 128) * Math::kBytes) {
+    Math::prepare(x, first, static_cast<int>(smaller(rows - first, part)), part, K, to);
   }
-  if constexpr (Math::kMost > 4) {
-    switch (padded_rows(rows)) {
-      case 6: return multiply_few<Math, 6>(W, begin, end, x, rows, low, bias, y, stride);
-      case 8: return multiply_few<Math, 8>(W, begin, end, x, rows, low, bias, y, stride);
-      case 12: return multiply_few<Math, 12>(W, begin, end, x, rows, low, bias, y, stride);
-      case 16: return multiply_few<Math, 16>(W, begin, end, x, rows, low, bias, y, stride);
-    }
+}
+
+template <class Math>
+static void multiply_few(const Packed& W, int64_t begin, int64_t end, const void* x, int rows, const LowRank& low,
+                         const float* bias, void* y, int64_t stride) {
+  switch (part_for(rows)) {
+    case 1: return multiply_parts<Math, 1>(W, begin, end, x, rows, low, bias, y, stride);
+    case 2: return multiply_parts<Math, 2>(W, begin, end, x, rows, low, bias, y, stride);
+    case 3: return multiply_parts<Math, 3>(W, begin, end, x, rows, low, bias, y, stride);
+    case 4: return multiply_parts<Math, 4>(W, begin, end, x, rows, low, bias, y, stride);
+  }
+  if constexpr (kWidest > 4) {
+    if (part_for(rows) == 6) return multiply_parts<Math, 6>(W, begin, end, x, rows, low, bias, y, stride);
+    return multiply_parts<Math, 8>(W, begin, end, x, rows, low, bias, y, stride);
   }
 }
 
@@ -195,7 +207,7 @@ static void low_rank(const Dense& x, int64_t rows, const Dense& A, int64_t begin
           for (int i = 0; i < kRowsOfX; ++i) sums[i] = fma(T::load(source[i] + k), value, sums[i]);
         }
         float values[kRowsOfX];
-        sum_lanes(sums, kRowsOfX, values);
+        sum_lanes(sums, 1, kRowsOfX, values);
         for (int64_t i = 0; i < smaller(kRowsOfX, rows - m); ++i) {
           narrow<T>(values + i, broadcast(scale), 1, static_cast<typename T::Element*>(S) + (m + i) * stride + r);
         }
@@ -205,7 +217,7 @@ static void low_rank(const Dense& x, int64_t rows, const Dense& A, int64_t begin
 }
 
 template <class Math>
-inline constexpr Few kFew = {Math::kMost, size_few<Math>, prepare_few<Math>, multiply_few_rows<Math>,
+inline constexpr Few kFew = {Math::kMost, size_few<Math>, prepare_few<Math>, multiply_few<Math>,
                              low_rank<typename Math::Tag>};
 
 }  // namespace nf4lora::NF4LORA_ISA

@@ -1,37 +1,75 @@
-// One row of W times a few rows of x, as it is decoded: the two ways of laying out x for it, and what runs ahead.
+// Two rows of W times a few rows of x: the two ways of laying out x for it, and what runs ahead.
 #pragma once
 
 #include "nf4.h"
 
 namespace nf4lora::NF4LORA_ISA {
 
-// What is needed soon. Bytes of W to prefetch; and the scales that come next, looked up one by one while vectors are
-// multiplied: a loop of its own, in which the vector units idle, would take a tenth of the time.
-struct Ahead {
-  const uint8_t* bytes;
-  const uint8_t* codes;  // null without double quantisation
-  float* values;
-  int64_t count;
+inline constexpr int kPair = 2;   // rows of W at a time: a load of x serves both
+
+// A piece of two rows of W, and what is needed soon: bytes to prefetch; and the scales of the piece that comes next,
+// looked up one by one while vectors are multiplied. A loop of its own, in which the vector units idle, would take a
+// tenth of the time.
+struct Piece {
+  const uint8_t* bytes[kPair];
+  const float* scales[kPair];
+  int64_t count;  // columns
+  int64_t blocksize;
+  const uint8_t* later[kPair];
+  const uint8_t* codes[kPair];  // of the next scales
+  float* values[kPair];
+  int64_t soon;  // how many of them in either row; 0 without double quantisation
   int64_t done;
 
   __attribute__((always_inline)) void look_up(int more) {
-    if (done + more > count) return;
+    if (done + more > soon) return;
     NF4LORA_UNROLL
-    for (int i = 0; i < more; ++i) values[done + i] = kNestedTable.value[codes[done + i]];
+    for (int r = 0; r < kPair; ++r) {
+      NF4LORA_UNROLL
+      for (int i = 0; i < more; ++i) {
+        uint32_t bits = bits_of(kNestedTable.value[codes[r][done + i]]);
+        asm("" : "+r"(bits));  // or g++ would put vectors together from these, with the ports that shuffles need
+        std::memcpy(values[r] + done + i, &bits, 4);
+      }
+    }
     done += more;
   }
 };
 
-// Sums per row of x, so that additions that follow each other do not wait for each other.
-constexpr int sums_for(int M) { return M <= 2 ? 4 : M <= 8 ? 2 : 1; }
+// Sums per row of W and of x, so that additions that follow each other do not wait for each other.
+constexpr int sums_for(int M) { return M <= 2 ? 4 / M : 1; }
 template <int M>
-using Sums = Float[M][sums_for(M)];
+using Sums = Float[kPair][M][sums_for(M)];
+
+// sums of row r of the pair and row m of x: out[r * stride + m].
+template <int M>
+NF4LORA_INLINE void load_sums(const Float* out, int64_t stride, Sums<M>& sums) {
+  NF4LORA_UNROLL
+  for (int r = 0; r < kPair; ++r) {
+    NF4LORA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      for (int j = 0; j < sums_for(M); ++j) sums[r][m][j] = j ? broadcast(0.0f) : out[r * stride + m];
+    }
+  }
+}
+template <int M>
+NF4LORA_INLINE void store_sums(const Sums<M>& sums, int64_t stride, Float* out) {
+  NF4LORA_UNROLL
+  for (int r = 0; r < kPair; ++r) {
+    NF4LORA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      Float total = sums[r][m][0];
+      for (int j = 1; j < sums_for(M); ++j) total = add(total, sums[r][m][j]);
+      out[r * stride + m] = total;
+    }
+  }
+}
 
 // x widened to float32, row after row: any instruction set, any dtype.
 template <class T>
 struct Widened {
   using Tag = T;
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 8;
   static constexpr int kBytes = 4;  // of an element of x
 
   static void prepare(const Dense& x, int64_t row, int rows, int, int64_t K, void* out) {
@@ -41,30 +79,54 @@ struct Widened {
     }
   }
 
-  // sums += x times row n of W, columns [k, k + count). A piece may end within a block.
-  template <int M>
-  NF4LORA_INLINE void multiply_row(const Packed& W, int64_t n, const void* x, int64_t k, int64_t count,
-                                   const float* scales, Ahead& ahead, Sums<M>& sums) {
-    const auto* rows = static_cast<const float*>(x);
-    const uint8_t* bytes = W.qweight + n * W.K / 2;
-    const int64_t first = k / W.blocksize, from = k;
-    constexpr int kSums = sums_for(M);
-    const int64_t end = k + count;
-    while (k < end) {
-      const int64_t block = k / W.blocksize, stop = smaller(end, (block + 1) * W.blocksize);
-      const Products table = products<T>(scales[block - first]);
-      __builtin_prefetch(ahead.bytes + (k - from) / 2);
-      ahead.look_up(1);
-      for (; k < stop; k += 2 * kLanes) {
+  // each(at, half, w): kLanes weights of either row, `at` columns in.
+  template <class Each>
+  NF4LORA_INLINE void decoded(Piece& own, Each&& each) {
+    Piece piece = own;  // a copy, or what is written might change it
+    const int64_t block = smaller(piece.blocksize, piece.count);
+    for (int64_t k = 0, i = 0; k < piece.count; ++i) {
+      Products table[kPair];
+      NF4LORA_UNROLL
+      for (int r = 0; r < kPair; ++r) {
+        table[r] = products<T>(piece.scales[r][i]);
+        __builtin_prefetch(piece.later[r] + k / 2);
+      }
+      piece.look_up(1);
+      for (const int64_t stop = smaller(piece.count, k + block); k < stop; k += 2 * kLanes) {
         NF4LORA_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int64_t at = k + half * kLanes;
-          const Float w = decode(bytes + at / 2, table);
+          Float w[kPair];
           NF4LORA_UNROLL
-          for (int m = 0; m < M; ++m) sums[m][half % kSums] = fma(load(rows + m * W.K + at), w, sums[m][half % kSums]);
+          for (int r = 0; r < kPair; ++r) w[r] = decode(piece.bytes[r] + at / 2, table[r]);
+          each(at, half, w);
         }
       }
     }
+    own.done = piece.done;
+  }
+
+  template <int M>
+  NF4LORA_INLINE void add_products(const float* x, int64_t K, const Float (&w)[kPair], int j, Sums<M>& sums) {
+    NF4LORA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const Float a = load(x + m * K);
+      NF4LORA_UNROLL
+      for (int r = 0; r < kPair; ++r) sums[r][m][j] = fma(a, w[r], sums[r][m][j]);
+    }
+  }
+
+  // out += x times the piece, which begins at column k.
+  template <int M>
+  static __attribute__((noinline)) void multiply_piece(Piece& piece, const void* x, int64_t k, int64_t K, Float* out,
+                                                 int64_t stride) {
+    const float* rows = static_cast<const float*>(x) + k;
+    Sums<M> sums;
+    load_sums<M>(out, stride, sums);
+    decoded(piece, [&](int64_t at, int half, const Float(&w)[kPair]) __attribute__((always_inline)) {
+      add_products<M>(rows + at, K, w, half % sums_for(M), sums);
+    });
+    store_sums<M>(sums, stride, out);
   }
 };
 
@@ -74,7 +136,7 @@ struct Widened {
 struct Paired {
   using Tag = Bf16;
   static constexpr int kMost = 16;
-  static constexpr int kBytes = 2;  // of an element of x
+  static constexpr int kBytes = 2;
 
   static void prepare(const Dense& x, int64_t row, int rows, int M, int64_t K, void* out) {
     alignas(64) uint16_t evens[32];
@@ -101,66 +163,91 @@ struct Paired {
   }
 
   // The products of two blocks in one table: 16 words each.
-  NF4LORA_INLINE __m512i table_of(float absmax, float next) {
+  NF4LORA_INLINE __m512i table_of(const float& absmax, const float& next) {
     const Float code = load(kCodeTable.value);
     const __m512bh both = _mm512_cvtne2ps_pbh(multiply(code, broadcast(next)), multiply(code, broadcast(absmax)));
     return reinterpret_cast<const __m512i&>(both);
   }
 
-  // 128 columns. An index is a nibble plus 16 for the second half of them, whose block is another; where blocks hold 32
-  // weights (kSmall), plus 16 for every quarter, over two tables.
-  template <int M, bool kSmall>
-  NF4LORA_INLINE void multiply_128(__m512i bytes, const float (&absmax)[4], const uint16_t* rows, Sums<M>& sums) {
-    const __m512i table = table_of(absmax[0], absmax[1]);
-    const __m512i other = kSmall ? table_of(absmax[2], absmax[3]) : table;
+  // each(at, part, w): 32 weights of either row, of the 128 columns that begin `at` columns in. An index is a nibble
+  // plus 16 for the second half of them, whose block is another; where blocks hold 32 weights (kSmall), plus 16 for
+  // every quarter, over two tables.
+  template <bool kSmall, class Each>
+  NF4LORA_INLINE void decoded_of(Piece& own, Each&& each) {
+    Piece piece = own;  // a copy, or what is written might change it
     __m512i block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     if constexpr (kSmall)
       block = _mm512_setr_epi64(0, 0, 0x0010001000100010, 0x0010001000100010, 0x0020002000200020, 0x0020002000200020,
                                 0x0030003000300030, 0x0030003000300030);
-    constexpr int kSums = sums_for(M);
-    NF4LORA_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      const __m512i nibbles = part ? _mm512_srli_epi16(bytes, 4 * part) : bytes;
-      const __m512i index = _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), block, 0xEA);  // (a & b) | c
-      const __m512i w =
-          kSmall ? _mm512_permutex2var_epi16(table, index, other) : _mm512_permutexvar_epi16(index, table);
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(piece.blocksize));
+    const int64_t last = (piece.count - 1) >> shift;  // a scale that does not exist multiplies zeros of x
+    for (int64_t i = 0; i < piece.count; i += 128) {
+      __m512i bytes[kPair], table[kPair], other[kPair];
+      const bool whole = i + 128 <= piece.count;
       NF4LORA_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const __m512i a = _mm512_loadu_si512(rows + m * 128 + part * 32);
-        Float& sum = sums[m][part % kSums];
-        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(w), reinterpret_cast<const __m512bh&>(a));
+      for (int r = 0; r < kPair; ++r) {
+        const uint8_t* from = piece.bytes[r] + i / 2;
+        __builtin_prefetch(piece.later[r] + i / 2);
+        bytes[r] = __builtin_expect(whole, 1) ? load_bits(from) : load_bits(from, (piece.count - i) / 8);
+        const float* scales = piece.scales[r];
+        if constexpr (kSmall) {
+          const int64_t b = i / 32;
+          table[r] = table_of(scales[b], scales[smaller(b + 1, last)]);
+          other[r] = table_of(scales[smaller(b + 2, last)], scales[smaller(b + 3, last)]);
+        } else {
+          table[r] = table_of(scales[i >> shift], scales[smaller((i + 64) >> shift, last)]);
+        }
+      }
+      piece.look_up(kSmall ? 4 : 2);
+      NF4LORA_UNROLL
+      for (int part = 0; part < 4; ++part) {
+        __m512i w[kPair];
+        NF4LORA_UNROLL
+        for (int r = 0; r < kPair; ++r) {
+          const __m512i nibbles = part ? _mm512_srli_epi16(bytes[r], 4 * part) : bytes[r];
+          const __m512i index = _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), block, 0xEA);  // (a & b) | c
+          w[r] = kSmall ? _mm512_permutex2var_epi16(table[r], index, other[r])
+                        : _mm512_permutexvar_epi16(index, table[r]);
+        }
+        each(i, part, w);
+      }
+    }
+    own.done = piece.done;
+  }
+  template <class Each>
+  NF4LORA_INLINE void decoded(Piece& piece, Each&& each) {
+    if (piece.blocksize == kMinBlocksize) {
+      decoded_of<true>(piece, each);
+    } else {
+      decoded_of<false>(piece, each);
+    }
+  }
+
+  template <int M>
+  NF4LORA_INLINE void add_products(const uint16_t* x, const __m512i (&w)[kPair], int j, Sums<M>& sums) {
+    NF4LORA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      __m512i a = _mm512_loadu_si512(x + m * 128);
+      asm("" : "+v"(a));  // or g++ would load it once for each row of W
+      NF4LORA_UNROLL
+      for (int r = 0; r < kPair; ++r) {
+        sums[r][m][j] = _mm512_dpbf16_ps(sums[r][m][j], reinterpret_cast<const __m512bh&>(w[r]),
+                                         reinterpret_cast<const __m512bh&>(a));
       }
     }
   }
 
-  // sums += x times row n of W, columns [k, k + count); k is a multiple of 128.
+  // out += x times the piece, which begins at column k.
   template <int M>
-  NF4LORA_INLINE void multiply_row(const Packed& W, int64_t n, const void* x, int64_t k, int64_t count,
-                                   const float* scales, Ahead& ahead, Sums<M>& sums) {
+  static __attribute__((noinline)) void multiply_piece(Piece& piece, const void* x, int64_t k, int64_t, Float* out,
+                                                 int64_t stride) {
     const auto* rows = static_cast<const uint16_t*>(x) + k * M;
-    const uint8_t* bytes = W.qweight + (n * W.K + k) / 2;
-    const int shift = __builtin_ctzll(static_cast<unsigned long long>(W.blocksize));
-    if (shift == 5) {
-      for (int64_t i = 0; i < count; i += 128, scales += 4) {
-        const int64_t words = smaller(count - i, 128) / 8;
-        float absmax[4] = {};
-        for (int64_t j = 0; 4 * j < words; ++j) absmax[j] = scales[j];
-        ahead.look_up(4);
-        multiply_128<M, true>(load_bits(bytes + i / 2, words), absmax, rows + i * M, sums);
-      }
-      return;
-    }
-    int64_t i = 0;
-    for (; i + 128 <= count; i += 128) {
-      __builtin_prefetch(ahead.bytes + i / 2);
-      const float absmax[4] = {scales[i >> shift], scales[(i + 64) >> shift]};
-      ahead.look_up(2);
-      multiply_128<M, false>(load_bits(bytes + i / 2), absmax, rows + i * M, sums);
-    }
-    if (i < count) {
-      const float absmax[4] = {scales[i >> shift]};
-      multiply_128<M, false>(load_bits(bytes + i / 2, (count - i) / 8), absmax, rows + i * M, sums);
-    }
+    Sums<M> sums;
+    load_sums<M>(out, stride, sums);
+    decoded(piece, [&](int64_t at, int part, const __m512i(&w)[kPair]) __attribute__((always_inline)) {
+      add_products<M>(rows + at * M + part * 32, w, part % sums_for(M), sums);
+    });
+    store_sums<M>(sums, stride, out);
   }
 };
 #endif

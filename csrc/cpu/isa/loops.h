@@ -81,9 +81,11 @@ struct Gemm {
   void (*finish)(const Finish& finish, int lanes, const float* sums);
 };
 
+inline constexpr int kMostFewRows = 16;
+
 // The low-rank part of a product with few rows.
 struct LowRank {
-  const float* S;  // [16][stride], scaled; zeros beyond what exists
+  const float* S;  // [kMostFewRows][stride], scaled; zeros beyond what exists
   int64_t stride;  // R rounded up to a multiple of 16
   Dense B;         // [N, R], rounded to the dtype of the product when read
   int64_t R;       // 0 without LoRA
@@ -91,12 +93,12 @@ struct LowRank {
 
 // y = x W^T + S B^T + bias for few rows of x: every row of W is streamed once and multiplied as it is decoded.
 struct Few {
-  int rows;  // of x in one call, at most
+  int rows;  // of x at most, kMostFewRows or fewer: for more, laying out panels pays
 
   // Bytes that rows of x take when prepared.
   int64_t (*size)(int rows, int64_t K);
-  // Rows [row, row + rows) of x in the order in which `multiply` wants them.
-  void (*prepare)(const Dense& x, int64_t row, int rows, int64_t K, void* out);
+  // x in the order in which `multiply` wants it.
+  void (*prepare)(const Dense& x, int rows, int64_t K, void* out);
   // Columns [begin, end) of y, [rows, stride] of x's dtype.
   void (*multiply)(const Packed& W, int64_t begin, int64_t end, const void* x, int rows, const LowRank& low,
                    const float* bias, void* y, int64_t stride);
