@@ -19,13 +19,6 @@ def linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def copied(base: NF4Linear) -> NF4Linear:
-    layer = NF4Linear(base.in_features, base.out_features, bias=False, device="meta")
-    for name, parameter in base.named_parameters():
-        setattr(layer, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    return layer
-
-
 def of_bitsandbytes(weight: Tensor) -> Any:
     import bitsandbytes
 

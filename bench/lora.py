@@ -13,7 +13,7 @@ from nf4lora import NF4Linear, build_info, reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
-from .layers import CALLS, copied, forward, linear, of_bitsandbytes, with_lora
+from .layers import CALLS, forward, linear, of_bitsandbytes, with_lora
 from .machine import bandwidth
 from .overhead import overhead
 from .shapes import QUICK, Shape, named
@@ -81,8 +81,7 @@ def targets(rows: list[dict[str, dict]], kind: str, allowed: dict[int, float]) -
 def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[dict[str, dict]]:
     """One row of either table for each number of tokens."""
     weight = torch.randn(shape.N, shape.K, device=settings.device).mul_(0.02).bfloat16()
-    base = NF4Linear.from_linear(linear(weight))
-    nbytes = sum(parameter.nbytes for parameter in base.parameters())
+    nbytes = sum(parameter.nbytes for parameter in NF4Linear.from_linear(linear(weight)).parameters())
 
     def rotated(make: Callable[[], nn.Module], size: int, kind: str) -> Callable[[], nn.Module]:
         def ready(_: int) -> nn.Module:
@@ -93,7 +92,7 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
         return partial(next, rotation(ready, size, settings.device))
 
     contenders: dict[str, tuple[Callable[[], nn.Module], int]] = {
-        "nf4lora": (lambda: with_lora(copied(base)), nbytes),
+        "nf4lora": (lambda: with_lora(NF4Linear.from_linear(linear(weight))), nbytes),
         "torch": (lambda: linear(weight.clone()), weight.nbytes),
     }
     if installed("bitsandbytes"):

@@ -308,6 +308,31 @@ def test_lora_that_is_frozen_still_passes_the_gradient_on(device):
     assert x.grad.abs().sum() > 0 and case.A.grad is None
 
 
+def test_the_op_itself_has_the_same_gradient(device):
+    # ops.lora_linear brings its own in eager code; torch.compile sees the registered one.
+    case = Case(dtype=torch.bfloat16, dropout=0.2, device=device)
+    inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.A, case.B)]
+
+    def call(op, x, A, B):
+        return op(x, case.qweight, case.absmax, case.nested, case.bias, A, B, *case.options)
+
+    y = call(ops.lora_linear, *inputs)
+    expected = torch.autograd.grad(y, inputs, case.dy)
+    registered, _ = call(raw.lora_linear, *inputs)
+    assert torch.equal(registered, y)
+    found = torch.autograd.grad(registered, inputs, case.dy)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def test_a_second_derivative_is_refused(device):
+    case = Case(device=device)
+    x = case.x.clone().requires_grad_()
+    y = ops.lora_linear(x, case.qweight, case.absmax, case.nested, case.bias, case.A, case.B, *case.options)
+    (dx,) = torch.autograd.grad(y, x, case.dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_nan_stays_in_its_row(device):
     case = Case(dtype=torch.bfloat16, device=device)
     case.x[3, 5] = float("nan")

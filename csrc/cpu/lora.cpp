@@ -199,6 +199,18 @@ void add_outer(const Gemm& gemm, const Tiles& tiles, int64_t columns, float scal
       });
 }
 
+// combine() of a matrix with few rows, on torch's threads: of A's columns, or with `transposed` of its rows.
+void combine_few(const Layer& layer, const Dense& A, int64_t rows, bool transposed, const Dense& B, int64_t columns,
+                 float scale, const Dense& out) {
+  Scratch<float> wide(rows * A.stride);
+  layer.isa.widen(A.data, 1.0f, rows * A.stride, A.dtype, wide.get());
+  const int64_t depth = transposed ? A.stride : rows, along = transposed ? 1 : A.stride, across = A.stride + 1 - along;
+  const int64_t grain = 1 + (1 << 16) / (depth * columns + 1);
+  torch::stable::parallel_for(0, transposed ? rows : A.stride, grain, [&](int64_t begin, int64_t end) {
+    layer.few.combine(wide.get(), along, across, B, begin, end, depth, columns, scale, out);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S,
                                                         const Tensor& qweight, const Tensor& absmax,
                                                         const OptionalTensor& nested, const OptionalTensor& lora_A,
@@ -225,8 +237,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
   auto* out_A = static_cast<float*>(dA.mutable_data_ptr());
   auto* out_B = static_cast<float*>(dB.mutable_data_ptr());
 
+  const bool few = M <= layer.few.rows;
   std::unique_ptr<Panels> panels_B;
-  if (R && M) {
+  if (R && M && !few) {
     panels_B = std::make_unique<Panels>(gemm, R, N,
                                         [&](auto... where) { gemm.panel_columns(dense(*layer.lora_B), where...); });
   }
@@ -236,7 +249,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
     const Dense T = {T_memory.get(), rows.dtype, R};
     std::unique_ptr<Tiles> tiles_T;
     if (R) {
-      panels_B->multiply(tiles, 1.0f, T, 0);
+      if (few) {
+        combine_few(layer, grads, M, true, dense(*layer.lora_B), R, 1.0f, T);
+      } else {
+        panels_B->multiply(tiles, 1.0f, T, 0);
+      }
       tiles_T = std::make_unique<Tiles>(gemm, T, Tiles::Source::rows, 0, count, R);
     }
     if (need_dx) {
@@ -259,7 +276,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
           },
           rounded_into(gemm, tiles, out, first, 1.0f));
     }
-    if (R) {
+    if (R && few) {
+      combine_few(layer, grads, M, false, S_rows, R, static_cast<float>(scaling), {out_B, Dtype::f32, R});
+      Scratch<uint8_t> masked = masked_rows(dropout, rows, 0, dropout.active() ? M : 0);
+      const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
+      combine_few(layer, T, M, false, wide, K, scale_dx, {out_A, Dtype::f32, K});
+    } else if (R) {
       const Tiles S_columns(gemm, S_rows, Tiles::Source::columns, first, R, count);
       add_outer(gemm, S_columns, N, static_cast<float>(scaling), true, out_B,
                 [&](int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth, void* panel) {

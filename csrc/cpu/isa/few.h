@@ -57,7 +57,7 @@ NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, int M, Float* sums
       typename From::Element padded[kLanes] = {};
       const bool whole = r + kLanes <= low.R;
       if (!whole) std::memcpy(padded, row + r, static_cast<size_t>(low.R - r) * sizeof padded[0]);
-      const Float value = T::round(From::load(whole ? row + r : padded));
+      const Float value = load_as<T, From>(whole ? row + r : padded);
       for (int m = 0; m < M; ++m) sums[m] = fma(load(low.S + m * low.stride + r), value, sums[m]);
     }
   });
@@ -83,7 +83,7 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
   constexpr int64_t kSpan = span_for(M * Math::kBytes);
   const int parts = (rows + M - 1) / M, sums = parts * M;
   const int64_t part_bytes = M * (W.K + 128) * Math::kBytes;
-  const int64_t most = parts > 1 ? kTogether / 4 : kTogether / 2;  // pairs: their sums must stay near as well
+  constexpr int64_t most = kTogether / 2;
   const int64_t blocks = W.K / W.blocksize, half = (end - begin + 1) / kPair;
   const bool nested = W.scales.absmax == nullptr;
   float room[2][kPair][kSpan / kMinBlocksize];  // scales in use, and those that follow
@@ -97,7 +97,8 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
   for (int64_t first = 0; first < half; first += most) {
     const int64_t count = smaller(most, half - first);
     for (int r = 0; r < kPair; ++r) {
-      for (int64_t i = 0; i < count; ++i) begin_sums<T>(low, row_of(first + i, r), sums, sums_of + (r * most + i) * sums);
+      for (int64_t i = 0; i < count; ++i)
+        begin_sums<T>(low, row_of(first + i, r), sums, sums_of + (r * most + i) * sums);
     }
     for (int64_t k = 0; k < W.K; k += kSpan) {
       for (int64_t i = 0; i < count; ++i) {
@@ -202,7 +203,7 @@ static void low_rank(const Dense& x, int64_t rows, const Dense& A, int64_t begin
           sums[i] = broadcast(0.0f);
         }
         for (int64_t k = 0; k < K; k += kLanes) {  // K is a multiple of 32
-          const Float value = T::round(From::load(a + k));
+          const Float value = load_as<T, From>(a + k);
           NF4LORA_UNROLL
           for (int i = 0; i < kRowsOfX; ++i) sums[i] = fma(T::load(source[i] + k), value, sums[i]);
         }
@@ -216,8 +217,56 @@ static void low_rank(const Dense& x, int64_t rows, const Dense& A, int64_t begin
   });
 }
 
+template <class T, class From, class To, int kVectors>
+NF4LORA_INLINE void combine_columns(const float* A, int64_t along, const typename From::Element* B, int64_t stride,
+                                    int64_t depth, Float scale, typename To::Element* out) {
+  Float sums[kVectors];
+  for (int v = 0; v < kVectors; ++v) sums[v] = broadcast(0.0f);
+  for (int64_t i = 0; i < depth; ++i, B += stride) {
+    const Float a = broadcast(A[i * along]);
+    for (int v = 0; v < kVectors; ++v) sums[v] = fma(a, load_as<T, From>(B + v * kLanes), sums[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) To::store(out + v * kLanes, multiply(sums[v], scale));
+}
+
+// out[p, q] = scale * sum over i of A[i * along + p * across] B[i, q] for rows [begin, end), q along the lanes.
+template <class T>
+static void combine(const float* A, int64_t along, int64_t across, const Dense& B, int64_t begin, int64_t end,
+                    int64_t depth, int64_t columns, float scale, const Dense& out) {
+  constexpr int kWide = 4;
+  const Float factor = broadcast(scale);
+  with_dtype(B.dtype, [&](auto from) __attribute__((always_inline)) {
+    with_dtype(out.dtype, [&](auto to) __attribute__((always_inline)) {
+      using From = decltype(from);
+      using To = decltype(to);
+      const auto* source = static_cast<const typename From::Element*>(B.data);
+      for (int64_t p = begin; p < end; ++p) {
+        auto* row = static_cast<typename To::Element*>(const_cast<void*>(out.data)) + p * out.stride;
+        const float* a = A + p * across;
+        int64_t q = 0;
+        for (; q + kWide * kLanes <= columns; q += kWide * kLanes)
+          combine_columns<T, From, To, kWide>(a, along, source + q, B.stride, depth, factor, row + q);
+        for (; q + kLanes <= columns; q += kLanes)
+          combine_columns<T, From, To, 1>(a, along, source + q, B.stride, depth, factor, row + q);
+        for (; q < columns; ++q) {
+          float sum = 0.0f, value;
+          for (int64_t i = 0; i < depth; ++i) {
+            widen<From>(source + i * B.stride + q, 1, &value);
+            sum += a[i * along] * rounded<T>(value);
+          }
+          narrow<To>(&sum, factor, 1, row + q);
+        }
+      }
+    });
+  });
+}
+
 template <class Math>
-inline constexpr Few kFew = {Math::kMost, size_few<Math>, prepare_few<Math>, multiply_few<Math>,
-                             low_rank<typename Math::Tag>};
+inline constexpr Few kFew = {Math::kMost,
+                             size_few<Math>,
+                             prepare_few<Math>,
+                             multiply_few<Math>,
+                             low_rank<typename Math::Tag>,
+                             combine<typename Math::Tag>};
 
 }  // namespace nf4lora::NF4LORA_ISA

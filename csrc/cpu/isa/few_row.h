@@ -5,7 +5,7 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-inline constexpr int kPair = 2;   // rows of W at a time: a load of x serves both
+inline constexpr int kPair = 2;  // rows of W at a time: a load of x serves both
 
 // A piece of two rows of W, and what is needed soon: bytes to prefetch; and the scales of the piece that comes next,
 // looked up one by one while vectors are multiplied. A loop of its own, in which the vector units idle, would take a
@@ -119,13 +119,12 @@ struct Widened {
   // out += x times the piece, which begins at column k.
   template <int M>
   static __attribute__((noinline)) void multiply_piece(Piece& piece, const void* x, int64_t k, int64_t K, Float* out,
-                                                 int64_t stride) {
+                                                       int64_t stride) {
     const float* rows = static_cast<const float*>(x) + k;
     Sums<M> sums;
     load_sums<M>(out, stride, sums);
-    decoded(piece, [&](int64_t at, int half, const Float(&w)[kPair]) __attribute__((always_inline)) {
-      add_products<M>(rows + at, K, w, half % sums_for(M), sums);
-    });
+    decoded(piece, [&](int64_t at, int half, const Float(&w)[kPair])
+                       __attribute__((always_inline)) { add_products<M>(rows + at, K, w, half % sums_for(M), sums); });
     store_sums<M>(sums, stride, out);
   }
 };
@@ -206,8 +205,8 @@ struct Paired {
         for (int r = 0; r < kPair; ++r) {
           const __m512i nibbles = part ? _mm512_srli_epi16(bytes[r], 4 * part) : bytes[r];
           const __m512i index = _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), block, 0xEA);  // (a & b) | c
-          w[r] = kSmall ? _mm512_permutex2var_epi16(table[r], index, other[r])
-                        : _mm512_permutexvar_epi16(index, table[r]);
+          w[r] =
+              kSmall ? _mm512_permutex2var_epi16(table[r], index, other[r]) : _mm512_permutexvar_epi16(index, table[r]);
         }
         each(i, part, w);
       }
@@ -240,7 +239,7 @@ struct Paired {
   // out += x times the piece, which begins at column k.
   template <int M>
   static __attribute__((noinline)) void multiply_piece(Piece& piece, const void* x, int64_t k, int64_t, Float* out,
-                                                 int64_t stride) {
+                                                       int64_t stride) {
     const auto* rows = static_cast<const uint16_t*>(x) + k * M;
     Sums<M> sums;
     load_sums<M>(out, stride, sums);

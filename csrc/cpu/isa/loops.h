@@ -105,6 +105,10 @@ struct Few {
   // Columns [begin, end) of S = round(scale * x A^T), A [R, K] rounded to x's dtype when read.
   void (*low_rank)(const Dense& x, int64_t rows, const Dense& A, int64_t begin, int64_t end, int64_t K, float scale,
                    void* S, int64_t stride);
+  // Rows [begin, end) of out[p, q] = scale * sum over i < depth of A[i * along + p * across] B[i, q], B rounded to x's
+  // dtype when read: T = dy B, dA = T^T x, dB = dy^T S.
+  void (*combine)(const float* A, int64_t along, int64_t across, const Dense& B, int64_t begin, int64_t end,
+                  int64_t depth, int64_t columns, float scale, const Dense& out);
 };
 
 struct Loops {

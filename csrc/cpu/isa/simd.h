@@ -95,17 +95,33 @@ NF4LORA_INLINE Float round_bf16(Float v) {
 NF4LORA_INLINE Float round_f16(Float v) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+NF4LORA_INLINE __m256i to_words_bf16(Float v) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh(v);  // results below 2^-126 become zeros
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(rounded));
+  return reinterpret_cast<const __m256i&>(rounded);
 #else
-  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(v)), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(round_bf16(v)), 16));
 #endif
 }
+NF4LORA_INLINE __m256i to_words_f16(Float v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+NF4LORA_INLINE void store_bf16(uint16_t* p, Float v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_words_bf16(v));
+}
 NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_words_f16(v));
+}
+
+// The first lanes only; zeros in the rest of what is loaded.
+NF4LORA_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+NF4LORA_INLINE Float load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
+NF4LORA_INLINE void store_part_bf16(uint16_t* p, Float v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), to_words_bf16(v));
+}
+NF4LORA_INLINE void store_part_f16(uint16_t* p, Float v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), to_words_f16(v));
 }
 
 // Bits in lanes: packed codes on their way to an index.
@@ -276,12 +292,36 @@ NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
 
 #endif
 
+#if !defined(__AVX512F__)
+NF4LORA_INLINE Float load_part(const float* p, int64_t count) {
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof lanes[0]);
+  return load(lanes);
+}
+NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) {
+  float lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
+}
+NF4LORA_INLINE void store_part_bf16(uint16_t* p, Float v, int64_t count) {
+  uint16_t lanes[kLanes];
+  store_bf16(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
+}
+NF4LORA_INLINE void store_part_f16(uint16_t* p, Float v, int64_t count) {
+  uint16_t lanes[kLanes];
+  store_f16(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
+}
+#endif
+
 // The three dtypes behind one face. F32, Bf16 and F16 are tags; `Element` is what memory holds.
 struct F32 {
   static constexpr bool kHalf = false;
   using Element = float;
   NF4LORA_INLINE Float load(const float* p) { return NF4LORA_ISA::load(p); }
   NF4LORA_INLINE void store(float* p, Float v) { NF4LORA_ISA::store(p, v); }
+  NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) { NF4LORA_ISA::store_part(p, v, count); }
   NF4LORA_INLINE Float round(Float v) { return v; }
 };
 struct Bf16 {
@@ -289,6 +329,7 @@ struct Bf16 {
   using Element = uint16_t;
   NF4LORA_INLINE Float load(const uint16_t* p) { return load_bf16(p); }
   NF4LORA_INLINE void store(uint16_t* p, Float v) { store_bf16(p, v); }
+  NF4LORA_INLINE void store_part(uint16_t* p, Float v, int64_t count) { store_part_bf16(p, v, count); }
   NF4LORA_INLINE Float round(Float v) { return round_bf16(v); }
 };
 struct F16 {
@@ -296,8 +337,22 @@ struct F16 {
   using Element = uint16_t;
   NF4LORA_INLINE Float load(const uint16_t* p) { return load_f16(p); }
   NF4LORA_INLINE void store(uint16_t* p, Float v) { store_f16(p, v); }
+  NF4LORA_INLINE void store_part(uint16_t* p, Float v, int64_t count) { store_part_f16(p, v, count); }
   NF4LORA_INLINE Float round(Float v) { return round_f16(v); }
 };
+
+// What memory holds as From, rounded to T.
+template <class T, class From>
+NF4LORA_INLINE Float load_as(const typename From::Element* p) {
+  if constexpr (__is_same(T, From)) return From::load(p);
+  return T::round(From::load(p));
+}
+template <class T>
+NF4LORA_INLINE float rounded(float value) {
+  float lanes[kLanes];
+  store(lanes, T::round(broadcast(value)));
+  return lanes[0];
+}
 
 // fn(tag) for the dtype's tag.
 template <class Fn>
@@ -316,22 +371,15 @@ NF4LORA_INLINE void widen(const typename T::Element* row, int64_t count, float* 
   for (; i + kLanes <= count; i += kLanes) NF4LORA_ISA::store(out + i, T::load(row + i));
   if (i == count) return;
   typename T::Element padded[kLanes] = {};
-  float values[kLanes];
   std::memcpy(padded, row + i, static_cast<size_t>(count - i) * sizeof padded[0]);
-  NF4LORA_ISA::store(values, T::load(padded));
-  std::memcpy(out + i, values, static_cast<size_t>(count - i) * sizeof values[0]);
+  store_part(out + i, T::load(padded), count - i);
 }
 
 template <class T>
 NF4LORA_INLINE void narrow(const float* row, Float scale, int64_t count, typename T::Element* out) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) T::store(out + i, multiply(NF4LORA_ISA::load(row + i), scale));
-  if (i == count) return;
-  float padded[kLanes] = {};
-  typename T::Element values[kLanes];
-  std::memcpy(padded, row + i, static_cast<size_t>(count - i) * sizeof padded[0]);
-  T::store(values, multiply(NF4LORA_ISA::load(padded), scale));
-  std::memcpy(out + i, values, static_cast<size_t>(count - i) * sizeof values[0]);
+  if (i < count) T::store_part(out + i, multiply(load_part(row + i, count - i), scale), count - i);
 }
 
 }  // namespace nf4lora::NF4LORA_ISA
