@@ -11,7 +11,7 @@ from nf4lora import NF4Linear, build_info, reference
 
 from .case import Absent, Settings, check_close
 from .contenders import ALPHA, RANK
-from .layers import CALLS, copied, linear, with_lora
+from .layers import CALLS, linear, with_lora
 from .process import Process
 from .shapes import QUICK, named
 from .table import Table
@@ -57,7 +57,7 @@ def run(settings: Settings) -> list[Table]:
 def contender(dtype: str, quick: bool):
     shape, kind = QUICK[0] if quick else SHAPE, getattr(torch, dtype)
     weight = torch.randn(shape.N, shape.K).mul_(0.02).to(kind)
-    layer, frozen = with_lora(copied(NF4Linear.from_linear(linear(weight)))), linear(weight)
+    layer, frozen = with_lora(NF4Linear.from_linear(linear(weight))), linear(weight)
     x = torch.randn(8, shape.K, dtype=kind)
     A, B = (each["default"].weight.data for each in (layer.lora_A, layer.lora_B))
     arguments = layer.base_layer.op_arguments()
