@@ -1,6 +1,8 @@
 """What a CUDA tensor meets before any kernel runs, without a GPU: the CUDA implementation of an op, called by its
 dispatch key on CPU tensors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,3 +66,50 @@ def test_bad_arguments_read_the_same_on_both_devices(name):
         with pytest.raises(type(on_cpu.value)) as on_cuda:
             call(name, arguments, CUDA)
         assert str(on_cuda.value) == str(on_cpu.value)
+
+
+@pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")
+def test_the_kernel_for_few_rows_checks_in_the_same_words():
+    op = torch.ops.nf4lora_cuda.lora_linear_few.default
+    for arguments in BAD["lora_linear"]:
+        with pytest.raises((TypeError, ValueError)) as on_cpu:
+            call("lora_linear", arguments, None)
+        with pytest.raises(type(on_cpu.value)) as on_cuda:
+            op.redispatch(CUDA, *arguments)
+        assert str(on_cuda.value) == str(on_cpu.value)
+
+
+@pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")
+def test_which_tensors_the_kernel_for_few_rows_takes():
+    from nf4lora import cuda
+
+    class Tensor:
+        """What a tensor on a card says of itself."""
+
+        is_cuda = True
+
+        def __init__(self, *shape, dtype=torch.bfloat16, address=1 << 20, contiguous=True):
+            self.shape, self.dtype, self._address, self._contiguous = shape, dtype, address, contiguous
+
+        def numel(self):
+            return torch.Size(self.shape).numel()
+
+        def data_ptr(self):
+            return self._address
+
+        def is_contiguous(self):
+            return self._contiguous
+
+    launch = (Path(__file__).parents[1] / "csrc/cuda/launch.h").read_text()
+    assert f"kMostFewRows = {cuda.FEW_ROWS};" in launch
+    codes = Tensor(8, 32, dtype=torch.uint8)
+    assert cuda.fits_few(Tensor(16, 64), codes)
+    assert cuda.fits_few(Tensor(2, 8, 64, dtype=torch.float16), codes)
+    assert cuda.fits_few(Tensor(64), codes)
+    assert cuda.fits_few(Tensor(0, 64), codes)
+    assert cuda.fits_few(Tensor(4, 64, address=2, contiguous=False), codes)  # a copy is aligned
+    assert not cuda.fits_few(Tensor(17, 64), codes)
+    assert not cuda.fits_few(Tensor(4, 64, dtype=torch.float32), codes)
+    assert not cuda.fits_few(Tensor(4, 64, address=(1 << 20) + 2), codes)
+    assert not cuda.fits_few(Tensor(4, 64), Tensor(8, 32, dtype=torch.uint8, address=8))
+    assert not cuda.fits_few(torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32, dtype=torch.uint8))

@@ -17,6 +17,7 @@ CSRC = ROOT / "csrc"
 FLOORS = [
     {"_C"},
     {"unfused"},
+    {"cuda"},
     {"ops"},
     {"linear", "doctor", "loss"},
     {"config", "checkpoint"},

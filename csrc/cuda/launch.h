@@ -30,6 +30,31 @@ Error absmax_quantize(const float* absmax, uint8_t* absmax_q, float* nested, dou
 // absmax_q [count], nested [ceil(count / 256) + 1] -> absmax [count]
 Error absmax_dequantize(const uint8_t* absmax_q, const float* nested, float* absmax, int64_t count, void* stream);
 
+// lora_linear for at most kMostFewRows rows of x: S [M, R], then y [M, N]. Everything is on the device, contiguous.
+inline constexpr int64_t kMostFewRows = 16;
+struct FewRows {
+  Dtype dtype;              // of x, S and y
+  const void* x;            // [M, K]
+  const uint8_t* qweight;   // [N, K / 2]
+  const float* absmax;      // [N, K / blocksize], or null and
+  const uint8_t* absmax_q;  // [N, K / blocksize] with
+  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
+  const float* bias;        // [N] or null
+  const void* lora_A;       // [R, K], of its own dtype
+  const void* lora_B;       // [N, R]
+  Dtype dtype_of_A, dtype_of_B;
+  const uint64_t* seed;  // [1], null without dropout
+  uint32_t threshold;    // of dropout
+  float inverse_keep;    // 1 / (1 - dropout)
+  float scaling;
+  void* S;  // [M, R]
+  void* y;  // [M, N]
+  int64_t M, N, K, R, blocksize;
+};
+// What the kernel cannot take: float32, more rows, x or qweight that do not begin at a multiple of 16 bytes; or nullptr.
+const char* refuses_few(const FewRows& few);
+Error lora_few(const FewRows& few, void* stream);
+
 // What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.
 Error launched();
 

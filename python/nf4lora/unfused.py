@@ -1,8 +1,8 @@
 """lora_linear and its backward for CUDA in plain torch: the weight is dequantised whole, then cuBLAS multiplies.
 
 It keeps the contract of the fused op (one W, rounded A, B, S and T, float32 sums, the same dropout mask) at the price
-of a 16-bit copy of one weight at a time. ops.py registers it until the fused kernels exist; called directly it runs on
-CPU tensors too, where the tests hold it against the reference.
+of a 16-bit copy of one weight at a time. cuda.py takes it where no fused kernel exists; called directly it runs on CPU
+tensors too, where the tests hold it against the reference.
 """
 
 from __future__ import annotations

@@ -92,6 +92,16 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   fetch_handler(to, reinterpret_cast<uint64_t>(from), bytes);
   return cudaSuccess;
 }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// A small device, so that blocks which stay have more than one turn.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return last_error = cudaErrorInvalidValue;
+  *value = 2;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return last_error; }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
