@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc python bench _build -type f -not -name '*.so' -not 
            CMakeLists.txt pyproject.toml
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test lint format gate sanitize clean
+.PHONY: demo test lint format gate sanitize gpu clean
 
 demo: $(VENV)/train
 	$(RUN) examples/demo.py
@@ -39,6 +39,10 @@ gate: $(VENV)/torch
 # The CPU tests of the ops again, with the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/test
 	VENV=$(VENV) tools/sanitize.sh
+
+# On a machine with an NVIDIA GPU: build for it, test, sanitize, measure. ARGS=--quick takes three minutes.
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora import NF4Linear
+from nf4lora import NF4Linear, cuda
 
 from .contenders import ALPHA, RANK
 
@@ -44,6 +44,21 @@ def with_lora(base: Any) -> Any:
     for parameter in (model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight):
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.02).to(base.weight.device)
     return model.layer
+
+
+class Unfused(nn.Module):
+    """A layer of ours that dequantises its weight and multiplies with torch, whatever a fused kernel could do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        cuda.forced = "unfused"
+        try:
+            return self.layer(x)
+        finally:
+            cuda.forced = None
 
 
 def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:

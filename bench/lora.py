@@ -13,7 +13,7 @@ from nf4lora import NF4Linear, build_info, reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
-from .layers import CALLS, forward, linear, of_bitsandbytes, with_lora
+from .layers import CALLS, Unfused, forward, linear, of_bitsandbytes, with_lora
 from .machine import bandwidth
 from .overhead import overhead
 from .shapes import QUICK, Shape, named
@@ -39,6 +39,7 @@ def run(settings: Settings) -> list[Table]:
         "LoRA of rank 16 on bf16 input, layers made by PEFT; torch is F.linear in bf16 without any LoRA, its weight "
         "frozen as ours is",
         "torch / ours, bitsandbytes / ours: their time over ours",
+        *(["unfused: dequantised whole, then torch's product"] if settings.device == "cuda" else []),
         *without("bitsandbytes"),
     ]
     packed = f"packed GB/s: codes and scales over time; torch's sum over int64 reads {read:.1f} GB/s here"
@@ -95,6 +96,8 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
         "nf4lora": (lambda: with_lora(NF4Linear.from_linear(linear(weight))), nbytes),
         "torch": (lambda: linear(weight.clone()), weight.nbytes),
     }
+    if settings.device == "cuda":
+        contenders["unfused"] = (lambda: Unfused(with_lora(NF4Linear.from_linear(linear(weight)))), nbytes)
     if installed("bitsandbytes"):
         contenders["bitsandbytes"] = (lambda: with_lora(of_bitsandbytes(weight)), nbytes)
     found: list[dict[str, dict]] = [{} for _ in tokens]
@@ -125,6 +128,8 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
         "torch / ours": took["torch"].over(ours),
         "bitsandbytes / ours": took["bitsandbytes"].over(ours) if "bitsandbytes" in took else None,
     }
+    if "unfused" in took:
+        row["unfused / ours"] = took["unfused"].over(ours)
     if kind == "forward":
         row["packed GB/s"] = nbytes / ours.median / 1e9
     return row

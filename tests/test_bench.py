@@ -36,7 +36,7 @@ from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: 
 from bench.process import Process  # noqa: E402
 from bench.shapes import SHAPES, named  # noqa: E402
 from bench.table import Table, number, shown  # noqa: E402
-from nf4lora import reference  # noqa: E402
+from nf4lora import cuda, reference  # noqa: E402
 
 QUICK = Settings(quick=True)
 
@@ -353,6 +353,21 @@ def test_layer_that_forgets_its_adapter_is_caught():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(WrongAnswer):
         patch.setattr(reference, "lora_linear", lambda *a, lora_B, **k: right(*a, lora_B=2 * lora_B, **k))
         lora.check(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
+
+
+def test_unfused_contender_forces_it_for_its_own_call_only():
+    seen = []
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            seen.append(cuda.forced)
+            return x + 1
+
+    layer = layers.Unfused(Layer())
+    assert layer(torch.ones(1)) == 2 and seen == ["unfused"] and cuda.forced is None
+    with pytest.raises(TypeError):
+        layer(None)  # fails within
+    assert seen == ["unfused", "unfused"] and cuda.forced is None
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if path.stem[0] != "_"])

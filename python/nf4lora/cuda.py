@@ -14,6 +14,7 @@ from torch import Tensor
 from nf4lora import unfused
 
 FEW_ROWS = 16  # kMostFewRows of csrc/cuda/launch.h
+forced: str | None = None  # "unfused": to measure it where another kernel would be chosen
 
 
 def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,8 @@ def lora_linear_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def fits_few(x: Tensor, qweight: Tensor) -> bool:
     """Whether the kernel for a few rows takes them; a copy that contiguous() makes is aligned."""
     return (
-        x.is_cuda
+        forced != "unfused"
+        and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.numel() <= FEW_ROWS * x.shape[-1]
         and all(not t.is_contiguous() or t.data_ptr() % 16 == 0 for t in (x, qweight))

@@ -1,0 +1,161 @@
+"""Everything that needs a GPU, in one go: build for the card that is there, test, sanitize, measure, write it down.
+
+    make gpu                      python tools/gpu.py
+    make gpu ARGS=--quick         three minutes: fewer tests under the sanitizer, tiny benchmark sizes, nothing kept
+    make gpu ARGS="build tests"   some of the parts
+
+It needs torch with CUDA, nvcc, cmake, ninja, scikit-build-core, pybind11, pytest and hypothesis, and no network: what
+is installed is seen through a virtual environment of its own, .venv-gpu. Rivals and trl may be absent; each is named.
+A part that fails ends nothing: the rest still runs, and the summary and the exit code tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv-gpu"
+LOGS = ROOT / "build" / "gpu"
+NEEDED = ("cmake", "ninja", "scikit_build_core", "pybind11", "pytest", "hypothesis", "transformers", "peft")
+WELCOME = ("bitsandbytes", "trl", "datasets")
+SUFFIXED = {"90", "100", "120"}  # architectures whose own instructions need a suffix: sm_90a
+ASK = """
+import importlib.util, json, torch
+found = {}
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    found = {"name": torch.cuda.get_device_name(), "architecture": f"{major}{minor}"}
+names = %r
+found["absent"] = [name for name in names if importlib.util.find_spec(name) is None]
+print(json.dumps(found | {"torch": torch.__version__}))
+"""
+KERNEL_TESTS = ("tests/test_nf4.py", "tests/test_absmax.py", "tests/test_lora.py")
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct" / "config.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: Sequence[str]
+    limit_s: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    card = ask()
+    if "name" not in card:
+        why = card.get("error") or f"none from torch {card['torch']}; nvidia-smi and `nf4lora doctor` say more"
+        print(f"gpu: a CUDA device must answer torch, got {why}", file=sys.stderr)
+        return 1
+    print(f"{card['name']}, sm_{card['architecture']}, torch {card['torch']}", flush=True)
+    for name in card["absent"]:
+        print(f"absent: {name}" + ("" if name in WELCOME else ", which is needed"), flush=True)
+    if shutil.which("compute-sanitizer") is None:
+        print("absent: compute-sanitizer, of the CUDA toolkit", flush=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    chosen = [part for part in parts(card["architecture"], options.quick) if part.name in (options.part or names())]
+    outcomes = [(part.name, *run(part, card["architecture"])) for part in chosen]
+    print(f"\n{'part':<12}{'seconds':>8}  outcome   (logs in {LOGS.relative_to(ROOT)})")
+    for name, seconds, outcome in outcomes:
+        print(f"{name:<12}{seconds:>8.0f}  {outcome}")
+    return int(any(outcome != "passed" for _, _, outcome in outcomes))
+
+
+def ask() -> dict:
+    """What torch says of the card, in a process of its own, and which packages are absent."""
+    code = ASK % ((*NEEDED, *WELCOME),)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if said.returncode:
+        return {"error": said.stderr.strip().splitlines()[-1] if said.stderr else f"exit code {said.returncode}"}
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def names() -> list[str]:
+    return [part.name for part in parts("80", False)]
+
+
+def parts(architecture: str, quick: bool) -> list[Part]:
+    """What is done, in this order."""
+    python = str(VENV / "bin" / "python")
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation"]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    few = ["-k", "reference or every_size"] if not quick else ["-k", "reference and bfloat16"]
+    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
+    bench = [python, "-m", "bench", "--device", "cuda", "nf4", "absmax", "lora"]
+    if not quick and MODEL.is_file():
+        bench += ["generate", "step", "train"]
+    return [
+        Part(
+            "venv", [sys.executable, "-m", "venv", "--clear", "--without-pip", "--system-site-packages", str(VENV)], 60
+        ),
+        Part("build", [*pip, "--force-reinstall", "."], 420),
+        Part("doctor", [python, "-m", "nf4lora", "doctor"], 60),
+        Part("tests", [*tests, f"--junitxml={LOGS / 'tests.xml'}"], 300),
+        Part("memcheck", [*sanitize, "--tool", "memcheck", *tests, *few, *KERNEL_TESTS], 60 if quick else 240),
+        Part("racecheck", [*sanitize, "--tool", "racecheck", *tests, *few, *KERNEL_TESTS], 60 if quick else 240),
+        Part("bench", [*bench, *(["--quick"] if quick else [])], 60 if quick else 600),
+        *([] if quick else [Part("table", [python, "-m", "bench", "--table"], 60)]),
+    ]
+
+
+def run(part: Part, architecture: str) -> tuple[float, str]:
+    """Seconds, and "passed" or what went wrong; the output goes to the terminal and to a log."""
+    print(f"\n== {part.name}: {' '.join(part.command)}", flush=True)
+    real = architecture + ("a" if architecture in SUFFIXED else "") + "-real"
+    env = os.environ | {"NF4LORA_CUDA": "ON", "NF4LORA_CUDA_ARCHS": real, "NF4LORA_REQUIRE_CUDA": "1"}
+    start, log = time.monotonic(), LOGS / f"{part.name}.log"
+    try:
+        child = subprocess.Popen(
+            part.command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return time.monotonic() - start, f"failed: {part.command[0]} is not there"
+    timer = threading.Timer(part.limit_s, os.killpg, (child.pid, signal.SIGKILL))  # it, and what it started
+    timer.start()
+    with child, log.open("w") as file:
+        for line in child.stdout or ():
+            file.write(line)
+            print(line, end="", flush=True)
+    timer.cancel()
+    seconds = time.monotonic() - start
+    if seconds >= part.limit_s:
+        return seconds, f"failed: stopped after {part.limit_s} s"
+    if child.returncode:
+        return seconds, f"failed: exit code {child.returncode}"
+    if part.name == "tests" and (skipped := skips(LOGS / "tests.xml")):
+        return seconds, f"failed: {len(skipped)} tests skipped, the first because {skipped[0]}"
+    return seconds, "passed"
+
+
+def skips(report: Path) -> list[str]:
+    """Why tests were skipped, but for packages that need not be there."""
+    reasons = [skip.get("message", "") for skip in ElementTree.parse(report).iter("skipped")]
+    return [reason for reason in reasons if not any(name in reason for name in WELCOME)]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", nargs="*", help=f"{', '.join(names())}; all without one")
+    parser.add_argument("--quick", action="store_true", help="three minutes; the benchmark's sizes mean nothing")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.part if name not in names()]
+    if unknown:
+        parser.error(f"part must be one of {', '.join(names())}, got {', '.join(unknown)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
