@@ -86,12 +86,12 @@ def test_a_skipped_test_fails_the_part(tool, tmp_path, capfd):
     report = tmp_path / "build/gpu/tests.xml"
     code = f"import pytest; raise SystemExit(pytest.main(['-q', {str(test)!r}, '--junitxml={report}']))"
     assert tool(tests=code) == 1
-    assert "failed: 1 tests skipped, the first because no room" in capfd.readouterr().out
+    assert "failed: 1 tests skipped, the first because" in capfd.readouterr().out
 
 
 def test_every_part_names_files_that_exist():
     for quick in (False, True):
         found = gpu.parts("80", quick)
-        assert len({part.name for part in found}) == len(found) >= 7
+        assert len({part.name for part in found}) == len(found) >= 6
         for part in found:
             assert all((ROOT / word).is_file() for word in part.command if word.startswith("tests/"))

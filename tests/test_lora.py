@@ -246,6 +246,29 @@ def test_every_small_number_of_rows_matches_the_reference(instruction_set, dtype
             assert_close(y, expected_y, 2 * ULP[dtype], f"y, {M} rows of {K}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_few_rows_match_the_reference_on_any_device(device, dtype):
+    for M, K, blocksize in ((1, 64, 32), (2, 2048, 64), (8, 192, 64), (9, 4160, 64), (16, 512, 256), (17, 192, 64)):
+        assert_matches_reference(
+            Case(M, 161, K, 20, blocksize, dtype, bias=M > 2, dropout=0.2 * (M % 2), device=device)
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_few_rows_can_be_captured_in_a_graph():
+    case = Case(M=1, dtype=torch.bfloat16, device="cuda")
+    raw.lora_linear(*case.forward())  # loads the kernels, which must not happen while capturing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, S = raw.lora_linear(*case.forward())
+    for _ in range(2):
+        case.x.copy_(torch.randn_like(case.x))
+        graph.replay()
+        expected_y, expected_S = raw.lora_linear(*case.forward())
+        assert torch.equal(y, expected_y) and torch.equal(S, expected_S)
+
+
 @pytest.mark.parametrize("lora_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [3, 40])
 def test_adapters_of_any_dtype_are_rounded_once(instruction_set, lora_dtype, M):

@@ -12,19 +12,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file
 
-import nf4lora
-from nf4lora import cli
-from nf4lora.train import output, plot
-from nf4lora.train import run as running
-from nf4lora.train.config import parse_arguments
-from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.trainer import Trainer, check_gradients
+for package in ("rich", "trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(package)
 
-from models import tiny_llama, tiny_tokenizer
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import nf4lora  # noqa: E402
+from nf4lora import cli  # noqa: E402
+from nf4lora.train import output, plot  # noqa: E402
+from nf4lora.train import run as running  # noqa: E402
+from nf4lora.train.config import parse_arguments  # noqa: E402
+from nf4lora.train.errors import RunError, UsageError  # noqa: E402
+from nf4lora.train.trainer import Trainer, check_gradients  # noqa: E402
+
+from models import tiny_llama, tiny_tokenizer  # noqa: E402
 
 PLOT_LOSS = plot.plot_loss
 ROWS = [

@@ -4,9 +4,9 @@
     make gpu ARGS=--quick         three minutes: fewer tests under the sanitizer, tiny benchmark sizes, nothing kept
     make gpu ARGS="build tests"   some of the parts
 
-It needs torch with CUDA, nvcc, cmake, ninja, scikit-build-core, pybind11, pytest and hypothesis, and no network: what
-is installed is seen through a virtual environment of its own, .venv-gpu. Rivals and trl may be absent; each is named.
-A part that fails ends nothing: the rest still runs, and the summary and the exit code tell.
+It needs torch with CUDA, nvcc, cmake, ninja, scikit-build-core, pybind11, pytest and hypothesis in the Python that runs
+it, and no network. The package goes into build/gpu/site, so that nothing is changed in that Python. Rivals and trl may
+be absent; each is named. A part that fails ends nothing: the rest still runs, and the summary and the exit code tell.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv-gpu"
 LOGS = ROOT / "build" / "gpu"
+SITE = LOGS / "site"
 NEEDED = ("cmake", "ninja", "scikit_build_core", "pybind11", "pytest", "hypothesis", "transformers", "peft")
 WELCOME = ("bitsandbytes", "trl", "datasets")
 SUFFIXED = {"90", "100", "120"}  # architectures whose own instructions need a suffix: sm_90a
@@ -88,7 +89,7 @@ def names() -> list[str]:
 
 def parts(architecture: str, quick: bool) -> list[Part]:
     """What is done, in this order."""
-    python = str(VENV / "bin" / "python")
+    python = sys.executable
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation"]
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     few = ["-k", "reference or every_size"] if not quick else ["-k", "reference and bfloat16"]
@@ -97,10 +98,7 @@ def parts(architecture: str, quick: bool) -> list[Part]:
     if not quick and MODEL.is_file():
         bench += ["generate", "step", "train"]
     return [
-        Part(
-            "venv", [sys.executable, "-m", "venv", "--clear", "--without-pip", "--system-site-packages", str(VENV)], 60
-        ),
-        Part("build", [*pip, "--force-reinstall", "."], 420),
+        Part("build", [*pip, "--upgrade", "--target", str(SITE), "."], 420),
         Part("doctor", [python, "-m", "nf4lora", "doctor"], 60),
         Part("tests", [*tests, f"--junitxml={LOGS / 'tests.xml'}"], 300),
         Part("memcheck", [*sanitize, "--tool", "memcheck", *tests, *few, *KERNEL_TESTS], 60 if quick else 240),
@@ -115,6 +113,7 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
     print(f"\n== {part.name}: {' '.join(part.command)}", flush=True)
     real = architecture + ("a" if architecture in SUFFIXED else "") + "-real"
     env = os.environ | {"NF4LORA_CUDA": "ON", "NF4LORA_CUDA_ARCHS": real, "NF4LORA_REQUIRE_CUDA": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
     start, log = time.monotonic(), LOGS / f"{part.name}.log"
     try:
         child = subprocess.Popen(
@@ -141,9 +140,9 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
 
 
 def skips(report: Path) -> list[str]:
-    """Why tests were skipped, but for packages that need not be there."""
-    reasons = [skip.get("message", "") for skip in ElementTree.parse(report).iter("skipped")]
-    return [reason for reason in reasons if not any(name in reason for name in WELCOME)]
+    """Why tests were skipped, but for packages that are absent."""
+    found = [(skip.get("message", ""), skip.text or "") for skip in ElementTree.parse(report).iter("skipped")]
+    return [why for why, where in found if not re.search("could not import|is not installed", why + where)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
