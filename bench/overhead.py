@@ -57,6 +57,6 @@ def overhead(settings: Settings) -> Table:
         rows,
         [
             "ops.lora_linear has a torch.autograd.Function for eager code, nothing where none is wanted; the op "
-            "itself has one registered with torch.library, for torch.compile"
+            "itself has a registered gradient, for torch.compile"
         ],
     )

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,10 @@ def test_a_failing_part_ends_nothing(tool, tmp_path, capfd):
 
 def test_what_a_part_starts_ends_with_it(tool, capfd):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    start = time.monotonic()
     assert tool(limit_s=1, memcheck=child) == 1
     assert "stopped after 1 s" in capfd.readouterr().out
+    assert time.monotonic() - start < 30  # the grandchild, which holds the pipe, would keep it open for 60
 
 
 def test_parts_are_told_the_card_and_that_skips_are_forbidden(tool, capfd):
@@ -87,6 +90,16 @@ def test_a_skipped_test_fails_the_part(tool, tmp_path, capfd):
     code = f"import pytest; raise SystemExit(pytest.main(['-q', {str(test)!r}, '--junitxml={report}']))"
     assert tool(tests=code) == 1
     assert "failed: 1 tests skipped, the first because" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_sanitizers_see_every_kernel(quick):
+    (part,) = (part for part in gpu.parts("80", quick) if part.name == "memcheck")
+    words = list(part.command)
+    command = [sys.executable, *words[words.index("-m") :], "--collect-only"]
+    chosen = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for test in ("test_nf4.py", "test_absmax.py", "test_lora.py::test_a_few_rows"):
+        assert f"tests/{test}" in chosen, chosen
 
 
 def test_every_part_names_files_that_exist():

@@ -11,6 +11,7 @@ import torch
 from nf4lora import reference
 
 from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
+from ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 
@@ -46,12 +47,6 @@ class Nf4:
         said = self.launchers.nf4_dequantize(codes, scales, out, DTYPES.index(dtype), count, blocksize, None)
         assert said is None
         return torch.from_numpy(out.numpy()).view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as numpy; 16-bit floats, which numpy lacks, as integers."""
-    flat = tensor.contiguous().flatten()
-    return (flat.view(torch.uint16) if flat.element_size() == 2 else flat).numpy()
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -2,17 +2,14 @@
 //
 // Quantising happens once, while a model loads, on 1/64 of its numbers: its kernels are written to keep the order of
 // summation, not to be fast. Dequantising is part of every use of a weight and moves 5 bytes per 64 weights.
-#include "../format.h"
+#include "codes.cuh"
 #include "launch.h"
 #include "vector.cuh"
+#include "warp.cuh"
 
 namespace nf4lora::cuda {
 namespace {
 
-__device__ constexpr NestedCode kDeviceMap = kNestedCode;
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
@@ -124,12 +121,12 @@ __global__ void __launch_bounds__(kThreads)
     Vector<float, kDecodedPerThread> decoded;
 #pragma unroll
     for (int i = 0; i < kDecodedPerThread; ++i) {
-      decoded.value[i] = __fadd_rn(__fmul_rn(map[codes.value[i]], scale), offset);
+      decoded.value[i] = decode_absmax(map, codes.value[i], scale, offset);
     }
     store(absmax + first, decoded, aligned);
     return;
   }
-  for (int64_t at = first; at < count; ++at) absmax[at] = __fadd_rn(__fmul_rn(map[absmax_q[at]], scale), offset);
+  for (int64_t at = first; at < count; ++at) absmax[at] = decode_absmax(map, absmax_q[at], scale, offset);
 }
 
 unsigned blocks_of(int64_t count, int64_t per_block) {

@@ -51,8 +51,7 @@ struct FewRows {
   void* y;  // [M, N]
   int64_t M, N, K, R, blocksize;
 };
-// What the kernel cannot take: float32, more rows, x or qweight that do not begin at a multiple of 16 bytes; or nullptr.
-const char* refuses_few(const FewRows& few);
+// Refuses, before it launches anything, float32, more rows, and x or qweight that do not begin at a multiple of 16 bytes.
 Error lora_few(const FewRows& few, void* stream);
 
 // What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.

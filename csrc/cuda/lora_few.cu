@@ -5,20 +5,16 @@
 #include <algorithm>
 #include <bit>
 
-#include "../format.h"
+#include "codes.cuh"
 #include "launch.h"
 #include "matrix.cuh"
 #include "philox.cuh"
 #include "vector.cuh"
+#include "warp.cuh"
 
 namespace nf4lora::cuda {
 namespace {
 
-__device__ constexpr Code kDeviceCode = kCode;
-__device__ constexpr NestedCode kDeviceMap = kNestedCode;
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
@@ -178,9 +174,8 @@ __global__ void __launch_bounds__(kThreads)
           if (n >= N || k >= K) continue;
           bytes[i][half] = load_streamed(qweight + (n * K + k) / 2);
           const int64_t block = (n * K + k) >> log2_blocksize;
-          scale[i][half] = absmax
-                               ? absmax[block]
-                               : __fadd_rn(__fmul_rn(map[absmax_q[block]], nested[block / kNestedBlocksize]), offset);
+          scale[i][half] =
+              absmax ? absmax[block] : decode_absmax(map, absmax_q[block], nested[block / kNestedBlocksize], offset);
         }
       }
 #pragma unroll
@@ -262,13 +257,10 @@ void launch_low_rank(const FewRows& few, cudaStream_t stream) {
 
 }  // namespace
 
-const char* refuses_few(const FewRows& few) {
-  if (few.dtype == Dtype::f32) return "float32";
-  if (few.M > kMostFewRows) return "more than 16 rows";
-  return is_aligned(few.x) && is_aligned(few.qweight) ? nullptr : "x or qweight off a multiple of 16 bytes";
-}
-
 Error lora_few(const FewRows& few, void* stream) {
+  if (few.dtype == Dtype::f32) return "float32, which the kernel for a few rows does not take";
+  if (few.M > kMostFewRows) return "more rows than the kernel for a few takes";
+  if (!is_aligned(few.x) || !is_aligned(few.qweight)) return "x or qweight off a multiple of 16 bytes";
   if (few.M == 0 || few.N == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool is_bf16 = few.dtype == Dtype::bf16;

@@ -8,13 +8,10 @@
 #include "../check.h"
 #include "launch.h"
 #include "stream.h"
+#include "tensors.h"
 
 namespace nf4lora::cuda {
 namespace {
-
-Dtype dtype_of(ScalarType dtype) {
-  return dtype == ScalarType::Float ? Dtype::f32 : dtype == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
-}
 
 // The shape of tensor with its last dimension replaced.
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {

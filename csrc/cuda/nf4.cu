@@ -5,18 +5,15 @@
 // compiler's flags.
 #include <bit>
 
-#include "../format.h"
+#include "codes.cuh"
 #include "launch.h"
 #include "vector.cuh"
+#include "warp.cuh"
 
 namespace nf4lora::cuda {
 namespace {
 
-__device__ constexpr Code kDeviceCode = kCode;
 __device__ constexpr Code kDeviceTree = kThresholdTree;
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // ---- nf4_quantize
 

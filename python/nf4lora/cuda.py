@@ -24,11 +24,6 @@ def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Te
     return unfused.lora_linear(x, qweight, *arguments)
 
 
-def lora_linear_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB, as in unfused.py."""
-    return unfused.lora_linear_backward(*arguments)
-
-
 def fits_few(x: Tensor, qweight: Tensor) -> bool:
     """Whether the kernel for a few rows takes them; a copy that contiguous() makes is aligned."""
     return (

@@ -1,5 +1,5 @@
-// Products with few rows of x, a generated token's above all: each row of W is read once, in order, and every block is
-// multiplied where it is decoded, k along the lanes. Bound by memory for one row of x, by the multiply-add rate for
+// Products with few rows of x, a generated token's above all: every block of W is read once, and multiplied as it is
+// decoded, k along the lanes. Bound by memory for one row of x, by the multiply-add rate for
 // many; the packed weight is what is read.
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace nf4lora::NF4LORA_ISA {
 
 inline constexpr int64_t kFetch = 2048;     // bytes of W to prefetch before they are needed
-inline constexpr int64_t kNear = 32 << 10;  // bytes of x that stay in the first cache level beside everything else
+inline constexpr int64_t kNear = 32 << 10;  // bytes of x that are used again while they are near: a first cache level
 inline constexpr int kTogether = 16;        // rows of W
 inline constexpr int kWidest = kLanes == 16 ? 8 : 4;  // rows of x whose sums registers hold
 
@@ -83,7 +83,7 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
   constexpr int64_t kSpan = span_for(M * Math::kBytes);
   const int parts = (rows + M - 1) / M, sums = parts * M;
   const int64_t part_bytes = M * (W.K + 128) * Math::kBytes;
-  constexpr int64_t most = kTogether / 2;
+  constexpr int64_t kPairs = kTogether / 2;
   const int64_t blocks = W.K / W.blocksize, half = (end - begin + 1) / kPair;
   const bool nested = W.scales.absmax == nullptr;
   float room[2][kPair][kSpan / kMinBlocksize];  // scales in use, and those that follow
@@ -94,11 +94,11 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
   for (int r = 0; r < kPair && nested && begin < end; ++r) {
     read_scales(W.scales, row_of(0, r) * blocks, scales_in(smaller(kSpan, W.K), W.blocksize), room[0][r]);
   }
-  for (int64_t first = 0; first < half; first += most) {
-    const int64_t count = smaller(most, half - first);
+  for (int64_t first = 0; first < half; first += kPairs) {
+    const int64_t count = smaller(kPairs, half - first);
     for (int r = 0; r < kPair; ++r) {
       for (int64_t i = 0; i < count; ++i)
-        begin_sums<T>(low, row_of(first + i, r), sums, sums_of + (r * most + i) * sums);
+        begin_sums<T>(low, row_of(first + i, r), sums, sums_of + (r * kPairs + i) * sums);
     }
     for (int64_t k = 0; k < W.K; k += kSpan) {
       for (int64_t i = 0; i < count; ++i) {
@@ -126,7 +126,7 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
         Float* out = sums_of + i * sums;
         for (int part = 0; part < parts; ++part) {
           const void* rows_of_x = static_cast<const uint8_t*>(x) + part * part_bytes;
-          Math::template multiply_piece<M>(piece, rows_of_x, k, W.K, out + part * M, most * sums);
+          Math::template multiply_piece<M>(piece, rows_of_x, k, W.K, out + part * M, kPairs * sums);
         }
         if (!piece.soon) continue;
         while (piece.done < piece.soon) piece.look_up(1);
@@ -140,7 +140,7 @@ static void multiply_parts(const Packed& W, int64_t begin, int64_t end, const vo
       const int64_t n = begin + first + r * half, columns = smaller(count, end - n);
       for (int m = 0; m < rows && columns > 0; ++m) {
         float values[kTogether];
-        sum_lanes(sums_of + r * most * sums + m, sums, static_cast<int>(columns), values);
+        sum_lanes(sums_of + r * kPairs * sums + m, sums, static_cast<int>(columns), values);
         for (int64_t i = 0; bias && i < columns; ++i) values[i] += bias[n + i];
         narrow<T>(values, broadcast(1.0f), columns, static_cast<typename T::Element*>(y) + m * stride + n);
       }
