@@ -21,7 +21,7 @@ from .case import MODEL, Absent, Settings, WrongAnswer
 from .machine import environment
 from .timing import Watch, warning, warning_before
 
-CASES = ("nf4", "absmax", "lora", "isa", "load", "train", "step", "generate", "converge", "perplexity")
+CASES = ("nf4", "absmax", "lora", "isa", "bounds", "load", "train", "step", "generate", "converge", "perplexity")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
