@@ -6,6 +6,7 @@
 #include <bit>
 
 #include "codes.cuh"
+#include "factor.cuh"
 #include "launch.h"
 #include "matrix.cuh"
 #include "philox.cuh"
@@ -18,20 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// A factor of LoRA, of its own dtype, is rounded to T where it is read.
-template <typename T>
-__device__ __forceinline__ float rounded(float value) {
-  T pair[2];
-  round_pair(value, 0.0f, pair);
-  return to_float(pair[0]);
-}
-template <typename T>
-__device__ __forceinline__ float load_factor(const void* factor, Dtype dtype, int64_t at) {
-  return rounded<T>(dtype == Dtype::f32    ? static_cast<const float*>(factor)[at]
-                    : dtype == Dtype::bf16 ? to_float(static_cast<const __nv_bfloat16*>(factor)[at])
-                                           : to_float(static_cast<const __half*>(factor)[at]));
-}
-// Eight neighbours of it.
+// Eight neighbours of a factor of LoRA, rounded to T.
 template <typename T>
 __device__ __forceinline__ void load_factor(const void* factor, Dtype dtype, int64_t at, bool aligned,
                                             float (&out)[8]) {
@@ -106,9 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) total += sums_of[warp][threadIdx.x];
-  T pair[2];
-  round_pair(total * inverse_keep, 0.0f, pair);
-  S[(first + threadIdx.x) * R + r] = pair[0];
+  S[(first + threadIdx.x) * R + r] = narrow<T>(total * inverse_keep);
 }
 
 // ---- y
@@ -229,9 +215,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         total = fmaf(scaling, low_rank, total);
         if (bias) total += bias[n];
-        T pair[2];
-        round_pair(total, 0.0f, pair);
-        y[m * N + n] = pair[0];
+        y[m * N + n] = narrow<T>(total);
       }
     }
     __syncthreads();
