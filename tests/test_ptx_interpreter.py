@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ptx import ARCHITECTURES, Device, PtxError, compile_ptx, find_nvcc
+from ptx.grid import Launch
 
 PLANTED = Path(__file__).parent / "ptx" / "planted.cu"
 BUGS = [
@@ -211,3 +212,23 @@ def test_reading_what_nobody_wrote_is_found():
         device.launch("k", 1, 1, [device.empty(1, np.uint32), device.empty(1, np.uint32)])
     with pytest.raises(PtxError, match="4 bytes of a buffer"):
         device.empty(1, np.uint32).numpy()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_reading_beside_a_kernel_that_has_not_ended_is_found(waits):
+    def text(name, body):
+        return f""".entry {name}(.param .u64 p0)
+        {{ .reg .b64 %a; .reg .b32 %v; ld.param.u64 %a, [p0]; {body} ret; }}"""
+
+    wait = "griddepcontrol.wait;" if waits else ""
+    writes = "mov.b32 %v, 7; griddepcontrol.launch_dependents; st.global.u32 [%a], %v;"
+    device = Device(text("first", writes), text("second", f"{wait} ld.global.u32 %v, [%a];"))
+    buffer = device.empty(1, np.uint32)
+    device.launch("first", 1, 1, [buffer])
+    second = device.kernel("second")
+    run = (second, buffer.address.to_bytes(8, "little"), Launch((1, 1, 1), (1, 1, 1), early=True))
+    if waits:
+        device.run(*run)
+    else:
+        with pytest.raises(PtxError, match=r"race: .* without griddepcontrol.wait"):
+            device.run(*run)

@@ -167,6 +167,16 @@ def test_a_token_does_not_see_the_others(one):
     assert torch.equal(y[0], whole[0]) and not S[0].isnan().any() and y[1:].isnan().all()
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_y_starts_beside_S_from_hopper_on(architecture, monkeypatch):
+    few, seen = Few(architecture), []
+    run = few.device.run
+    monkeypatch.setattr(few.device, "run", lambda *given: (seen.append(given[-1].early), run(*given)))
+    few.check(Case(M=2, N=16, K=64, R=2))
+    few.check(Case(M=2, N=16, K=64))
+    assert seen == [False, architecture == "90a", False]  # S, y; and y where there is no S to wait for
+
+
 def test_no_rows_launch_nothing(one):
     one.launchers.launches.clear()
     case = Case(M=1, N=16, K=64)

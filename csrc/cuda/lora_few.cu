@@ -1,7 +1,9 @@
 // lora_linear for a few rows of x, a generated token's above all: the packed weight is streamed once.
 //
 // Two kernels: S = dropout(x) A^T, then y. Both sum in a fixed order and keep no state, so that they repeat bit for bit
-// and may be captured in a CUDA graph.
+// and may be captured in a CUDA graph. From Hopper on the second starts beside the first and waits for it where it needs
+// S, at its end: its launch, its tables and its stream of codes hide S. (One kernel for both would have to count the
+// blocks that are done with S in memory that outlives a launch, which two replays of a graph could meet in.)
 #include <algorithm>
 #include <bit>
 
@@ -39,6 +41,19 @@ __device__ __forceinline__ void load_factor(const void* factor, Dtype dtype, int
   }
 }
 
+// Lets the kernel after this one start, where it was launched to start early.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits for the end of the kernel before this one, and for what it wrote.
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- S
 
 constexpr int kRowsOfX = 4;  // that share a pass over a row of A
@@ -56,6 +71,7 @@ __global__ void __launch_bounds__(kThreads)
                     int64_t M, int64_t K, int64_t R, Dtype dtype_of_A, uint32_t threshold, float inverse_keep,
                     bool aligned_A) {
   __shared__ float sums_of[kWarps][kRowsOfX];
+  allow_next_kernel();
   const int64_t r = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kRowsOfX;
   float sums[kRowsOfX] = {};
   for (int64_t k = threadIdx.x * 8; k < K; k += kThreads * 8) {
@@ -204,6 +220,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < 4; ++i) partial[warp][t * 8 + member * 2 + i % 2][i / 2 * 8 + quad] = sums[t][i];
     }
     __syncthreads();
+    wait_for_last_kernel();  // S
     if (const int row = threadIdx.x % kRowsOfW, m = threadIdx.x / kRowsOfW; m < M) {
       const int64_t n = group * kRowsOfW + row;
       if (n < N) {
@@ -222,13 +239,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Whether the code that this card runs waits where it must: not that of sm_80, which a later card may have translated.
+template <class Kernel>
+bool can_start_early(Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 template <typename T>
 void launch_few(const FewRows& few, int blocks, cudaStream_t stream) {
   const auto kernel = few.M <= 8 ? lora_few_kernel<T, 1> : lora_few_kernel<T, 2>;
-  kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(few.x), few.qweight, few.absmax, few.absmax_q,
-                                          few.nested, few.bias, static_cast<const T*>(few.S), few.lora_B,
-                                          static_cast<T*>(few.y), few.M, few.N, few.K, few.R, few.dtype_of_B,
-                                          std::countr_zero(static_cast<uint64_t>(few.blocksize)), few.scaling);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads), config.stream = stream;
+  config.attrs = &early,
+  config.numAttrs = few.R > 0 && can_start_early(kernel);  // without S there is nothing to wait for
+  cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(few.x), few.qweight, few.absmax, few.absmax_q, few.nested,
+                     few.bias, static_cast<const T*>(few.S), few.lora_B, static_cast<T*>(few.y), few.M, few.N, few.K,
+                     few.R, few.dtype_of_B, std::countr_zero(static_cast<uint64_t>(few.blocksize)), few.scaling);
 }
 
 template <typename T>

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
-#include <vector>
 
 #include "../check.h"
 #include "launch.h"
@@ -12,13 +11,6 @@
 
 namespace nf4lora::cuda {
 namespace {
-
-// The shape of tensor with its last dimension replaced.
-std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
-  shape.back() = last;
-  return shape;
-}
 
 // Waits for the device once, to refuse NaN and Inf with the block that holds them: quantising happens while a model
 // loads, where an error now is worth more than a stream that never stops. So it cannot be captured in a CUDA graph.

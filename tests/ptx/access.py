@@ -29,6 +29,7 @@ def load(grid: Grid, instruction: Instruction) -> None:
         at = grid.shared_address(address, grid.threads)
         values = grid.shared_memory.load(at, size * vector, grid.clock, now)
     elif space in ("global", "const"):
+        grid.global_memory.require_finished(address[~grid.waited[grid.threads]], size * vector)
         constant = space == "const" or "nc" in instruction.modifiers
         values = grid.global_memory.load(address, size * vector, grid.clock, now, constant)
     else:
@@ -52,6 +53,7 @@ def write_memory(grid: Grid, space: str, address: np.ndarray, values: np.ndarray
     if space == "shared":
         grid.shared_memory.store(grid.shared_address(address, threads), values, grid.clock, now)
     elif space == "global":
+        grid.global_memory.require_finished(address[~grid.waited[threads]], values.shape[1])
         grid.global_memory.store(address, values, grid.clock, now)
     else:
         raise PtxError("unsupported address space")
@@ -126,6 +128,16 @@ def _arrive(grid: Grid, open_groups: int) -> None:
 def _copy(grid: Grid, target, source, size: int, taken, threads) -> None:
     values = np.zeros((len(threads), size), np.uint8)  # a copy of nothing fills with zeros
     if taken.any():
+        grid.global_memory.require_finished(source[taken & ~grid.waited[threads]], size)
         now = grid.clock.now[threads[taken]]
         values[taken] = grid.global_memory.load(source[taken], size, grid.clock, now)
     write_memory(grid, "shared", target, values, threads)
+
+
+@operation("griddepcontrol")
+def grid_dependency(grid: Grid, instruction: Instruction) -> None:
+    """Kernels run one after the other here; what counts is whether a thread waits before it touches the last one's."""
+    form = instruction.modifiers[0]
+    if form not in ("wait", "launch_dependents"):
+        raise PtxError("unsupported form of griddepcontrol")
+    grid.waited[grid.threads] |= form == "wait"

@@ -20,12 +20,13 @@ struct Configuration {
 cudaError_t last_error = cudaSuccess;
 
 using Launch = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
-                        uint64_t shared);
+                        uint64_t shared, int early);
 using Fill = void (*)(uint64_t to, int value, uint64_t bytes);
 using Fetch = void (*)(void* to, uint64_t from, uint64_t bytes);
 Launch launch_handler;
 Fill fill_handler;
 Fetch fetch_handler;
+int ptx_version;  // of the code that the interpreter runs
 
 bool is_legal(const dim3& grid, const dim3& block) {
   const bool counts = grid.x && grid.y && grid.z && block.x && block.y && block.z;
@@ -38,7 +39,8 @@ bool is_legal(const dim3& grid, const dim3& block) {
 
 extern "C" {
 
-void nf4lora_test_handlers(Launch launch, Fill fill, Fetch fetch) {
+void nf4lora_test_handlers(Launch launch, Fill fill, Fetch fetch, int version) {
+  ptx_version = version;
   launch_handler = launch;
   fill_handler = fill;
   fetch_handler = fetch;
@@ -67,10 +69,27 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   *static_cast<cudaStream_t*>(stream) = configuration.stream;
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
   if (!is_legal(grid, block)) return last_error = cudaErrorInvalidConfiguration;
   const unsigned grid_extent[3] = {grid.x, grid.y, grid.z}, block_extent[3] = {block.x, block.y, block.z};
-  launch_handler(kernels().at(stub).c_str(), grid_extent, block_extent, arguments, shared);
+  int early = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization)
+      return last_error = cudaErrorInvalidValue;
+    early = config->attrs[i].val.programmaticStreamSerializationAllowed;
+  }
+  launch_handler(kernels().at(stub).c_str(), grid_extent, block_extent, arguments, config->dynamicSmemBytes, early);
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  return cudaLaunchKernelExC(&config, stub, arguments);
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = ptx_version;
   return cudaSuccess;
 }
 // CUDA 13 launches through handles; the stub itself serves as one.
@@ -98,9 +117,14 @@ cudaError_t cudaGetDevice(int* device) {
 }
 // A small device, so that blocks which stay have more than one turn.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return last_error = cudaErrorInvalidValue;
-  *value = 2;
-  return cudaSuccess;
+  if (attribute == cudaDevAttrMultiProcessorCount) return *value = 2, cudaSuccess;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) return *value = 164 << 10, cudaSuccess;
+  return last_error = cudaErrorInvalidValue;
+}
+// More than 48 KB of dynamic shared memory are asked for; 99 KB is what every architecture from sm_80 on has.
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const bool fits = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value <= 99 * 1024;
+  return fits ? cudaSuccess : last_error = cudaErrorInvalidValue;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return last_error; }
 cudaError_t cudaGetLastError() {

@@ -19,6 +19,7 @@ LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint * 3),
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_uint64,
+    ctypes.c_int,
 )
 FILL = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64)
 FETCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
@@ -50,7 +51,8 @@ def _without_hash(name: str) -> str:
 class Launchers:
     """`launchers.nf4_quantize(...)` calls that function of csrc/cuda/launch.h on the buffers of a device.
 
-    A buffer becomes a device pointer, None a null pointer; it returns None or the error text, as the function does.
+    A buffer becomes a device pointer, None a null pointer; it returns None or the error text, as the function does, or
+    what a function with another `result` returns.
     """
 
     def __init__(self, device: Device):
@@ -65,15 +67,15 @@ class Launchers:
 
     def __getattr__(self, name: str):
         function = getattr(self._library, self._names[name])
-        function.restype = ctypes.c_char_p
 
-        def call(*arguments) -> str | None:
-            self._library.nf4lora_test_handlers(*self._handlers)
+        def call(*arguments, result=ctypes.c_char_p):
+            function.restype = result
+            self._library.nf4lora_test_handlers(*self._handlers, self._device.ptx_version)
             self._error = None
             said = function(*(_as_c(a) for a in arguments))
             if self._error is not None:
                 raise self._error
-            return said.decode() if said else None
+            return said.decode() if isinstance(said, bytes) else said
 
         return call
 
@@ -89,7 +91,7 @@ class Launchers:
         except BaseException as error:
             self._error = error
 
-    def _launch(self, name, grid, block, arguments, shared) -> None:
+    def _launch(self, name, grid, block, arguments, shared, early) -> None:
         def launch():
             kernel = self._kernels[_without_hash(name.decode())]
             packed = bytearray()
@@ -97,7 +99,7 @@ class Launchers:
                 packed.extend(bytes(at - len(packed)))
                 packed.extend(ctypes.string_at(arguments[i], size))
             self.launches.append(kernel.name)
-            extent = Launch(tuple(grid.contents), tuple(block.contents), shared, self.only_last_block)
+            extent = Launch(tuple(grid.contents), tuple(block.contents), shared, self.only_last_block, bool(early))
             self._device.run(kernel, bytes(packed), extent)
 
         self._keep_error(launch)

@@ -1,6 +1,7 @@
 """A device with a loaded PTX module: buffers in its memory, launches of its kernels."""
 
 import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,7 @@ class Device:
         self.kernels = {name: kernel for module in modules for name, kernel in module.kernels.items()}
         self.memory = Memory(size, "global", poison=False, base=BASE)
         self.late_copies = True
+        self.ptx_version = int(re.search(r"\.target\s+sm_(\d+)", texts[0])[1]) if ".target" in texts[0] else 80
         self.symbols: dict[str, int | None] = {}
         for name, variable in [item for module in modules for item in module.variables.items()]:
             if variable.space == "shared":  # of a size that the launch chooses
@@ -81,7 +83,7 @@ class Device:
     def run(self, kernel: Kernel, arguments: bytes, launch: Launch) -> None:
         """The same with arguments as the bytes that the kernel will read."""
         places = {name: at for name, (at, _) in self.layout(kernel).items()}
-        self.memory.forget_accesses()
+        self.memory.forget_accesses(still_running=launch.early)
         grid = Grid(kernel, self.symbols | places, self.memory, arguments, launch)
         grid.late_copies = self.late_copies
         grid.run()

@@ -34,6 +34,7 @@ class Launch:
     block: tuple[int, int, int]
     shared: int = 0  # bytes of dynamic shared memory
     only_last: bool = False  # run just the last block of the grid
+    early: bool = False  # it may start before the kernel before it has ended
 
 
 class Grid:
@@ -57,6 +58,7 @@ class Grid:
         self.pending_copies: list = []  # of cp.async, see access.py
         self.copy_group = np.zeros(self.size, np.int64)
         self.late_copies = True
+        self.waited = np.zeros(self.size, bool)  # for the kernel before, by griddepcontrol.wait
 
     def _place_shared(self, blocks: int, dynamic: int) -> None:
         at = 0

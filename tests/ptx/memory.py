@@ -63,6 +63,7 @@ class Memory:
         self.valid, self.written = np.zeros(size, bool), np.zeros(size, bool)
         self.reads, self.writes = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.base = self.used = base  # below base nothing is valid
+        self.pending: np.ndarray | None = None  # bytes of a kernel that this one started beside
 
     def allocate(self, size: int, alignment: int = 16, gap: int = 0) -> int:
         """Returns an address; `gap` bytes after it stay invalid."""
@@ -73,8 +74,9 @@ class Memory:
         self.used = start + size + gap
         return start
 
-    def forget_accesses(self) -> None:
-        """A kernel boundary orders everything before it."""
+    def forget_accesses(self, still_running: bool = False) -> None:
+        """A kernel boundary orders everything before it; `still_running`: but what the last kernel wrote."""
+        self.pending = self.writes > 0 if still_running else None
         self.reads[self.base : self.used] = 0
         self.writes[self.base : self.used] = 0
 
@@ -111,6 +113,11 @@ class Memory:
                 thread, column = np.nonzero(spread == how_far)
                 reads[rows[thread], column] = now[thread] | how_far << SPREAD_SHIFT
         return self.data.reshape(-1, width)[rows]
+
+    def require_finished(self, at: np.ndarray, width: int) -> None:
+        """For threads that have not waited for the kernel before theirs."""
+        if self.pending is not None and self.pending.reshape(-1, width)[self._rows(at, width)].any():
+            raise PtxError("race: an access to what the kernel before wrote, without griddepcontrol.wait")
 
     def _require_exclusive(self, rows, width, clock, mine, atomic: bool) -> np.ndarray:
         last = self.writes.reshape(-1, width)[rows]
