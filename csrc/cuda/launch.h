@@ -54,6 +54,32 @@ struct FewRows {
 // Refuses, before it launches anything, float32, more rows, and x or qweight that do not begin at a multiple of 16 bytes.
 Error lora_few(const FewRows& few, void* stream);
 
+// lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.
+struct LoraGemm {
+  Dtype dtype;              // of rows, low_rank and out
+  bool backward;            // out = rows W, not rows W^T
+  const void* rows;         // x [M, K]; backward dy [M, N]
+  const uint8_t* qweight;   // [N, K / 2]
+  const float* absmax;      // [N, K / blocksize], or null and
+  const uint8_t* absmax_q;  // [N, K / blocksize] with
+  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
+  const float* bias;        // [N] or null; forward only
+  const void* low_rank;     // S, backward T [M, R]
+  const void* factor;       // lora_B [N, R], backward lora_A [R, K], of its own dtype
+  Dtype dtype_of_factor;
+  const uint64_t* seed;  // [1], null without dropout; backward only
+  uint32_t threshold;    // of dropout
+  float scaling;         // of the low-rank term; backward with dropout it holds 1 / (1 - dropout)
+  void* out;             // y [M, N]; backward dx [M, K]
+  float* partials;       // [lora_gemm_partials()], work space
+  int64_t M, N, K, R, blocksize;
+};
+// Values of work space: sums of parts, where a card is filled only by splitting the summed index.
+int64_t lora_gemm_partials(const LoraGemm& gemm);
+// Refuses, before it launches anything, float32, rows or qweight that do not begin at a multiple of 16 bytes, and
+// backwards an N that is no multiple of 8.
+Error lora_gemm(const LoraGemm& gemm, void* stream);
+
 // What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.
 Error launched();
 
