@@ -32,9 +32,12 @@ format: $(VENV)/lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
 
-# Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json. Needs nvcc.
+# Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json, and the instructions of
+# its machine code, where a disassembler is there or can be installed. Needs nvcc, which compiles once for both.
 gate: $(VENV)/torch
-	$(RUN) tools/ptxas_gate.py
+	-$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(RUN) tools/ptxas_gate.py --objects build/gate
+	$(RUN) tools/sass_gate.py --objects build/gate
 
 # The CPU tests of the ops again, with the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/test

@@ -69,47 +69,70 @@ def test_bad_arguments_read_the_same_on_both_devices(name):
 
 
 @pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")
-def test_the_kernel_for_few_rows_checks_in_the_same_words():
-    op = torch.ops.nf4lora_cuda.lora_linear_few.default
-    for arguments in BAD["lora_linear"]:
+@pytest.mark.parametrize("kernel", ["few", "gemm"])
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_every_kernel_checks_in_the_same_words(op, kernel):
+    name = op.replace("lora_linear", f"lora_linear_{kernel}")
+    if name == "lora_linear_few_backward":
+        pytest.skip("the kernel for a few rows has no backward")
+    for arguments in BAD[op]:
         with pytest.raises((TypeError, ValueError)) as on_cpu:
-            call("lora_linear", arguments, None)
+            call(op, arguments, None)
         with pytest.raises(type(on_cpu.value)) as on_cuda:
-            op.redispatch(CUDA, *arguments)
+            getattr(torch.ops.nf4lora_cuda, name).default.redispatch(CUDA, *arguments)
         assert str(on_cuda.value) == str(on_cpu.value)
 
 
-@pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")
-def test_which_tensors_the_kernel_for_few_rows_takes():
+class OnCard:
+    """What a tensor on a card says of itself."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, *shape, dtype=torch.bfloat16):
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def numel(self):
+        return self.shape.numel()
+
+    def dim(self):
+        return len(self.shape)
+
+
+@pytest.fixture
+def cuda():
+    """The module that chooses."""
+    if not _C.CUDA_VERSION:
+        pytest.skip("built without CUDA")
     from nf4lora import cuda
 
-    class Tensor:
-        """What a tensor on a card says of itself."""
+    return cuda
 
-        is_cuda = True
 
-        def __init__(self, *shape, dtype=torch.bfloat16, address=1 << 20, contiguous=True):
-            self.shape, self.dtype, self._address, self._contiguous = shape, dtype, address, contiguous
-
-        def numel(self):
-            return torch.Size(self.shape).numel()
-
-        def data_ptr(self):
-            return self._address
-
-        def is_contiguous(self):
-            return self._contiguous
-
+def test_which_kernel_is_chosen(cuda):
     launch = (Path(__file__).parents[1] / "csrc/cuda/launch.h").read_text()
     assert f"kMostFewRows = {cuda.FEW_ROWS};" in launch
-    codes = Tensor(8, 32, dtype=torch.uint8)
-    assert cuda.fits_few(Tensor(16, 64), codes)
-    assert cuda.fits_few(Tensor(2, 8, 64, dtype=torch.float16), codes)
-    assert cuda.fits_few(Tensor(64), codes)
-    assert cuda.fits_few(Tensor(0, 64), codes)
-    assert cuda.fits_few(Tensor(4, 64, address=2, contiguous=False), codes)  # a copy is aligned
-    assert not cuda.fits_few(Tensor(17, 64), codes)
-    assert not cuda.fits_few(Tensor(4, 64, dtype=torch.float32), codes)
-    assert not cuda.fits_few(Tensor(4, 64, address=(1 << 20) + 2), codes)
-    assert not cuda.fits_few(Tensor(4, 64), Tensor(8, 32, dtype=torch.uint8, address=8))
-    assert not cuda.fits_few(torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32, dtype=torch.uint8))
+    W = OnCard(4096, 2048, dtype=torch.uint8)
+    for shape in ((16, 4096), (2, 8, 4096), (4096,), (0, 4096)):
+        assert cuda.chosen("forward", OnCard(*shape), W) == "few"
+        assert cuda.chosen("backward", OnCard(*shape), W) == "fused"
+    for direction in ("forward", "backward"):
+        assert cuda.chosen(direction, OnCard(17, 4096, dtype=torch.float16), W) == "fused"
+        assert cuda.chosen(direction, OnCard(cuda.FUSED_TOKENS, 4096), W) == "fused"
+        assert cuda.chosen(direction, OnCard(cuda.FUSED_TOKENS + 1, 4096), W) == "unfused"
+        # What no kernel takes: float32, and backwards rows of dy that 16-byte copies cannot follow.
+        assert cuda.chosen(direction, OnCard(2, 4096, dtype=torch.float32), W) == "unfused"
+    odd = OnCard(4095, 2048, dtype=torch.uint8)
+    assert cuda.chosen("backward", OnCard(2, 4096), odd) == "unfused"
+    assert cuda.chosen("forward", OnCard(20, 4096), odd) == "fused"
+    assert cuda.chosen("forward", torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32).byte()) == "unfused"
+
+
+def test_a_kernel_can_be_forced_where_it_fits(cuda, monkeypatch):
+    W = OnCard(4096, 2048, dtype=torch.uint8)
+    for name in cuda.KERNELS:
+        monkeypatch.setattr(cuda, "forced", name)
+        assert cuda.chosen("forward", OnCard(2, 4096), W) == name
+    for name, tokens in (("few", 17), ("quick", 17)):
+        monkeypatch.setattr(cuda, "forced", name)
+        with pytest.raises(ValueError, match=rf"cuda.forced must be one of fused, unfused here, got '{name}'"):
+            cuda.chosen("forward", OnCard(tokens, 4096), W)

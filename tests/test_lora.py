@@ -254,19 +254,70 @@ def test_a_few_rows_match_the_reference_on_any_device(device, dtype):
         )
 
 
+def forced_to(kernel, monkeypatch):
+    """A card, of whose kernels this one is taken; what goes backward after `few` is left to choose."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from nf4lora import cuda
+
+    choose = cuda.chosen
+
+    def chosen(direction, x, qweight):
+        monkeypatch.setattr(cuda, "forced", None if (kernel, direction) == ("few", "backward") else kernel)
+        return choose(direction, x, qweight)
+
+    monkeypatch.setattr(cuda, "chosen", chosen)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_few_rows_can_be_captured_in_a_graph():
-    case = Case(M=1, dtype=torch.bfloat16, device="cuda")
-    raw.lora_linear(*case.forward())  # loads the kernels, which must not happen while capturing
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", ["few", "fused", "unfused"])
+def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, monkeypatch):
+    forced_to(kernel, monkeypatch)
+    for M in (1, 16) if kernel == "few" else (1, 16, 47, 64, 300):
+        for shape in (dict(N=96, K=320, R=8), dict(N=1000, K=4096, R=40, double_quant=False), dict(N=8, K=32, R=0)):
+            blocksize = 32 if shape["K"] % 64 else 64
+            for dropout in (0.0, 0.3):
+                assert_matches_reference(
+                    Case(M=M, dtype=dtype, dropout=dropout, blocksize=blocksize, device="cuda", **shape)
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "M"), [("few", 1), ("fused", 24), ("fused", 200)])
+def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
+    forced_to(kernel, monkeypatch)
+    case = Case(M=M, N=1024, K=1024, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        y, S = raw.lora_linear(*case.forward())
+        return y, S, *raw.lora_linear_backward(*case.backward(S), True)
+
+    step()  # loads the kernels, which must not happen while capturing
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y, S = raw.lora_linear(*case.forward())
-    for _ in range(2):
+        captured = step()
+    for _ in range(3):
         case.x.copy_(torch.randn_like(case.x))
         graph.replay()
-        expected_y, expected_S = raw.lora_linear(*case.forward())
-        assert torch.equal(y, expected_y) and torch.equal(S, expected_S)
+        for got, expected in zip(captured, step()):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["few", "fused"])
+def test_a_kernel_works_on_the_current_stream_and_repeats_bit_for_bit(kernel, monkeypatch):
+    forced_to(kernel, monkeypatch)
+    case = Case(M=16, N=2048, K=2048, dtype=torch.bfloat16, dropout=0.1, device="cuda")
+    expected = raw.lora_linear(*case.forward())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            for got, wanted in zip(raw.lora_linear(*case.forward()), expected):
+                assert torch.equal(got, wanted)
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 @pytest.mark.parametrize("lora_dtype", DTYPES, ids=str)

@@ -89,3 +89,20 @@ def test_table_knows_the_kernels_that_are_there():
     known = json.loads(gate.TABLE.read_text())
     assert costs.keys() == known["kernels"].keys()
     assert gate.compare(costs, known["kernels"], known["nvcc"] == gate.nvcc_version()) == []
+
+
+def test_objects_are_of_the_sources_that_are_there(tmp_path, monkeypatch):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "k.cu").touch()
+    objects = tmp_path / "objects"
+    objects.mkdir()
+    (objects / "of_a_source_now_gone.o").touch()
+
+    def nvcc(command, **_):
+        Path(command[-1]).touch()
+        return gate.subprocess.CompletedProcess(command, 0, stdout="", stderr="said by ptxas\n")
+
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gate.subprocess, "run", nvcc)
+    assert gate.compile_objects(["80"], objects) == "said by ptxas\n"
+    assert [path.name for path in objects.iterdir()] == ["k.o"]

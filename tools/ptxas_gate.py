@@ -3,6 +3,7 @@
     python tools/ptxas_gate.py            compiles csrc/cuda/*.cu and compares with tools/ptxas_baseline.json
     python tools/ptxas_gate.py --write    rewrites the table: do so when a change is worth what it costs, and say why
     python tools/ptxas_gate.py --log LOG  reads the output of a build with `-Xptxas -v` instead of compiling
+    python tools/ptxas_gate.py --objects FOLDER  keeps what it compiles there, for tools/sass_gate.py
 
 It fails where a kernel spills or uses local memory, where it needs more registers or shared memory than the table
 says, and where the table and the sources name different kernels. Registers depend on the compiler: with another nvcc
@@ -34,18 +35,25 @@ def architectures() -> list[str]:
     return re.findall(r"(\w+)-real", default[1])
 
 
-def compile_log(wanted: list[str]) -> str:
-    """What ptxas says of every kernel."""
+def compile_objects(wanted: list[str], folder: Path) -> str:
+    """What ptxas says of every kernel; the folder then holds the objects of these sources and of no others."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.o"):
+        stale.unlink()
     log = ""
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            command = ["nvcc", *FLAGS, *codes, "-c", str(source), "-o", f"{folder}/{source.stem}.o"]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise SystemExit(f"ptxas_gate: {source.name} must compile, got\n{result.stderr}")
-            log += result.stdout + result.stderr
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        command = ["nvcc", *FLAGS, *codes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"ptxas_gate: {source.name} must compile, got\n{result.stderr}")
+        log += result.stdout + result.stderr
     return log
+
+
+def compile_log(wanted: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_objects(wanted, Path(folder))
 
 
 def nvcc_version() -> str:
@@ -67,12 +75,16 @@ def read_log(log: str) -> Costs:
         elif entries and (match := re.search(r"Used (\d+) registers", line)):
             shared = re.search(r"(\d+) bytes smem", line)
             entries[-1][2].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
-    mangled = [name for name, _, _ in entries]
-    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     costs: Costs = {}
-    for (_, architecture, cost), name in zip(entries, plain.splitlines(), strict=True):
-        costs.setdefault(short_name(name), {})[architecture] = cost
+    names = short_names([mangled for mangled, _, _ in entries])
+    for (_, architecture, cost), name in zip(entries, names, strict=True):
+        costs.setdefault(name, {})[architecture] = cost
     return costs
+
+
+def short_names(mangled: list[str]) -> list[str]:
+    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    return [short_name(name) for name in plain.splitlines()]
 
 
 def short_name(demangled: str) -> str:
@@ -112,11 +124,19 @@ def compare(costs: Costs, table: Costs, same_compiler: bool) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the table")
-    parser.add_argument("--log", type=Path, help="output of a build with -Xptxas -v, for all architectures")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--log", type=Path, help="output of a build with -Xptxas -v, for all architectures")
+    source.add_argument("--objects", type=Path, help="keep the objects in this folder")
     options = parser.parse_args(arguments)
 
     version = nvcc_version()
-    costs = read_log(options.log.read_text() if options.log else compile_log(architectures()))
+    if options.log:
+        log = options.log.read_text()
+    elif options.objects:
+        log = compile_objects(architectures(), options.objects)
+    else:
+        log = compile_log(architectures())
+    costs = read_log(log)
     if not costs:
         raise SystemExit("ptxas_gate: the log must name kernels, found none; build with -Xptxas -v")
     if options.write:

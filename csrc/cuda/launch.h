@@ -54,6 +54,31 @@ struct FewRows {
 // Refuses, before it launches anything, float32, more rows, and x or qweight that do not begin at a multiple of 16 bytes.
 Error lora_few(const FewRows& few, void* stream);
 
+// The tall and skinny products of LoRA in 16 bits, one pass over Z [M, D] for either or both, with Z under dropout:
+// P = inner_scale * Z F and G = outer_scale * Z^T L. Everything is on the device, contiguous.
+struct TallSkinny {
+  Dtype dtype;    // of Z, L and P
+  const void* Z;  // x [M, K] or dy [M, N]
+  const void* F;  // [D, R], of its own dtype
+  Dtype dtype_of_F;
+  bool F_is_transposed;  // F is [R, D]
+  const void* L;         // [M, R]
+  const uint64_t* seed;  // [1], null without dropout
+  uint32_t threshold;    // of dropout
+  float inner_scale, outer_scale;
+  void* P;  // [M, R], or null
+  void* G;  // [D, R], of its own dtype, or null
+  Dtype dtype_of_G;
+  bool G_is_transposed;  // G is [R, D]
+  float* workspace;      // [tall_skinny_workspace()]
+  int64_t M, D, R;
+};
+// Floats of work space: sums of parts, which are added in order.
+int64_t tall_skinny_workspace(int64_t M, int64_t D, int64_t R, bool inner, bool outer);
+// Refuses, before it launches anything, float32, a D that is no multiple of 8, Z that does not begin at a multiple of 16
+// bytes, and more than 16776960 rows.
+Error tall_skinny(const TallSkinny& products, void* stream);
+
 // lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.
 struct LoraGemm {
   Dtype dtype;              // of rows, low_rank and out

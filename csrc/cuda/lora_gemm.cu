@@ -79,10 +79,10 @@ struct Block {
     const int64_t column = int64_t{step} * kStep + chunk * kChunk;
     const int rows = column < depth() ? static_cast<int>(min(g.M - first_token, static_cast<int64_t>(kTokens))) : 0;
     const T* from = static_cast<const T*>(g.rows) + (first_token + row) * depth() + column;
+    T* const to = tile + chunk_at(row, chunk);
 #pragma unroll
-    for (int i = 0; i < kTokens / kRowsApart; ++i, from += kRowsApart * depth()) {
-      const bool exists = row + i * kRowsApart < rows;
-      copy_async(tile + chunk_at(row + i * kRowsApart, chunk), exists ? from : g.rows, exists);
+    for (int i = 0; i < kTokens; i += kRowsApart, from += kRowsApart * depth()) {
+      copy_async(to + i * kTileColumns, from, row + i < rows);
     }
   }
 

@@ -23,7 +23,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts a copy of 16 bytes that passes by the registers and the first cache level; zeros where `exists` is false.
+// Starts a copy of 16 bytes that passes by the registers and the first cache level; where `exists` is false it writes
+// zeros and reads nothing, wherever `from` points.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
                "r"(exists ? 16 : 0)

@@ -1,7 +1,11 @@
-"""Which kernel computes lora_linear for a CUDA tensor.
+"""Which kernel computes lora_linear and its backward for a CUDA tensor.
 
-A few rows in 16 bits stream the packed weight once (csrc/cuda/lora_few.cu). Everything else dequantises it and
-multiplies with torch (unfused.py), until the fused kernels are there.
+few      up to 16 rows in 16 bits, forward: the packed weight is streamed once (csrc/cuda/lora_few.cu)
+fused    16 bits: tensor cores, W unpacked on the way (csrc/cuda/lora_gemm.cu)
+unfused  W whole in 16 bits, multiplied by torch (unfused.py); takes everything
+
+The first that can is taken: at 26 bytes of float32 sums for each output, unfused is predicted to lose to fused for any
+number of tokens (bench/README.md).
 """
 
 from __future__ import annotations
@@ -14,22 +18,54 @@ from torch import Tensor
 from nf4lora import unfused
 
 FEW_ROWS = 16  # kMostFewRows of csrc/cuda/launch.h
-forced: str | None = None  # "unfused": to measure it where another kernel would be chosen
+FUSED_TOKENS = 65535 * 256  # tall_skinny's grid
+KERNELS = ("few", "fused", "unfused")
+forced: str | None = None  # one of KERNELS: to measure it where another would be chosen
 
 
 def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """y and S; arguments and results as in ops.lora_linear."""
-    if fits_few(x, qweight):
-        return torch.ops.nf4lora_cuda.lora_linear_few.default(x, qweight, *arguments)
+    match chosen("forward", x, qweight):
+        case "few":
+            return torch.ops.nf4lora_cuda.lora_linear_few.default(x, qweight, *arguments)
+        case "fused":
+            return torch.ops.nf4lora_cuda.lora_linear_gemm.default(x, qweight, *arguments)
     return unfused.lora_linear(x, qweight, *arguments)
 
 
-def fits_few(x: Tensor, qweight: Tensor) -> bool:
-    """Whether the kernel for a few rows takes them; a copy that contiguous() makes is aligned."""
-    return (
-        forced != "unfused"
-        and x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.numel() <= FEW_ROWS * x.shape[-1]
-        and all(not t.is_contiguous() or t.data_ptr() % 16 == 0 for t in (x, qweight))
-    )
+def lora_linear_backward(
+    dy: Tensor, x: Tensor, S: Tensor, qweight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB; arguments and results as in unfused.lora_linear_backward."""
+    if chosen("backward", x, qweight) == "fused":
+        return torch.ops.nf4lora_cuda.lora_linear_gemm_backward.default(dy, x, S, qweight, *arguments)
+    return unfused.lora_linear_backward(dy, x, S, qweight, *arguments)
+
+
+def chosen(direction: str, x: Tensor, qweight: Tensor) -> str:
+    """The name of the kernel.
+
+    Raises:
+        ValueError: `forced` names one that cannot take these arguments.
+    """
+    if not x.is_cuda or x.dim() == 0 or qweight.dim() != 2:
+        return "unfused"  # whose check says what is wrong; a CPU tensor comes here in tests alone
+    tokens = x.numel() // max(x.shape[-1], 1)
+    able = [name for name in KERNELS if fits(name, direction, tokens, x.dtype, qweight.shape[0])]
+    if forced is None:
+        return able[0]
+    if forced not in able:
+        raise ValueError(f"lora_linear: cuda.forced must be one of {', '.join(able)} here, got {forced!r}")
+    return forced
+
+
+def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_features: int) -> bool:
+    """Whether a kernel takes so many tokens of this dtype."""
+    if name == "unfused":
+        return True
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if name == "few":
+        return direction == "forward" and tokens <= FEW_ROWS
+    # Backward the rows of dy are copied 16 bytes at a time.
+    return tokens <= FUSED_TOKENS and (direction == "forward" or out_features % 8 == 0)

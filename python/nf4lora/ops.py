@@ -285,7 +285,7 @@ class _LoraLinear(torch.autograd.Function):
 torch.library.register_autograd("nf4lora::lora_linear", _backward, setup_context=_setup_context)
 
 if _C.CUDA_VERSION:  # csrc/cuda/absent.cpp answers in a build without CUDA
-    from nf4lora import cuda, unfused
+    from nf4lora import cuda
 
     torch.library.register_kernel("nf4lora::lora_linear", "cuda", cuda.lora_linear)
-    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", unfused.lora_linear_backward)
+    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", cuda.lora_linear_backward)

@@ -1,0 +1,243 @@
+// The tall and skinny products of LoRA: S and T, which have R columns, and the gradients of A and B.
+//
+// One pass over Z makes either product or both. Blocks leave partial sums in a work space, which a second kernel adds in
+// order: the results repeat bit for bit, without atomics and without state between launches.
+#include <algorithm>
+
+#include "factor.cuh"
+#include "launch.h"
+#include "matrix.cuh"
+#include "philox.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+#include "warp.cuh"
+
+namespace nf4lora::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // four stages of eight warps would not fit in the 48 KB of static shared memory
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kColumns = kWarps * kTileColumns;
+constexpr int kRows = 16;  // tokens of a tile
+constexpr int kStages = 4;
+constexpr int kStrip = 256;  // tokens of a block, a multiple of kRows
+constexpr int kTile = kRows * kTileColumns;
+constexpr int kDeep = kTileColumns / 16;  // matrix instructions across a tile
+
+int64_t parts(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+// Formula   inner[part, m, r] = sum over the part's d of drop(Z)[m, d] F(d, r)
+//           outer[part, d, r] = sum over the part's m of drop(Z)[m, d] L[m, r]
+// Threads   a block for 256 d, 256 m and 8 * kRankTiles r; a warp for 64 d, 16 m at a time through its own stages
+// Assumes   D a multiple of 8, Z aligned to 16 bytes
+// Bound     reading Z; with dropout the words of Philox
+template <typename T, int kRankTiles, bool kInner, bool kOuter>
+__global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
+    tall_skinny_kernel(const T* __restrict__ Z,            // [M, D]
+                       const void* __restrict__ F,         // [D, R], or [R, D]
+                       const T* __restrict__ L,            // [M, R]
+                       const uint64_t* __restrict__ seed,  // [1], null without dropout
+                       float* __restrict__ inner,          // [parts of D, M, R]
+                       float* __restrict__ outer,          // [parts of M, D, R], or [parts of M, R, D]
+                       int64_t M, int64_t D, int64_t R, Dtype dtype_of_F, uint32_t threshold, bool F_is_transposed,
+                       bool G_is_transposed) {
+  __shared__ alignas(128) T tiles[kWarps][kStages][kTile];
+  __shared__ float sums_of[kInner ? 2 : 1][kInner ? kWarps : 1][kInner ? kRows * 8 * kRankTiles : 1];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, quad = lane / 4, pair = lane % 4 * 2;
+  const int64_t first_d = blockIdx.x * static_cast<int64_t>(kColumns) + warp * kTileColumns;
+  const int64_t first_m = blockIdx.y * static_cast<int64_t>(kStrip);
+  const int64_t first_r = blockIdx.z * static_cast<int64_t>(8 * kRankTiles);
+  const int steps = static_cast<int>((min(static_cast<int64_t>(kStrip), M - first_m) + kRows - 1) / kRows);
+
+  const auto copy = [&](int step) {
+    if (step < steps) {
+#pragma unroll
+      for (int i = 0; i < kTile / kChunk / kWarp; ++i) {
+        const int row = i * 4 + lane / kChunks, chunk = lane % kChunks;
+        const int64_t m = first_m + step * kRows + row, d = first_d + chunk * kChunk;
+        const bool exists = m < M && d < D;
+        copy_async(tiles[warp][step % kStages] + chunk_at(row, chunk), exists ? Z + m * D + d : Z, exists);
+      }
+    }
+    commit_copies();  // an empty group too, so that the count of open ones stays the same
+  };
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+
+  unsigned factor[kInner ? kDeep : 1][kRankTiles][2];
+  if constexpr (kInner) {
+#pragma unroll
+    for (int t = 0; t < kDeep; ++t) {
+#pragma unroll
+      for (int n = 0; n < kRankTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T values[2];
+          const int64_t r = first_r + n * 8 + quad;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int64_t d = first_d + t * 16 + half * 8 + pair + i;
+            const float value =
+                d < D && r < R ? load_factor<T>(F, dtype_of_F, F_is_transposed ? r * D + d : d * R + r) : 0.0f;
+            values[i] = narrow<T>(value);
+          }
+          factor[t][n][half] = as_word(values);
+        }
+      }
+    }
+  }
+  float gradient[kOuter ? kDeep : 1][kRankTiles][4] = {};
+
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    T* tile = tiles[warp][step % kStages];
+    if (seed) {  // each lane on the chunks that it copied
+#pragma unroll 1
+      for (int i = 0; i < kTile / kChunk / kWarp; ++i) {
+        const int row = i * 4 + lane / kChunks, chunk = lane % kChunks;
+        T* values = tile + chunk_at(row, chunk);
+        const int64_t at = (first_m + step * kRows + row) * D + first_d + chunk * kChunk;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Words words = philox(*seed, static_cast<uint64_t>(at) / 4 + half);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (words.value[j] < threshold) values[half * 4 + j] = narrow<T>(0.0f);
+          }
+        }
+      }
+    }
+    __syncwarp();  // the tile is whole, and no lane reads the one before, whose place the next copies take
+    copy(step + kStages - 1);
+    if constexpr (kInner) {
+      float sums[kRankTiles][4] = {};
+#pragma unroll
+      for (int t = 0; t < kDeep; ++t) {
+        unsigned z[4];
+        load_matrices(z, tile + chunk_at(lane % 16, 2 * t + lane / 16));
+#pragma unroll
+        for (int n = 0; n < kRankTiles; ++n) multiply_add<T>(sums[n], z, factor[t][n][0], factor[t][n][1]);
+      }
+      float* own = sums_of[step % 2][warp];
+#pragma unroll
+      for (int n = 0; n < kRankTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[(quad + i / 2 * 8) * 8 * kRankTiles + n * 8 + pair + i % 2] = sums[n][i];
+      }
+      __syncthreads();  // one is enough: the next step writes the other half
+      for (int i = threadIdx.x; i < kRows * 8 * kRankTiles; i += kThreads) {
+        const int64_t m = first_m + step * kRows + i / (8 * kRankTiles), r = first_r + i % (8 * kRankTiles);
+        if (m >= M || r >= R) continue;
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) total += sums_of[step % 2][w][i];
+        inner[(blockIdx.x * M + m) * R + r] = total;
+      }
+    }
+    if constexpr (kOuter) {
+      unsigned low_rank[kRankTiles][2];
+#pragma unroll
+      for (int n = 0; n < kRankTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T values[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int64_t m = first_m + step * kRows + half * 8 + pair + i, r = first_r + n * 8 + quad;
+            values[i] = m < M && r < R ? L[m * R + r] : narrow<T>(0.0f);
+          }
+          low_rank[n][half] = as_word(values);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kDeep; ++t) {
+        unsigned z[4];
+        load_matrices_transposed(z, tile + chunk_at(lane / 16 * 8 + lane % 8, 2 * t + lane / 8 % 2));
+#pragma unroll
+        for (int n = 0; n < kRankTiles; ++n) multiply_add<T>(gradient[t][n], z, low_rank[n][0], low_rank[n][1]);
+      }
+    }
+  }
+  if constexpr (kOuter) {
+#pragma unroll
+    for (int t = 0; t < kDeep; ++t) {
+#pragma unroll
+      for (int n = 0; n < kRankTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t d = first_d + t * 16 + quad + i / 2 * 8, r = first_r + n * 8 + pair + i % 2;
+          if (d >= D || r >= R) continue;
+          outer[blockIdx.y * D * R + (G_is_transposed ? r * D + d : d * R + r)] = gradient[t][n][i];
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, float value) {
+  switch (dtype) {
+    case Dtype::f32: static_cast<float*>(to)[at] = value; return;
+    case Dtype::bf16: static_cast<__nv_bfloat16*>(to)[at] = narrow<__nv_bfloat16>(value); return;
+    case Dtype::f16: static_cast<__half*>(to)[at] = narrow<__half>(value); return;
+  }
+}
+
+// Formula   P = inner_scale * sum over parts of inner; G = outer_scale * sum over parts of outer; none is a sum of zero
+// Threads   one for each value, P's before G's
+// Assumes   nothing
+// Bound     reading the parts
+__global__ void __launch_bounds__(256)
+    sum_parts_kernel(const float* __restrict__ inner,  // [inner_parts, P_count]
+                     const float* __restrict__ outer,  // [outer_parts, G_count]
+                     void* __restrict__ P, void* __restrict__ G, Dtype dtype_of_P, Dtype dtype_of_G, int64_t P_count,
+                     int64_t G_count, int64_t inner_parts, int64_t outer_parts, float inner_scale, float outer_scale) {
+  int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (at >= P_count + G_count) return;
+  const bool is_P = at < P_count;
+  if (!is_P) at -= P_count;
+  const float* from = is_P ? inner : outer;
+  const int64_t count = is_P ? P_count : G_count, of = is_P ? inner_parts : outer_parts;
+  float total = 0.0f;
+  for (int64_t part = 0; part < of; ++part) total += from[part * count + at];
+  store(is_P ? P : G, is_P ? dtype_of_P : dtype_of_G, at, total * (is_P ? inner_scale : outer_scale));
+}
+
+template <typename T, int kRankTiles>
+void launch_products(const TallSkinny& t, float* inner, float* outer, cudaStream_t stream) {
+  const auto kernel = !t.G   ? tall_skinny_kernel<T, kRankTiles, true, false>
+                      : !t.P ? tall_skinny_kernel<T, kRankTiles, false, true>
+                             : tall_skinny_kernel<T, kRankTiles, true, true>;
+  const dim3 grid(static_cast<unsigned>(parts(t.D, kColumns)), static_cast<unsigned>(parts(t.M, kStrip)),
+                  static_cast<unsigned>(parts(t.R, 8 * kRankTiles)));
+  kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(t.Z), t.F, static_cast<const T*>(t.L), t.seed, inner,
+                                        outer, t.M, t.D, t.R, t.dtype_of_F, t.threshold, t.F_is_transposed,
+                                        t.G_is_transposed);
+}
+
+}  // namespace
+
+int64_t tall_skinny_workspace(int64_t M, int64_t D, int64_t R, bool inner, bool outer) {
+  return (inner ? parts(D, kColumns) * M * R : 0) + (outer ? parts(M, kStrip) * D * R : 0);
+}
+
+Error tall_skinny(const TallSkinny& t, void* stream) {
+  if (t.dtype == Dtype::f32) return "float32, which the kernel for tall and skinny products does not take";
+  if (t.D % kChunk != 0) return "a number of columns that is no multiple of 8";
+  if (!is_aligned(t.Z)) return "Z off a multiple of 16 bytes";
+  if (t.M > int64_t{65535} * kStrip) return "more rows than the grid of tall and skinny products holds";
+  const int64_t P_count = t.P ? t.M * t.R : 0, G_count = t.G ? t.D * t.R : 0;
+  if (P_count + G_count == 0) return nullptr;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  float* outer = t.workspace + (t.P ? parts(t.D, kColumns) * P_count : 0);
+  if (t.M > 0 && t.D > 0) {
+    const bool is_bf16 = t.dtype == Dtype::bf16, few = t.R <= 16;
+    (is_bf16 ? few ? launch_products<__nv_bfloat16, 2> : launch_products<__nv_bfloat16, 4>
+     : few   ? launch_products<__half, 2>
+             : launch_products<__half, 4>)(t, t.workspace, outer, cuda_stream);
+  }
+  sum_parts_kernel<<<static_cast<unsigned>(parts(P_count + G_count, 256)), 256, 0, cuda_stream>>>(
+      t.workspace, outer, t.P, t.G, t.dtype, t.dtype_of_G, P_count, G_count, parts(t.D, kColumns), parts(t.M, kStrip),
+      t.inner_scale, t.outer_scale);
+  return launched();
+}
+
+}  // namespace nf4lora::cuda

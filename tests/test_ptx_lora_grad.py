@@ -1,0 +1,118 @@
+"""The tall and skinny products of LoRA on CUDA, executed without a GPU and held against float64."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nf4lora import reference
+
+from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from ptx.tensors import bits
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "lora_grad.cu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Half a unit in the last place of a value just above a power of two; of float32 what its sums add.
+HALF_ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+class TallSkinny(ctypes.Structure):
+    """As in csrc/cuda/launch.h."""
+
+    _fields_ = [
+        *[("dtype", ctypes.c_int), ("Z", ctypes.c_void_p), ("F", ctypes.c_void_p), ("dtype_of_F", ctypes.c_int)],
+        *[("F_is_transposed", ctypes.c_bool), ("L", ctypes.c_void_p), ("seed", ctypes.c_void_p)],
+        *[("threshold", ctypes.c_uint32), ("inner_scale", ctypes.c_float), ("outer_scale", ctypes.c_float)],
+        *[("P", ctypes.c_void_p), ("G", ctypes.c_void_p), ("dtype_of_G", ctypes.c_int)],
+        *[("G_is_transposed", ctypes.c_bool), ("workspace", ctypes.c_void_p)],
+        *((name, ctypes.c_int64) for name in ("M", "D", "R")),
+    ]
+
+
+class Grad:
+    def __init__(self, architecture=ARCHITECTURES[0], late_copies=True):
+        self.device = Device(compile_ptx(SOURCE, architecture))
+        self.device.late_copies = late_copies
+        self.launchers = Launchers(self.device)
+
+    def run(self, M, D, R, dtype=torch.bfloat16, which="both", dropout=0.0, F=(0, False), G=(0, False), offset=0):
+        """Checks a product against float64 and returns what was written."""
+        draw = torch.Generator().manual_seed(M + D + R)
+        Z, L = (torch.randn(M, columns, generator=draw).to(dtype) for columns in (D, R))
+        factor = (torch.randn(D, R, generator=draw) / max(D, 1) ** 0.5).to(DTYPES[F[0]])
+        seed = torch.tensor([-(2**40) - 12345])
+        inner, outer = which != "outer", which != "inner"
+        upload = lambda tensor, off=0: self.device.upload(bits(tensor), off).address  # noqa: E731
+        as_numpy = [np.float32, np.uint16, np.uint16]
+        P = self.device.empty(M * R, np.uint16)
+        g = self.device.empty(D * R, as_numpy[G[0]])
+        floats = self.launchers.tall_skinny_workspace(M, D, R, int(inner), int(outer), result=ctypes.c_int64)
+        arguments = TallSkinny(
+            dtype=DTYPES.index(dtype), Z=upload(Z, offset), F=upload(factor.T if F[1] else factor), dtype_of_F=F[0],
+            F_is_transposed=F[1], L=upload(L), seed=upload(seed) if dropout else None,
+            threshold=int(dropout * 2**32 + 0.5), inner_scale=1.25, outer_scale=0.5, P=P.address if inner else None,
+            G=g.address if outer else None, dtype_of_G=G[0], G_is_transposed=G[1],
+            workspace=self.device.empty(floats, np.float32).address, M=M, D=D, R=R,
+        )  # fmt: skip
+        said = self.launchers.tall_skinny(ctypes.pointer(arguments), None)
+        if said:
+            assert P.untouched() and g.untouched()
+            return said
+        z = Z.double() * (reference.dropout_mask(M, D, dropout, seed) if dropout else 1)
+        out = []
+        # float32 sums in some order, 2^-18 of values of a few dozen at most, then one rounding.
+        if inner:
+            out.append(torch.from_numpy(P.numpy()).view(dtype).reshape(M, R))
+            expected = 1.25 * (z @ factor.to(dtype).double())
+            torch.testing.assert_close(out[-1].double(), expected, rtol=HALF_ULP[dtype], atol=1e-5)
+        if outer:
+            out.append(torch.from_numpy(g.numpy()).view(DTYPES[G[0]]).reshape((R, D) if G[1] else (D, R)))
+            expected = 0.5 * (z.T @ L.double())
+            expected = expected.T if G[1] else expected
+            torch.testing.assert_close(out[-1].double(), expected, rtol=HALF_ULP[DTYPES[G[0]]], atol=1e-4)
+        return out
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_float64_on_every_architecture(architecture, late_copies):
+    Grad(architecture, late_copies).run(85, 72, 3, dropout=0.3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(M=37, D=576, R=16, dtype=torch.float16, which="inner", F=(1, True), dropout=0.1),
+        dict(M=300, D=72, R=20, which="outer", G=(2, True), dropout=0.1),
+        dict(M=37, D=1096, R=40, F=(2, False), G=(1, False)),
+        dict(M=300, D=72, R=16, dtype=torch.float16, F=(0, True), G=(0, True)),
+    ],
+    ids=str,
+)
+def test_any_shape_layout_and_dtype(case):
+    Grad().run(**case)
+
+
+def test_repeats_bit_for_bit():
+    first, second = Grad().run(37, 72, 5), Grad().run(37, 72, 5)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_without_rows_the_gradient_is_zero():
+    assert not Grad().run(0, 72, 3)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (dict(dtype=torch.float32), "float32, which the kernel for tall and skinny products does not take"),
+        (dict(D=36), "a number of columns that is no multiple of 8"),
+        (dict(offset=2), "Z off a multiple of 16 bytes"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_before_a_launch(case, why):
+    assert Grad().run(**(dict(M=3, D=72, R=3) | case)) == why
