@@ -46,19 +46,17 @@ def with_lora(base: Any) -> Any:
     return model.layer
 
 
-class Unfused(nn.Module):
-    """A layer of ours that dequantises its weight and multiplies with torch, whatever a fused kernel could do."""
+def taking(kernel: str, call: Callable) -> Callable:
+    """The call, with one of cuda.KERNELS taken on a GPU, forward and backward, whatever another could do."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        cuda.forced = "unfused"
+    def taken(*arguments: Any) -> Any:
+        cuda.forced = kernel
         try:
-            return self.layer(x)
+            return call(*arguments)
         finally:
             cuda.forced = None
+
+    return taken
 
 
 def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:

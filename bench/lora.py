@@ -13,7 +13,7 @@ from nf4lora import NF4Linear, build_info, reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK
-from .layers import CALLS, Unfused, forward, linear, of_bitsandbytes, with_lora
+from .layers import CALLS, forward, linear, of_bitsandbytes, taking, with_lora
 from .machine import bandwidth
 from .overhead import overhead
 from .shapes import QUICK, Shape, named
@@ -24,6 +24,7 @@ QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and 
 
 SHAPES = named("Llama-2-7B gate, up", "SmolLM2-135M down", "TinyLlama-1.1B down", "Llama-3.1-8B down")
 TOKENS = (1, 4, 16, 128, 512, 2048)
+OTHER_WAYS = ("sliced", "unfused")  # of cuda.KERNELS, on a GPU
 # What our time over torch's must not exceed on a CPU with AVX512-BF16, by tokens: forward on the first shape, forward
 # and backward on all.
 FORWARD = {4: 0.3, 16: 0.7, 128: 0.97, 512: 0.97, 2048: 0.97}
@@ -39,7 +40,11 @@ def run(settings: Settings) -> list[Table]:
         "LoRA of rank 16 on bf16 input, layers made by PEFT; torch is F.linear in bf16 without any LoRA, its weight "
         "frozen as ours is",
         "torch / ours, bitsandbytes / ours: their time over ours",
-        *(["unfused: dequantised whole, then torch's product"] if settings.device == "cuda" else []),
+        *(
+            ["sliced, unfused: W dequantised by slices, or whole, then torch's product"]
+            if settings.device == "cuda"
+            else []
+        ),
         *without("bitsandbytes"),
     ]
     packed = f"packed GB/s: codes and scales over time; torch's sum over int64 reads {read:.1f} GB/s here"
@@ -97,7 +102,7 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
         "torch": (lambda: linear(weight.clone()), weight.nbytes),
     }
     if settings.device == "cuda":
-        contenders["unfused"] = (lambda: Unfused(with_lora(NF4Linear.from_linear(linear(weight)))), nbytes)
+        contenders |= {name: contenders["nf4lora"] for name in OTHER_WAYS}
     if installed("bitsandbytes"):
         contenders["bitsandbytes"] = (lambda: with_lora(of_bitsandbytes(weight)), nbytes)
     found: list[dict[str, dict]] = [{} for _ in tokens]
@@ -107,7 +112,10 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
         for row, M in zip(found, tokens, strict=True):
             x = torch.randn(M, shape.K, device=settings.device).bfloat16()
             dy = torch.randn(M, shape.N, device=settings.device).bfloat16()
-            calls = {name: partial(CALLS[kind], turn, x, dy) for name, turn in turns.items()}
+            calls = {
+                name: partial(taking(name, CALLS[kind]) if name in OTHER_WAYS else CALLS[kind], turn, x, dy)
+                for name, turn in turns.items()
+            }
             seconds = 0.1 if settings.quick else 2.0
             took = alternate(calls, seconds=seconds, most=100, device=settings.device)
             row[kind] = described(shape, M, took, kind, nbytes)
@@ -128,8 +136,9 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
         "torch / ours": took["torch"].over(ours),
         "bitsandbytes / ours": took["bitsandbytes"].over(ours) if "bitsandbytes" in took else None,
     }
-    if "unfused" in took:
-        row["unfused / ours"] = took["unfused"].over(ours)
+    for name in OTHER_WAYS:
+        if name in took:
+            row[f"{name} / ours"] = took[name].over(ours)
     if kind == "forward":
         row["packed GB/s"] = nbytes / ours.median / 1e9
     return row

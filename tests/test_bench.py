@@ -355,19 +355,19 @@ def test_layer_that_forgets_its_adapter_is_caught():
         lora.check(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
 
 
-def test_unfused_contender_forces_it_for_its_own_call_only():
+def test_a_way_is_taken_for_its_own_call_only():
     seen = []
 
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            seen.append(cuda.forced)
-            return x + 1
+    def call(x):
+        seen.append(cuda.forced)
+        return x + 1
 
-    layer = layers.Unfused(Layer())
-    assert layer(torch.ones(1)) == 2 and seen == ["unfused"] and cuda.forced is None
+    sliced = layers.taking("sliced", call)
+    assert sliced(1) == 2 and seen == ["sliced"] and cuda.forced is None
     with pytest.raises(TypeError):
-        layer(None)  # fails within
-    assert seen == ["unfused", "unfused"] and cuda.forced is None
+        sliced(None)  # fails within
+    assert seen == ["sliced", "sliced"] and cuda.forced is None
+    assert set(lora.OTHER_WAYS) < set(cuda.KERNELS)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if path.stem[0] != "_"])

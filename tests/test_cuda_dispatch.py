@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import _C
+from nf4lora import _C, sliced
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NAMES = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("nf4lora::"))
@@ -117,12 +117,13 @@ def test_which_kernel_is_chosen(cuda):
         assert cuda.chosen("backward", OnCard(*shape), W) == "fused"
     for direction in ("forward", "backward"):
         assert cuda.chosen(direction, OnCard(17, 4096, dtype=torch.float16), W) == "fused"
-        assert cuda.chosen(direction, OnCard(cuda.FUSED_TOKENS, 4096), W) == "fused"
-        assert cuda.chosen(direction, OnCard(cuda.FUSED_TOKENS + 1, 4096), W) == "unfused"
+        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS, 4096), W) == "fused"
+        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS + 1, 4096), W) == "sliced"
         # What no kernel takes: float32, and backwards rows of dy that 16-byte copies cannot follow.
-        assert cuda.chosen(direction, OnCard(2, 4096, dtype=torch.float32), W) == "unfused"
+        assert cuda.chosen(direction, OnCard(2, 4096, dtype=torch.float32), W) == "sliced"
     odd = OnCard(4095, 2048, dtype=torch.uint8)
-    assert cuda.chosen("backward", OnCard(2, 4096), odd) == "unfused"
+    for none_or_odd in (odd, OnCard(0, 2048, dtype=torch.uint8)):
+        assert cuda.chosen("backward", OnCard(2, 4096), none_or_odd) == "sliced"
     assert cuda.chosen("forward", OnCard(20, 4096), odd) == "fused"
     assert cuda.chosen("forward", torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32).byte()) == "unfused"
 
@@ -134,5 +135,27 @@ def test_a_kernel_can_be_forced_where_it_fits(cuda, monkeypatch):
         assert cuda.chosen("forward", OnCard(2, 4096), W) == name
     for name, tokens in (("few", 17), ("quick", 17)):
         monkeypatch.setattr(cuda, "forced", name)
-        with pytest.raises(ValueError, match=rf"cuda.forced must be one of fused, unfused here, got '{name}'"):
+        with pytest.raises(ValueError, match=rf"cuda.forced must be one of fused, sliced, unfused here, got '{name}'"):
             cuda.chosen("forward", OnCard(tokens, 4096), W)
+
+
+@pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (dict(n0=2), ValueError, r"out must lie in W \[3, 64\], got shape \[2, 64\] from row 2 and column 0"),
+        (dict(n0=-1), ValueError, "from row -1"),
+        (dict(k0=32), ValueError, "and column 32"),
+        (dict(k0=16), ValueError, "k0 and the columns of out must be multiples of 32, got 16 and 64"),
+        (dict(out=torch.empty(64, 2).T), ValueError, "out must be .* contiguous"),
+        (dict(out=torch.empty(2, 64).double()), TypeError, "out must be float32, bfloat16 or float16, got float64"),
+        (dict(absmax=ABSMAX[:2]), ValueError, "absmax must hold 3 values"),
+        (dict(absmax=ABSMAX.half()), TypeError, "absmax must be float32, or uint8 with nested, got float16"),
+        (dict(blocksize=48), ValueError, "blocksize must be a power of two"),
+    ],
+    ids=str,
+)
+def test_a_slice_that_is_not_there_is_refused(change, kind, message):
+    good = dict(qweight=QWEIGHT, absmax=ABSMAX, nested=None, blocksize=64, n0=0, k0=0, out=torch.empty(2, 64))
+    with pytest.raises(kind, match=f"^lora_slice: .*{message}"):
+        torch.ops.nf4lora_cuda.lora_slice.default.redispatch(CUDA, *(good | change).values())

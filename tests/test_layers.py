@@ -17,6 +17,7 @@ CSRC = ROOT / "csrc"
 FLOORS = [
     {"_C"},
     {"unfused"},
+    {"sliced"},
     {"cuda"},
     {"ops"},
     {"linear", "doctor", "loss"},

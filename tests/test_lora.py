@@ -271,7 +271,7 @@ def forced_to(kernel, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", ["few", "fused", "unfused"])
+@pytest.mark.parametrize("kernel", ["few", "fused", "sliced", "unfused"])
 def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, monkeypatch):
     forced_to(kernel, monkeypatch)
     for M in (1, 16) if kernel == "few" else (1, 16, 47, 64, 300):
@@ -284,7 +284,7 @@ def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kernel", "M"), [("few", 1), ("fused", 24), ("fused", 200)])
+@pytest.mark.parametrize(("kernel", "M"), [("few", 1), ("fused", 24), ("fused", 200), ("sliced", 100)])
 def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
     forced_to(kernel, monkeypatch)
     case = Case(M=M, N=1024, K=1024, dtype=torch.bfloat16, device="cuda")
@@ -306,7 +306,7 @@ def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["few", "fused"])
+@pytest.mark.parametrize("kernel", ["few", "fused", "sliced"])
 def test_a_kernel_works_on_the_current_stream_and_repeats_bit_for_bit(kernel, monkeypatch):
     forced_to(kernel, monkeypatch)
     case = Case(M=16, N=2048, K=2048, dtype=torch.bfloat16, dropout=0.1, device="cuda")

@@ -97,9 +97,9 @@ def test_random_words_far_into_the_stream():
 @pytest.mark.parametrize("dropout", [0.05, 0.5, 0.999])
 def test_mask_equals_the_reference(dropout):
     rows, seed = torch.empty(37, 96), torch.tensor([99])
-    mask = unfused._mask(rows, slice(0, 37), dropout, seed)
+    mask = unfused.mask(rows, slice(0, 37), dropout, seed)
     assert torch.equal(mask, reference.dropout_mask(37, 96, dropout, seed))
-    assert torch.equal(unfused._mask(rows, slice(11, 20), dropout, seed), mask[11:20])
+    assert torch.equal(unfused.mask(rows, slice(11, 20), dropout, seed), mask[11:20])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

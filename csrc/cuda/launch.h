@@ -105,6 +105,19 @@ int64_t lora_gemm_partials(const LoraGemm& gemm);
 // backwards an N that is no multiple of 8.
 Error lora_gemm(const LoraGemm& gemm, void* stream);
 
+// A rectangle of W: rows [n0, n0 + rows) and columns [k0, k0 + columns). Everything is on the device, contiguous.
+struct Slice {
+  Dtype dtype;              // of weight
+  const uint8_t* qweight;   // [N, K / 2]
+  const float* absmax;      // [N, K / blocksize], or null and
+  const uint8_t* absmax_q;  // [N, K / blocksize] with
+  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
+  void* weight;             // [rows, columns]
+  int64_t N, K, n0, rows, k0, columns, blocksize;
+};
+// Refuses, before it launches anything, k0 or columns off a multiple of 32, and what lies outside W.
+Error lora_slice(const Slice& slice, void* stream);
+
 // What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.
 Error launched();
 

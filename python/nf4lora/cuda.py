@@ -2,10 +2,11 @@
 
 few      up to 16 rows in 16 bits, forward: the packed weight is streamed once (csrc/cuda/lora_few.cu)
 fused    16 bits: tensor cores, W unpacked on the way (csrc/cuda/lora_gemm.cu)
-unfused  W whole in 16 bits, multiplied by torch (unfused.py); takes everything
+sliced   a slice of W at a time in 16 bits, multiplied by torch (sliced.py); takes everything
+unfused  W whole, multiplied by torch (unfused.py): what the others are measured against
 
-The first that can is taken: at 26 bytes of float32 sums for each output, unfused is predicted to lose to fused for any
-number of tokens (bench/README.md).
+The first that can is taken. Fused and sliced are predicted to be within a tenth of each other for 2048 tokens and more
+on an H100, and fused ahead elsewhere (bench/README.md); `forced` is there to measure it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nf4lora import unfused
+from nf4lora import sliced, unfused
 
 FEW_ROWS = 16  # kMostFewRows of csrc/cuda/launch.h
-FUSED_TOKENS = 65535 * 256  # tall_skinny's grid
-KERNELS = ("few", "fused", "unfused")
+KERNELS = ("few", "fused", "sliced", "unfused")
 forced: str | None = None  # one of KERNELS: to measure it where another would be chosen
 
 
@@ -30,6 +30,8 @@ def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Te
             return torch.ops.nf4lora_cuda.lora_linear_few.default(x, qweight, *arguments)
         case "fused":
             return torch.ops.nf4lora_cuda.lora_linear_gemm.default(x, qweight, *arguments)
+        case "sliced":
+            return sliced.lora_linear(x, qweight, *arguments)
     return unfused.lora_linear(x, qweight, *arguments)
 
 
@@ -37,8 +39,11 @@ def lora_linear_backward(
     dy: Tensor, x: Tensor, S: Tensor, qweight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB; arguments and results as in unfused.lora_linear_backward."""
-    if chosen("backward", x, qweight) == "fused":
-        return torch.ops.nf4lora_cuda.lora_linear_gemm_backward.default(dy, x, S, qweight, *arguments)
+    match chosen("backward", x, qweight):
+        case "fused":
+            return torch.ops.nf4lora_cuda.lora_linear_gemm_backward.default(dy, x, S, qweight, *arguments)
+        case "sliced":
+            return sliced.lora_linear_backward(dy, x, S, qweight, *arguments)
     return unfused.lora_linear_backward(dy, x, S, qweight, *arguments)
 
 
@@ -61,11 +66,12 @@ def chosen(direction: str, x: Tensor, qweight: Tensor) -> str:
 
 def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_features: int) -> bool:
     """Whether a kernel takes so many tokens of this dtype."""
-    if name == "unfused":
+    if name in ("sliced", "unfused"):
         return True
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     if name == "few":
         return direction == "forward" and tokens <= FEW_ROWS
-    # Backward the rows of dy are copied 16 bytes at a time.
-    return tokens <= FUSED_TOKENS and (direction == "forward" or out_features % 8 == 0)
+    if tokens > sliced.MOST_ROWS:
+        return False
+    return direction == "forward" or (out_features % 8 == 0 and out_features > 0)  # rows of dy are copied by 16 bytes

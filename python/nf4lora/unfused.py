@@ -46,15 +46,12 @@ def lora_linear(
     _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
     rows = x.reshape(-1, x.shape[-1])
     W = _weight(qweight, absmax, nested, blocksize, x.dtype)
-    A, B = _rounded(lora_A, x.dtype), _rounded(lora_B, x.dtype)
+    S = rows.new_empty(len(rows), 0) if lora_A is None else low_rank(rows, lora_A, dropout, seed)
     y = rows.new_empty(len(rows), len(W))
-    S = rows.new_empty(len(rows), 0 if A is None else len(A))
-    for part in _slices(rows, W):
+    for part in slices_of(rows, W):
         total = _product(rows[part], W.T)
-        if A is not None and B is not None:
-            kept = _dropped(rows, part, dropout, seed)
-            S[part] = _product(kept, A.T).mul_(1.0 / (1.0 - dropout))
-            total.add_(_product(S[part], B.T), alpha=scaling)
+        if lora_B is not None:
+            total.add_(_product(S[part], lora_B.to(x.dtype).T), alpha=scaling)
         if bias is not None:
             total.add_(bias)
         y[part] = total
@@ -86,30 +83,52 @@ def lora_linear_backward(
     """
     _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
     rows, grad = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    A, B = _rounded(lora_A, x.dtype), _rounded(lora_B, x.dtype)
-    scale = scaling / (1.0 - dropout)
-    dx = rows.new_empty(rows.shape if need_dx else (0,))
-    W = _weight(qweight, absmax, nested, blocksize, x.dtype) if need_dx else None
-    dA = None if A is None else torch.zeros_like(A, dtype=torch.float32)
-    dB = None if B is None else torch.zeros_like(B, dtype=torch.float32)
-    for part in _slices(rows, grad.T):
-        total = None if W is None else _product(grad[part], W)
-        if A is not None and B is not None and dA is not None and dB is not None:
-            T = _product(grad[part], B).to(x.dtype)
-            dA.add_(_product(T.T, _dropped(rows, part, dropout, seed)), alpha=scale)
-            dB.add_(_product(grad[part].T, S[part]), alpha=scaling)
-            if total is not None:
-                low_rank = _product(T, A)
-                if dropout > 0:
-                    low_rank.mul_(_mask(rows, part, dropout, seed))
-                total.add_(low_rank, alpha=scale)
-        if total is not None:
-            dx[part] = total
-    return (
-        dx.reshape(x.shape) if need_dx else dx,
-        x.new_empty(0, dtype=torch.float32) if dA is None or lora_A is None else dA.to(lora_A.dtype),
-        x.new_empty(0, dtype=torch.float32) if dB is None or lora_B is None else dB.to(lora_B.dtype),
-    )
+    T = dA = dB = x.new_empty(0, dtype=torch.float32)
+    if lora_A is not None and lora_B is not None:
+        T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
+    if not need_dx:
+        return rows.new_empty(0), dA, dB
+    W = _weight(qweight, absmax, nested, blocksize, x.dtype)
+    dx = torch.empty_like(rows)
+    for part in slices_of(rows, grad.T):
+        total = _product(grad[part], W)
+        if lora_A is not None:
+            term = _product(T[part], lora_A.to(x.dtype))
+            if dropout > 0:
+                term.mul_(mask(rows, part, dropout, seed))
+            total.add_(term, alpha=scaling / (1.0 - dropout))
+        dx[part] = total
+    return dx.reshape(x.shape), dA, dB
+
+
+def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """S = dropout(rows) A^T: [M, R] of the rows' dtype."""
+    A = lora_A.to(rows.dtype)
+    S = rows.new_empty(len(rows), len(A))
+    for part in slices_of(rows, A):
+        S[part] = _product(_dropped(rows, part, dropout, seed), A.T).mul_(1.0 / (1.0 - dropout))
+    return S
+
+
+def low_rank_backward(
+    grad: Tensor,
+    rows: Tensor,
+    S: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T = grad B of the rows' dtype, dA and dB of the dtypes of lora_A and lora_B."""
+    B = lora_B.to(rows.dtype)
+    T = rows.new_empty(S.shape)
+    dA, dB = (torch.zeros_like(factor, dtype=torch.float32) for factor in (lora_A, lora_B))
+    for part in slices_of(rows, grad.T):
+        T[part] = _product(grad[part], B)
+        dA.add_(_product(T[part].T, _dropped(rows, part, dropout, seed)), alpha=scaling / (1.0 - dropout))
+        dB.add_(_product(grad[part].T, S[part]), alpha=scaling)
+    return T, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
 def _weight(qweight: Tensor, absmax: Tensor, nested: Tensor | None, blocksize: int, dtype: torch.dtype) -> Tensor:
@@ -118,11 +137,7 @@ def _weight(qweight: Tensor, absmax: Tensor, nested: Tensor | None, blocksize: i
     return _ops.nf4_dequantize(qweight, absmax, blocksize, dtype)
 
 
-def _rounded(factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if factor is None else factor.to(dtype)
-
-
-def _slices(rows: Tensor, other: Tensor) -> Iterator[slice]:
+def slices_of(rows: Tensor, other: Tensor) -> Iterator[slice]:
     """Slices of the rows, so that neither side of a slice's products exceeds _SLICE values."""
     step = max(1, _SLICE // max(rows.shape[-1], len(other), 1))
     return (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step))
@@ -139,10 +154,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _dropped(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
     """The rows with what dropout leaves out set to zero; the factor 1 / (1 - dropout) is applied in float32 later."""
-    return rows[part] if dropout == 0 else rows[part] * _mask(rows, part, dropout, seed)
+    return rows[part] if dropout == 0 else rows[part] * mask(rows, part, dropout, seed)
 
 
-def _mask(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
+def mask(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
     """bool, the shape of rows[part]: True where kept, as csrc/format.h defines it."""
     assert seed is not None  # the check has seen to it
     K = rows.shape[1]

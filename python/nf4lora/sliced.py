@@ -1,0 +1,247 @@
+"""lora_linear and its backward for many rows: W is unpacked a slice at a time, and torch multiplies each slice.
+
+The slice that comes next is unpacked on a stream beside the one that multiplies. The low-rank term is written first and
+the product with W added to it: it is rounded relative to itself and then once more with y, so that a small one is not
+lost as it would be if it were added to a rounded y. Partial sums are torch's own: float32, unless
+torch.backends.cuda.matmul allows reductions in 16 bits.
+
+CPU tensors run through the same code without streams, where the tests hold it against the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nf4lora import unfused
+
+_ops = torch.ops.nf4lora
+_check = torch.ops.nf4lora_check  # csrc/check.cpp
+
+# Of one slice. Two of them stay in the L2 of a data-centre card (A100 40 MB, H100 50 MB) between being written and
+# being read, and each still fills the card with tiles of a matmul.
+SLICE_BYTES = 16 << 20
+_STEP = 64  # rows or columns: whole tiles of a matmul, and 16-byte alignment inside y and dx
+
+MOST_ROWS = 65535 * 256  # of tall_skinny in csrc/cuda/lora_grad.cu
+
+_UNIT = 32  # columns that share an absmax whatever the blocksize: the smallest one
+
+
+class Packed(NamedTuple):
+    """W as it is stored."""
+
+    qweight: Tensor  # [N, K/2] uint8
+    absmax: Tensor  # [N, K/blocksize] float32, or uint8 with nested
+    nested: Tensor | None
+    blocksize: int
+
+
+class Rectangle(NamedTuple):
+    """Rows and columns of W."""
+
+    n: slice
+    k: slice
+
+    def shape(self) -> tuple[int, int]:
+        return self.n.stop - self.n.start, self.k.stop - self.k.start
+
+
+def lora_linear(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    blocksize: int,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + bias + scaling * S B^T and S = dropout(x) A^T; arguments and results as in ops.lora_linear.
+
+    Returns:
+        y: [..., N] of x's dtype
+        S: [M, R] of x's dtype, R = 0 without LoRA
+    """
+    _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # once: torch would copy awkward strides again for each slice
+    N, K = len(qweight), x.shape[-1]
+    S = rows.new_empty(len(rows), 0) if lora_A is None else low_rank(rows, lora_A, dropout, seed)
+    y = rows.new_empty(len(rows), N)
+    offset = None if bias is None else bias.to(x.dtype)
+    beta = 1.0
+    if lora_B is None:
+        if offset is None:
+            beta = 0.0  # what y holds is not read
+        else:
+            y.copy_(offset)
+    elif offset is None:
+        y.addmm_(S, lora_B.to(x.dtype).T, beta=0.0, alpha=scaling)
+    else:
+        torch.addmm(offset, S, lora_B.to(x.dtype).T, alpha=scaling, out=y)
+    if len(rows) > 0:
+        rectangles = [Rectangle(n, slice(0, K)) for n in _parts(N, K * x.element_size())]
+        for (n, _), W in unpacked(Packed(qweight, absmax, nested, blocksize), rectangles, rows):
+            y[:, n].addmm_(rows, W.T, beta=beta)
+    return y.reshape(*x.shape[:-1], N), S
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    S: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    blocksize: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of lora_linear: dx = dy W + mask * scaling * T A, dA = scaling * T^T (mask * x), dB = scaling * dy^T S.
+
+    T = dy B is rounded to x's dtype; mask is 0 or 1 / (1 - dropout).
+
+    Returns:
+        dx: x's shape and dtype; [0] unless need_dx
+        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA
+    """
+    _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
+    rows, grad = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, dy))
+    T = dA = dB = x.new_empty(0, dtype=torch.float32)
+    if lora_A is not None and lora_B is not None:
+        T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
+    if not need_dx:
+        return rows.new_empty(0), dA, dB
+    N, K = len(qweight), x.shape[-1]
+    if N == 0:
+        return torch.zeros_like(rows).reshape(x.shape), dA, dB
+    dx = torch.empty_like(rows)
+    if lora_A is not None:
+        dx.addmm_(T, lora_A.to(x.dtype), beta=0.0, alpha=scaling / (1.0 - dropout))
+        if dropout > 0:
+            for part in unfused.slices_of(rows, grad.T):
+                dx[part].mul_(unfused.mask(rows, part, dropout, seed))
+    if len(rows) > 0:
+        rectangles = [Rectangle(slice(0, N), k) for k in _parts(K, N * x.element_size())]
+        for (_, k), W in unpacked(Packed(qweight, absmax, nested, blocksize), rectangles, grad):
+            dx[:, k].addmm_(grad, W, beta=0.0 if lora_A is None else 1.0)
+    return dx.reshape(x.shape), dA, dB
+
+
+def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """S; arguments and result as in unfused.low_rank."""
+    if _has_kernel(rows):
+        return torch.ops.nf4lora_cuda.lora_low_rank(rows, lora_A, dropout, seed)
+    return unfused.low_rank(rows, lora_A, dropout, seed)
+
+
+def low_rank_backward(
+    grad: Tensor,
+    rows: Tensor,
+    S: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T, dA and dB; arguments and results as in unfused.low_rank_backward."""
+    arguments = (grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
+    if _has_kernel(grad) and _has_kernel(rows):
+        return torch.ops.nf4lora_cuda.lora_low_rank_backward(*arguments)
+    return unfused.low_rank_backward(*arguments)
+
+
+def _has_kernel(rows: Tensor) -> bool:
+    """Whether csrc/cuda/lora_grad.cu multiplies them; the bound on rows is its grid's."""
+    halves = rows.dtype in (torch.bfloat16, torch.float16)
+    return rows.is_cuda and halves and rows.shape[1] % 8 == 0 and len(rows) <= MOST_ROWS
+
+
+def unpacked(packed: Packed, rectangles: list[Rectangle], like: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
+    """Each rectangle with its part of W, [rows, columns] of like's dtype, which holds until the next one is asked for.
+
+    On a card the next part is unpacked meanwhile, on a stream that forks from the current one and joins it again. Two
+    buffers take turns, both from the current stream's memory:
+
+    - the fork waits for what the current stream has done, so the buffers are free and the packed weight is there;
+    - a part is multiplied after the event of its unpacking, and its buffer refilled after that of its multiplication;
+    - at the end, or at an error, the current stream waits for the other. So everything that used the buffers and the
+      packed weight comes before whatever the current stream does after it has freed them: no record_stream, which
+      would keep the memory from the stream that frees it, and a graph being captured has all its branches joined.
+    """
+    size = max((rows * columns for rows, columns in (r.shape() for r in rectangles)), default=0)
+    buffers = [like.new_empty(size) for _ in rectangles[:2]]
+    packed = Packed(packed.qweight.contiguous(), packed.absmax.contiguous(), packed.nested, packed.blocksize)
+
+    def part(i: int) -> Tensor:
+        rows, columns = rectangles[i].shape()
+        return buffers[i % 2][: rows * columns].view(rows, columns)
+
+    if not like.is_cuda:
+        for i, rectangle in enumerate(rectangles):
+            unpack(packed, rectangle, part(i))
+            yield rectangle, part(i)
+        return
+
+    current, beside = torch.cuda.current_stream(like.device), _stream_beside(like.device)
+    multiplied: list[torch.cuda.Event] = []
+
+    def start(i: int) -> torch.cuda.Event:
+        if i >= 2:
+            beside.wait_event(multiplied[i - 2])
+        with torch.cuda.stream(beside):
+            unpack(packed, rectangles[i], part(i))
+        return beside.record_event()
+
+    beside.wait_stream(current)
+    try:
+        ready = [start(i) for i in range(len(rectangles[:1]))]
+        for i, rectangle in enumerate(rectangles):
+            if i + 1 < len(rectangles):
+                ready.append(start(i + 1))
+            current.wait_event(ready[i])
+            yield rectangle, part(i)
+            multiplied.append(current.record_event())
+    finally:
+        current.wait_stream(beside)
+
+
+def unpack(packed: Packed, rectangle: Rectangle, out: Tensor) -> None:
+    """out = W[n, k] to the bit; k begins and ends at a multiple of 32."""
+    qweight, absmax, nested, blocksize = packed
+    n, k = rectangle
+    if out.is_cuda:
+        torch.ops.nf4lora_cuda.lora_slice(qweight, absmax, nested, blocksize, n.start, k.start, out)
+        return
+    if nested is not None:
+        absmax = _ops.absmax_dequantize(absmax, nested)
+    scales = absmax.reshape(len(qweight), -1).repeat_interleave(blocksize // _UNIT, dim=1)
+    codes = qweight[n, k.start // 2 : k.stop // 2].contiguous()
+    scales = scales[n, k.start // _UNIT : k.stop // _UNIT].contiguous()
+    _ops.nf4_dequantize.out(codes, scales, _UNIT, out=out)
+
+
+def _parts(length: int, nbytes: int) -> list[slice]:
+    """Slices of rows or columns of `nbytes` each, all about as long, none above SLICE_BYTES if _STEP allows."""
+    most = max(_STEP, SLICE_BYTES // max(nbytes, 1) // _STEP * _STEP)
+    count = max(1, -(-length // most))
+    step = max(1, -(-length // (count * _STEP))) * _STEP
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: the few blocks that unpack a slice go before a matmul's, which would else fill the card."""
+    return torch.cuda.Stream(device, priority=-1)
