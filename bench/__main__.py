@@ -3,6 +3,7 @@
 python -m bench                   everything, into bench/results/<device>.json
 python -m bench nf4 lora          two cases; the others' results stay
 python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
+python -m bench tune              by name alone: which kernel a GPU takes, measured, into python/nf4lora/choice.json
 python -m bench --table           writes the results into bench/README.md
 """
 
@@ -22,6 +23,7 @@ from .machine import environment
 from .timing import Watch, warning, warning_before
 
 CASES = ("nf4", "absmax", "lora", "isa", "bounds", "load", "train", "step", "generate", "converge", "perplexity")
+EXPLICIT = ("tune",)  # by name alone: it rewrites a file of the library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         return write_table()
     if options.list:
-        for name in CASES:
+        for name in (*CASES, *EXPLICIT):
             print(f"{name:<12}{case(name).QUESTION}")
         return 0
     settings = Settings(options.quick, options.device, options.model)
@@ -91,7 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog=f"python -m {__package__}",
         description="Benchmarks of nf4lora, each beside the best rival that is installed.",
     )
-    parser.add_argument("case", nargs="*", help=f"{', '.join(CASES)}; all without one")
+    parser.add_argument(
+        "case", nargs="*", help=f"{', '.join(CASES)}; all without one. By name alone: {', '.join(EXPLICIT)}"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: see that it runs; nothing is kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a line per case here, keep nothing elsewhere")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the real model (default: %(default)s)")
@@ -99,9 +103,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and what they answer")
     parser.add_argument("--table", action="store_true", help="write bench/results/*.json into bench/README.md")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.case if name not in CASES]
+    unknown = [name for name in options.case if name not in (*CASES, *EXPLICIT)]
     if unknown:
-        parser.error(f"case must be one of {', '.join(CASES)}, got {', '.join(unknown)}")
+        parser.error(f"case must be one of {', '.join((*CASES, *EXPLICIT))}, got {', '.join(unknown)}")
     return options
 
 

@@ -1,12 +1,15 @@
 """What a CUDA tensor meets before any kernel runs, without a GPU: the CUDA implementation of an op, called by its
 dispatch key on CPU tensors."""
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from nf4lora import _C, sliced
+from nf4lora.choice import kernel_for
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NAMES = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("nf4lora::"))
@@ -108,24 +111,50 @@ def cuda():
     return cuda
 
 
-def test_which_kernel_is_chosen(cuda):
+@pytest.fixture
+def on(cuda, monkeypatch):
+    """on(architecture): the card that every device is."""
+
+    def be(architecture):
+        monkeypatch.setattr(cuda, "_architecture", lambda device: architecture)
+
+    return be
+
+
+def test_the_table_chooses(cuda, on):
     launch = (Path(__file__).parents[1] / "csrc/cuda/launch.h").read_text()
     assert f"kMostFewRows = {cuda.FEW_ROWS};" in launch
-    W = OnCard(4096, 2048, dtype=torch.uint8)
-    for shape in ((16, 4096), (2, 8, 4096), (4096,), (0, 4096)):
-        assert cuda.chosen("forward", OnCard(*shape), W) == "few"
-        assert cuda.chosen("backward", OnCard(*shape), W) == "fused"
+    W, small = OnCard(4096, 2048, dtype=torch.uint8), OnCard(1024, 512, dtype=torch.uint8)
+    for architecture, direction in itertools.product(("8.0", "8.9", "9.0", "10.0", "99.0"), ("forward", "backward")):
+        on(architecture)
+        for shape in ((16, 4096), (2, 8, 4096), (4096,), (0, 4096), (17, 4096), (4, 1024, 4096), (65536, 4096)):
+            tokens = math.prod(shape[:-1])
+            for weight, count in ((W, 4096 * 4096), (small, 1024 * 1024)):
+                expected = kernel_for(architecture, direction, tokens, count)
+                assert cuda.chosen(direction, OnCard(*shape, dtype=torch.float16), weight) == expected
+    on("9.0")
+    assert cuda.chosen("forward", OnCard(3, 4096), W) == "few"
+    assert cuda.chosen("backward", OnCard(3, 4096), W) == "fused"
+    assert cuda.chosen("forward", OnCard(65536, 4096), W) == "sliced"
+
+
+def test_what_the_tables_kernel_cannot_take_is_sliced(cuda, on):
+    on("9.0")
+    W, odd = OnCard(4096, 2048, dtype=torch.uint8), OnCard(4095, 2048, dtype=torch.uint8)
+    small = OnCard(64, 32, dtype=torch.uint8)
     for direction in ("forward", "backward"):
-        assert cuda.chosen(direction, OnCard(17, 4096, dtype=torch.float16), W) == "fused"
-        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS, 4096), W) == "fused"
-        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS + 1, 4096), W) == "sliced"
-        # What no kernel takes: float32, and backwards rows of dy that 16-byte copies cannot follow.
+        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS, 64), small) == "fused"
+        assert cuda.chosen(direction, OnCard(sliced.MOST_ROWS + 1, 64), small) == "sliced"
         assert cuda.chosen(direction, OnCard(2, 4096, dtype=torch.float32), W) == "sliced"
-    odd = OnCard(4095, 2048, dtype=torch.uint8)
-    for none_or_odd in (odd, OnCard(0, 2048, dtype=torch.uint8)):
+    for none_or_odd in (odd, OnCard(0, 2048, dtype=torch.uint8)):  # rows of dy that 16-byte copies cannot follow
         assert cuda.chosen("backward", OnCard(2, 4096), none_or_odd) == "sliced"
     assert cuda.chosen("forward", OnCard(20, 4096), odd) == "fused"
-    assert cuda.chosen("forward", torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32).byte()) == "unfused"
+
+
+def test_what_the_check_refuses_does_not_reach_the_table(cuda):
+    x, qweight = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(8, 32).byte()
+    assert cuda.chosen("forward", x, qweight) == "unfused"
+    assert cuda.chosen("forward", OnCard(1, 64), OnCard(64, dtype=torch.uint8)) == "unfused"
 
 
 def test_a_kernel_can_be_forced_where_it_fits(cuda, monkeypatch):
@@ -153,7 +182,7 @@ def test_a_kernel_can_be_forced_where_it_fits(cuda, monkeypatch):
         (dict(absmax=ABSMAX.half()), TypeError, "absmax must be float32, or uint8 with nested, got float16"),
         (dict(blocksize=48), ValueError, "blocksize must be a power of two"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_slice_that_is_not_there_is_refused(change, kind, message):
     good = dict(qweight=QWEIGHT, absmax=ABSMAX, nested=None, blocksize=64, n0=0, k0=0, out=torch.empty(2, 64))

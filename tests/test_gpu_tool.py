@@ -92,6 +92,25 @@ def test_a_skipped_test_fails_the_part(tool, tmp_path, capfd):
     assert "failed: 1 tests skipped, the first because" in capfd.readouterr().out
 
 
+def test_what_is_tuned_is_used_from_then_on(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
+    source, installed = tmp_path / gpu.CHOICE, tmp_path / "site/nf4lora/choice.json"
+    for path in (source, installed):
+        path.parent.mkdir(parents=True)
+        path.write_text("predicted")
+    write = f"from pathlib import Path; Path({str(source)!r}).write_text('measured')"
+    assert tool(tune=f"{write}; raise SystemExit(1)") == 1
+    assert installed.read_text() == "predicted"
+    assert tool(tune=write) == 0
+    assert installed.read_text() == "measured"
+
+
+def test_tuning_comes_before_measuring_and_not_from_tiny_sizes():
+    names = [part.name for part in gpu.parts("80", False)]
+    assert names.index("build") < names.index("tune") < names.index("bench")
+    assert "tune" not in [part.name for part in gpu.parts("80", True)]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_sanitizers_see_every_kernel(quick):
     (part,) = (part for part in gpu.parts("80", quick) if part.name == "memcheck")

@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
 FLOORS = [
     {"_C"},
-    {"unfused"},
+    {"unfused", "choice"},
     {"sliced"},
     {"cuda"},
     {"ops"},

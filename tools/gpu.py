@@ -43,6 +43,7 @@ found["absent"] = [name for name in names if importlib.util.find_spec(name) is N
 print(json.dumps(found | {"torch": torch.__version__}))
 """
 KERNEL_TESTS = ("tests/test_nf4.py", "tests/test_absmax.py", "tests/test_lora.py")
+CHOICE = "python/nf4lora/choice.json"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct" / "config.json"
 
 
@@ -103,6 +104,7 @@ def parts(architecture: str, quick: bool) -> list[Part]:
         Part("tests", [*tests, f"--junitxml={LOGS / 'tests.xml'}"], 300),
         Part("memcheck", [*sanitize, "--tool", "memcheck", *tests, *few, *KERNEL_TESTS], 60 if quick else 240),
         Part("racecheck", [*sanitize, "--tool", "racecheck", *tests, *few, *KERNEL_TESTS], 60 if quick else 240),
+        *([] if quick else [Part("tune", [python, "-m", "bench", "--device", "cuda", "tune"], 240)]),
         Part("bench", [*bench, *(["--quick"] if quick else [])], 60 if quick else 600),
         *([] if quick else [Part("table", [python, "-m", "bench", "--table"], 60)]),
     ]
@@ -134,6 +136,8 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
         return seconds, f"failed: stopped after {part.limit_s} s"
     if child.returncode:
         return seconds, f"failed: exit code {child.returncode}"
+    if part.name == "tune":  # the parts that follow are to take what it has chosen
+        shutil.copy(ROOT / CHOICE, SITE / "nf4lora")
     if part.name == "tests" and (skipped := skips(LOGS / "tests.xml")):
         return seconds, f"failed: {len(skipped)} tests skipped, the first because {skipped[0]}"
     return seconds, "passed"

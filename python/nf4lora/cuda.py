@@ -5,18 +5,18 @@ fused    16 bits: tensor cores, W unpacked on the way (csrc/cuda/lora_gemm.cu)
 sliced   a slice of W at a time in 16 bits, multiplied by torch (sliced.py); takes everything
 unfused  W whole, multiplied by torch (unfused.py): what the others are measured against
 
-The first that can is taken. Fused and sliced are predicted to be within a tenth of each other for 2048 tokens and more
-on an H100, and fused ahead elsewhere (bench/README.md); `forced` is there to measure it.
+choice.json says which is the fastest (choice.py); where that one does not fit, it is sliced. `forced` is for measuring.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nf4lora import sliced, unfused
+from nf4lora import choice, sliced, unfused
 
 FEW_ROWS = 16  # kMostFewRows of csrc/cuda/launch.h
 KERNELS = ("few", "fused", "sliced", "unfused")
@@ -56,12 +56,20 @@ def chosen(direction: str, x: Tensor, qweight: Tensor) -> str:
     if not x.is_cuda or x.dim() == 0 or qweight.dim() != 2:
         return "unfused"  # whose check says what is wrong; a CPU tensor comes here in tests alone
     tokens = x.numel() // max(x.shape[-1], 1)
-    able = [name for name in KERNELS if fits(name, direction, tokens, x.dtype, qweight.shape[0])]
+    out_features = qweight.shape[0]
     if forced is None:
-        return able[0]
+        name = choice.kernel_for(_architecture(x.device), direction, tokens, 2 * qweight.numel())
+        return name if fits(name, direction, tokens, x.dtype, out_features) else "sliced"
+    able = [name for name in KERNELS if fits(name, direction, tokens, x.dtype, out_features)]
     if forced not in able:
         raise ValueError(f"lora_linear: cuda.forced must be one of {', '.join(able)} here, got {forced!r}")
     return forced
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
 
 
 def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_features: int) -> bool:

@@ -1,0 +1,250 @@
+"""tune: every way that lora_linear has on a GPU, timed, and the rules of choice.json that follow.
+
+Runs by name alone: it rewrites python/nf4lora/choice.json for the card's architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from nf4lora import choice, cuda, ops
+
+from .case import Absent, Settings, check_close
+from .contenders import ALPHA, RANK
+from .layers import taking
+from .machine import commit
+from .results import HERE, IN_REPOSITORY
+from .shapes import Shape, named
+from .table import Table
+from .timing import alternate, rotation
+
+QUESTION = "Which kernel is the fastest for how many tokens, forward and backward, on this GPU?"
+
+SHAPES = named(
+    "SmolLM2-135M q, o",
+    "SmolLM2-135M gate, up",
+    "Llama-3.1-8B q, o",
+    "Llama-2-7B gate, up",
+    "Llama-3.1-8B down",
+)
+QUICK = named("SmolLM2-135M q, o", "Llama-3.1-8B q, o")
+TOKENS = tuple(2**power for power in range(14))
+SMALL = 1 << 22  # weights: between what is measured, 0.9 million of SmolLM2 and 17 million of Llama, by ratio
+TOLERANCE = 0.02  # bf16, S and T rounded to it: a few last places of 2**-8
+PATH = HERE.parent / "python/nf4lora/choice.json"
+
+Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of each kernel that can take so many tokens of an N x K layer."""
+
+    direction: str
+    N: int
+    K: int
+    tokens: int
+    seconds: dict[str, float]
+
+
+def run(settings: Settings) -> list[Table]:
+    if settings.device != "cuda":
+        raise Absent("tune chooses between the kernels of a GPU: it needs a CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}.{minor}"
+    shapes, tokens = (QUICK, (1, 16, 32)) if settings.quick else (SHAPES, TOKENS)
+    times = [time for shape in shapes for time in times_of(shape, tokens, settings)]
+    rules = rules_from(times, architecture, f"{torch.cuda.get_device_name()}, {commit() or 'no commit'}")
+    if settings.quick or not IN_REPOSITORY:
+        note = "not written: tiny sizes" if settings.quick else "not written: this is no repository of nf4lora"
+        print(choice.text(rules), flush=True)
+    else:
+        choice.rewrite(PATH, architecture, rules)
+        note = f"written into {PATH.relative_to(HERE.parent)}"
+    return [
+        *(table_of(direction, times, rules) for direction in choice.KERNELS),
+        Table(f"Rules of {architecture}", [asdict(rule) for rule in rules], [note]),
+    ]
+
+
+# ---- times ----
+
+
+def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Time]:
+    """Both directions of one layer, in bf16 with LoRA; each way's answer is compared with unfused's first."""
+    device = settings.device
+    weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
+    qweight, scales = ops.nf4_quantize(weight)
+    packed = (qweight, *ops.absmax_quantize(scales))
+    nbytes = sum(each.nbytes for each in packed)
+    turn = rotation(lambda _: tuple(each.clone() for each in packed), nbytes, device)
+    A, B = (torch.randn(size, device=device).mul_(0.02) for size in ((RANK, shape.K), (shape.N, RANK)))
+
+    def forward(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
+        return torch.ops.nf4lora.lora_linear(x, *packed, None, A, B, ALPHA / RANK, 0.0, None, ops.BLOCKSIZE)
+
+    def backward(dy: Tensor, x: Tensor, S: Tensor, packed: Packed) -> tuple[Tensor, ...]:
+        return torch.ops.nf4lora.lora_linear_backward(
+            dy, x, S, *packed, A, B, ALPHA / RANK, 0.0, None, ops.BLOCKSIZE, True
+        )
+
+    found = []
+    for M in tokens:
+        x, dy = (torch.randn(M, size, device=device).bfloat16() for size in (shape.K, shape.N))
+        S = taking("unfused", forward)(x, packed)[1]
+        for direction, call in (("forward", partial(forward, x)), ("backward", partial(backward, dy, x, S))):
+            ways = {
+                name: taking(name, call) for name in cuda.KERNELS if cuda.fits(name, direction, M, x.dtype, shape.N)
+            }
+            check(f"{shape.name}, {M} tokens, {direction}", {name: way(packed) for name, way in ways.items()})
+            took = alternate(
+                {name: partial(_on_next, way, turn) for name, way in ways.items()},
+                seconds=0.05 if settings.quick else 0.5,
+                device=device,
+            )
+            seconds = {name: timing.median for name, timing in took.items()}
+            found.append(Time(direction, shape.N, shape.K, M, seconds))
+    return found
+
+
+def _on_next(way: Callable[[Packed], object], turn: Iterator[Packed]) -> object:
+    return way(next(turn))
+
+
+def check(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
+    """All ways against unfused, which torch multiplies."""
+    for name, answer in answers.items():
+        for number, (found, wanted) in enumerate(zip(answer, answers["unfused"], strict=True)):
+            check_close(f"{name}, {what}, result {number}", found, wanted, TOLERANCE)
+
+
+def table_of(direction: str, times: Iterable[Time], rules: Iterable[choice.Rule]) -> Table:
+    """Milliseconds of each way, and how much longer the chosen one takes than the fastest that may be chosen."""
+    rules = list(rules)
+    rows = []
+    for time in times:
+        if time.direction != direction:
+            continue
+        rule = next(r for r in rules if r.direction == direction and r.holds(time.tokens, time.N * time.K))
+        fastest = min(seconds for name, seconds in time.seconds.items() if name in choice.KERNELS[direction])
+        rows.append(
+            {
+                "layer": f"{time.N} x {time.K}",
+                "M": time.tokens,
+                **{f"{name}, ms": _milliseconds(time, name) for name in cuda.KERNELS},
+                "chosen": rule.kernel,
+                "chosen / fastest": time.seconds[rule.kernel] / fastest,
+            }
+        )
+    notes = [
+        f"bf16, LoRA of rank {RANK}, double quantisation; calls of the op from Python, launches included; medians",
+        "few, fused, sliced, unfused: cuda.forced; unfused is never chosen, it needs memory for the whole of W",
+    ]
+    return Table(direction.capitalize(), rows, notes)
+
+
+def _milliseconds(time: Time, name: str) -> float | None:
+    return 1e3 * time.seconds[name] if name in time.seconds else None
+
+
+# ---- rules ----
+
+
+def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> list[choice.Rule]:
+    """Rules for small layers, then for all: each kernel up to the number of tokens where the next one overtakes it.
+
+    What is compared is the geometric mean over the layers of a size. Where a size was not measured, it has the rules
+    of the other. Small layers get none of their own where they would be the same.
+
+    >>> for rule in rules_from(
+    ...     [Time("backward", 4096, 4096, M, {"fused": M, "sliced": 100 + M / 2}) for M in (64, 128, 256, 512)]
+    ...     + [Time("forward", 4096, 4096, M, {"fused": 1, "sliced": 2}) for M in (64, 512)],
+    ...     "9.0", "a card, a commit",
+    ... ):
+    ...     print(rule.direction, rule.kernel, rule.most_tokens, rule.why)
+    forward fused None measured: sliced takes 2.00 times as long for 64 to 512 tokens; a card, a commit
+    backward fused 128 measured: sliced takes 1.28 to 2.06 times as long for 64 to 128 tokens; a card, a commit
+    backward sliced None measured: fused takes 1.12 to 1.44 times as long for 256 to 512 tokens; a card, a commit
+    """
+    rules = []
+    times = list(times)
+    for direction in choice.KERNELS:
+        here = [time for time in times if time.direction == direction]
+        small, large = ([t for t in here if (t.N * t.K <= SMALL) is wanted] for wanted in (True, False))
+        of_small, of_all = (ranges(means(group), choice.KERNELS[direction]) for group in (small, large or small))
+        groups: list[tuple[int | None, dict[str, list[int]], Means]] = [(None, of_all, means(large or small))]
+        if small and limits(of_small) != limits(of_all):
+            groups.insert(0, (SMALL, of_small, means(small)))
+        for most_weights, found, took in groups:
+            for (kernel, most_tokens), tokens in zip(limits(found), found.values(), strict=True):
+                why = f"measured: {reason(kernel, tokens, took, choice.KERNELS[direction])}; {measured_on}"
+                rules.append(choice.Rule(architecture, direction, kernel, most_tokens, most_weights, why))
+    return rules
+
+
+Means = dict[int, dict[str, float]]  # by tokens and kernel: geometric means of seconds over layers
+
+
+def means(times: Iterable[Time]) -> Means:
+    """
+    >>> means([Time("forward", 64, 64, 1, {"fused": 1.0}), Time("forward", 64, 128, 1, {"fused": 4.0})])
+    {1: {'fused': 2.0}}
+    """
+    found: dict[int, dict[str, list[float]]] = {}
+    for time in times:
+        for name, seconds in time.seconds.items():
+            found.setdefault(time.tokens, {}).setdefault(name, []).append(math.log(seconds))
+    return {
+        tokens: {name: math.exp(math.fsum(logs) / len(logs)) for name, logs in kernels.items()}
+        for tokens, kernels in sorted(found.items())
+    }
+
+
+def ranges(took: Means, kernels: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of tokens that each kernel is to take, in the order of `kernels`, without those that take none.
+
+    Of all ways to cut the numbers into successive ranges the one with the least time, as a geometric mean over them:
+    one number that noise has turned does not move a limit far. Of equal ones the earlier kernel takes the more.
+    """
+    numbers = list(took)
+
+    def cut(places: tuple[int, ...]) -> dict[str, list[int]]:
+        edges = [0, *places, len(numbers)]
+        return {kernel: numbers[edges[i] : edges[i + 1]] for i, kernel in enumerate(kernels)}
+
+    def cost(places: tuple[int, ...]) -> float:
+        return math.fsum(
+            math.log(took[tokens].get(kernel, math.inf)) for kernel, part in cut(places).items() for tokens in part
+        )
+
+    every = list(combinations_with_replacement(range(len(numbers) + 1), len(kernels) - 1))
+    best = min(reversed(every), key=cost)
+    return {kernel: part for kernel, part in cut(best).items() if part}
+
+
+def limits(found: dict[str, list[int]]) -> list[tuple[str, int | None]]:
+    """Each kernel with its largest number of tokens; the last one takes any."""
+    last = list(found)[-1:]
+    return [(kernel, None if kernel in last else tokens[-1]) for kernel, tokens in found.items()]
+
+
+def reason(kernel: str, tokens: Sequence[int], took: Means, kernels: Sequence[str]) -> str:
+    """How much longer the best of the others takes."""
+    span = f"for {tokens[0]} to {tokens[-1]} tokens" if len(tokens) > 1 else f"for {tokens[0]} tokens"
+    best: dict[int, str] = {}
+    for number in tokens:
+        if others := [name for name in kernels if name != kernel and name in took[number]]:
+            best[number] = min(others, key=took[number].__getitem__)
+    if not best:
+        return f"nothing else ran {span}"
+    ratios = [took[number][name] / took[number][kernel] for number, name in best.items()]
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    names = " or ".join(name for name in kernels if name in best.values())
+    return f"{names} takes {low if low == high else f'{low} to {high}'} times as long {span}"
