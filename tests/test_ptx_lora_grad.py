@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora import reference, unfused
 
 from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from ptx.grid import Launch
 from ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
@@ -60,7 +61,6 @@ class Grad:
         )  # fmt: skip
         said = self.launchers.tall_skinny(ctypes.pointer(arguments), None)
         if said:
-            assert P.untouched() and g.untouched()
             return said
         z = Z.double() * (reference.dropout_mask(M, D, dropout, seed) if dropout else 1)
         out = []
@@ -97,13 +97,38 @@ def test_any_shape_layout_and_dtype(case):
     Grad().run(**case)
 
 
-def test_repeats_bit_for_bit():
-    first, second = Grad().run(37, 72, 5), Grad().run(37, 72, 5)
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+@pytest.mark.parametrize("which", ["inner", "outer", "both"])
+@pytest.mark.parametrize("R", [9, 72])  # two tiles of eight, a rest; four of them thrice, a rest
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_instantiation(dtype, R, which):
+    Grad().run(37, 264, R, dtype, which, dropout=0.2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_repeats_bit_for_bit_alone_and_together(dropout):
+    shape = (300, 264, 5)  # two parts of either product
+    P, G = Grad().run(*shape, dropout=dropout)
+    again = Grad().run(*shape, dropout=dropout)
+    (alone_P,), (alone_G,) = (Grad().run(*shape, which=which, dropout=dropout) for which in ("inner", "outer"))
+    assert torch.equal(P, again[0]) and torch.equal(G, again[1])
+    assert torch.equal(P, alone_P) and torch.equal(G, alone_G)
 
 
 def test_without_rows_the_gradient_is_zero():
     assert not Grad().run(0, 72, 3)[1].any()
+
+
+def test_without_columns_the_product_is_zero():
+    grad = Grad()
+    assert not grad.run(3, 0, 3)[0].any()
+    assert len(grad.launchers.launches) == 1  # the sum of no parts; no grid of zero blocks, which is an error
+
+
+@pytest.mark.parametrize(("shape", "which"), [((3, 72, 0), "both"), ((0, 72, 3), "inner"), ((3, 0, 3), "outer")])
+def test_nothing_is_launched_for_nothing(shape, which):
+    grad = Grad()
+    assert all(product.numel() == 0 for product in grad.run(*shape, which=which))
+    assert grad.launchers.launches == []
 
 
 @pytest.mark.parametrize(
@@ -115,4 +140,47 @@ def test_without_rows_the_gradient_is_zero():
     ],
 )
 def test_what_it_cannot_take_is_refused_before_a_launch(case, why):
-    assert Grad().run(**(dict(M=3, D=72, R=3) | case)) == why
+    grad = Grad()
+    assert grad.run(**(dict(M=3, D=72, R=3) | case)) == why
+    assert grad.launchers.launches == []
+
+
+def test_rows_are_as_many_as_the_grid_holds():
+    launchers, most = Grad().launchers, 65535 * 256
+    say = lambda M: launchers.tall_skinny(ctypes.pointer(TallSkinny(dtype=1, M=M, D=8)), None)  # noqa: E731
+    assert say(most) is None  # nothing to do, R = 0, but taken
+    assert say(most + 1) == "more rows than the grid of tall and skinny products holds"
+    assert launchers.launches == []
+
+
+def test_launch_error_is_reported():
+    grad = Grad()
+    grad.launchers.fail_next(1)
+    assert grad.run(3, 72, 3) == "an error of the test"
+
+
+def test_indices_are_64_bit():
+    """The last block of 2^34 values of Z: the pointers are moved back, so that only the end of each tensor is there."""
+    device = Grad().device
+    rows, D, R, dropout = 37, 1032, 136, 0.3
+    M = 65534 * 256 + rows
+    draw = torch.Generator().manual_seed(0)
+    Z, L = (torch.randn(rows, columns, generator=draw).bfloat16() for columns in (D, R))
+    F, seed = torch.randn(D, R, generator=draw), torch.tensor([-(2**40) - 12345])
+    inner, outer = (device.upload(np.zeros((n, R), np.float32)) for n in (rows, D))
+    device.run(
+        kernel := device.kernel("tall_skinny", "bfloat16Li4ELb1ELb1E"),
+        device._pack(kernel, [
+            device.upload(bits(Z)).address - 2 * (M - rows) * D, device.upload(bits(F)),
+            device.upload(bits(L)).address - 2 * (M - rows) * R, device.upload(bits(seed)),
+            inner.address - 4 * (5 * M - rows) * R, outer.address - 4 * 65534 * D * R,
+            M, D, R, 0, int(dropout * 2**32 + 0.5), 0, 0,
+        ]),
+        Launch((5, 65535, 5), (128, 1, 1), only_last=True),
+    )  # fmt: skip
+    z = (Z * unfused.mask(Z, slice(M - rows, M), dropout, seed))[:, 1024:].double()
+    expected_inner, expected_outer = torch.zeros(rows, R).double(), torch.zeros(D, R).double()
+    expected_inner[:, 128:] = z @ F[1024:, 128:].bfloat16().double()
+    expected_outer[1024:, 128:] = z.T @ L[:, 128:].double()
+    for got, expected in ((inner, expected_inner), (outer, expected_outer)):  # float32 sums of a few dozen values
+        torch.testing.assert_close(torch.from_numpy(got.numpy()).double(), expected, rtol=2**-22, atol=1e-5)

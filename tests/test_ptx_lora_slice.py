@@ -52,14 +52,14 @@ class Unpacker:
         given = {k: v.address if hasattr(v, "address") else v for k, v in arguments.items()}
         return self.launchers.lora_slice(ctypes.byref(Slice(**given)), None)
 
-    def slice(self, W, dtype, n0, rows, k0, columns, offset=0):
-        """The part, or what the launcher said; `offset` bytes put codes and output off their alignment."""
+    def slice(self, W, dtype, n0, rows, k0, columns, offsets=(0, 0)):
+        """The part, or what the launcher said; `offsets` in bytes put codes and output off their alignment."""
         qweight, absmax, nested, blocksize = W
-        out = self.device.empty(rows * columns, bits(torch.empty(0, dtype=dtype)).dtype, offset)
+        out = self.device.empty(rows * columns, bits(torch.empty(0, dtype=dtype)).dtype, offsets[1])
         scales = self.device.upload(bits(absmax))
         said = self.launch(
             dtype=DTYPES.index(dtype),
-            qweight=self.device.upload(bits(qweight), offset),
+            qweight=self.device.upload(bits(qweight), offsets[0]),
             absmax=scales if nested is None else None,
             absmax_q=None if nested is None else scales,
             nested=None if nested is None else self.device.upload(bits(nested)),
@@ -69,8 +69,8 @@ class Unpacker:
         )
         return said if said is not None else out.numpy().reshape(rows, columns)
 
-    def check(self, W, dtype, *rectangle, offset=0):
-        got = self.slice(W, dtype, *rectangle, offset=offset)
+    def check(self, W, dtype, *rectangle, offsets=(0, 0)):
+        got = self.slice(W, dtype, *rectangle, offsets=offsets)
         assert not isinstance(got, str), got
         assert (got.flatten() == bits(expected(W, dtype, *rectangle))).all()
 
@@ -104,9 +104,14 @@ def test_ragged_rectangles(one, rectangle):
         one.check(packed(70, 320, 32), dtype, *rectangle)
 
 
+@pytest.mark.parametrize("off", [(1, 1), (1, 0), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unaligned_tensors_take_the_slow_path_to_the_same_bits(one, dtype):
-    one.check(packed(9, 128), dtype, 1, 7, 32, 96, offset=dtype.itemsize)
+def test_unaligned_tensors_take_the_slow_path_to_the_same_bits(one, dtype, off):
+    one.check(packed(9, 128), dtype, 1, 7, 32, 96, offsets=(off[0], off[1] * dtype.itemsize))
+
+
+def test_the_offset_is_found_behind_whole_blocks_of_scales(one):
+    one.check(packed(8, 1024, 32), torch.float32, 0, 8, 0, 1024)  # 256 scales, one nested block to the last
 
 
 def test_neighbours_of_the_part_are_not_touched(one):

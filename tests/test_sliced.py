@@ -1,4 +1,9 @@
-"""lora_linear with slices of W, called directly on CPU tensors; streams and the kernel that unpacks need a card."""
+"""lora_linear with slices of W, called directly on CPU tensors; of a card's streams the order alone is simulated."""
+
+import contextlib
+import math
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,13 +11,13 @@ import torch
 from nf4lora import ops, reference, sliced
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Both sides sum in float32, in another order. In 16 bits the low-rank term is rounded once more, to its own last place.
+# Distance of two neighbours of the dtype, relative to the smaller; of float32 what sums in another order differ by.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 M, N, K, R = 10, 200, 320, 4
 
 
-def layer(dtype, *, bias=True, lora=True, double_quant=True, dropout=0.0, blocksize=64, lead=(M,)):
-    """x, dy, and the arguments that forward and backward share."""
+def layer(dtype, *, bias=True, lora=True, double_quant=True, dropout=0.0, blocksize=64, lead=(M,), N=N, K=K):
+    """x, dy, the arguments that forward and backward share, and a bias."""
     x, dy = torch.randn(*lead, K).to(dtype), torch.randn(*lead, N).to(dtype)
     qweight, absmax = ops.nf4_quantize(torch.randn(N, K) / K**0.5, blocksize)
     nested = None
@@ -25,12 +30,19 @@ def layer(dtype, *, bias=True, lora=True, double_quant=True, dropout=0.0, blocks
     return x, dy, arguments, torch.randn(N).to(dtype) if bias else None
 
 
-def assert_near(got, expected, dtype, steps=2):
-    """`steps` last places of the largest value: sums of hundreds of values of its size, and two roundings."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    if got.numel():
-        worst = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-6)
-        assert worst <= steps * STEP[dtype], worst
+def packed_of(arguments):
+    return sliced.Packed(*(arguments[name] for name in sliced.Packed._fields))
+
+
+def assert_near(got, expected, dtype, through=0.0):
+    """One step of the dtype; `through`: what intermediate results, which have 16 bits too, add to that."""
+    assert got.dtype == expected.dtype
+    atol = STEP[torch.float32] * largest(expected) + through
+    torch.testing.assert_close(got, expected, rtol=STEP[dtype], atol=atol)
+
+
+def largest(values):
+    return values.float().abs().max().item() if values.numel() else 0.0
 
 
 @pytest.fixture(params=[sliced.SLICE_BYTES, 1], ids=["one_slice", "many_slices"])
@@ -45,22 +57,39 @@ def slices(request, monkeypatch):
     "options",
     [
         dict(), dict(bias=False), dict(lora=False), dict(lora=False, bias=False), dict(double_quant=False),
-        dict(dropout=0.3), dict(blocksize=32), dict(lead=(2, 3)), dict(lead=(0,)),
+        dict(dropout=0.25), dict(dropout=0.9, double_quant=False, blocksize=32, K=480), dict(blocksize=32),
+        dict(blocksize=256, K=512, lead=(2, 3)), dict(N=24, K=32, blocksize=32), dict(lead=()), dict(lead=(0,)),
+        dict(lead=(2, 0), dropout=0.5), dict(lead=(0, 3), lora=False, bias=False),
     ],
     ids=str,
 )  # fmt: skip
 def test_equals_the_reference(dtype, options, slices):
     x, dy, arguments, bias = layer(dtype, **options)
+    N, K = dy.shape[-1], x.shape[-1]
+    A, B, scaling = arguments["lora_A"], arguments["lora_B"], arguments["scaling"]
+    step, keep = STEP[dtype], 1.0 - arguments["dropout"]
     y, S = sliced.lora_linear(x, bias=bias, **arguments)
     expected_y, expected_S = reference.lora_linear(x, bias=bias, **arguments)
     assert_near(S, expected_S, dtype)
-    assert_near(y, expected_y, dtype)
-    dx, dA, dB = sliced.lora_linear_backward(dy, x, expected_S, need_dx=True, **arguments)
-    expected = reference.lora_linear_backward(dy, x, expected_S, **arguments)
-    assert_near(dx, expected[0], dtype)
-    if arguments["lora_A"] is not None:
-        assert_near(dA, expected[1], dtype)
-        assert_near(dB, expected[2], dtype)
+    # S may be a step away; its term and the bias are rounded before W's product is added, by half a step of themselves.
+    first, through = torch.zeros(1, N), 0.0
+    if A is not None:
+        first = scaling * expected_S.float() @ B.T
+        through = step * scaling * largest(S.float().abs() @ B.abs().T)
+    if bias is not None:
+        first = first + bias
+    assert_near(y, expected_y, dtype, through + step / 2 * largest(first))
+
+    dx, dA, dB = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
+    expected_dx, expected_dA, expected_dB = reference.lora_linear_backward(dy, x, S, **arguments)
+    if A is None:
+        assert dA.shape == dB.shape == (0,)
+        assert_near(dx, expected_dx, dtype)
+        return
+    T = (dy.reshape(-1, N).float() @ B).abs()  # a step away as S is; dx's term is rounded by half a step once more
+    assert_near(dx, expected_dx, dtype, 1.5 * step * scaling / keep * largest(T @ A.abs()))
+    assert_near(dA, expected_dA, A.dtype, step * scaling / keep * largest(T.T @ x.reshape(-1, K).float().abs()))
+    assert_near(dB, expected_dB, B.dtype)
 
 
 def test_W_is_never_whole(monkeypatch):
@@ -75,16 +104,93 @@ def test_W_is_never_whole(monkeypatch):
     assert [tuple(shape) for shape in shapes] == [(N, 64)] * 5
 
 
-def test_a_small_adapter_is_not_lost_in_the_rounding_of_y():
-    # A term of a tenth of y's last place moves an eighth of the values or so by a whole one: on average it arrives.
-    # Added to a rounded y, none of it would.
-    x, _, arguments, _ = layer(torch.bfloat16, lead=(64,))
-    base, _ = sliced.lora_linear(x, bias=None, **{**arguments, "scaling": 0.0})
-    term = reference.lora_linear(x, **{**arguments, "scaling": 1.0}, acc=torch.float64)[0].double()
-    term -= reference.lora_linear(x, **{**arguments, "scaling": 0.0}, acc=torch.float64)[0].double()
-    y, _ = sliced.lora_linear(x, bias=None, **{**arguments, "scaling": 2**-11})
-    arrived = ((y.double() - base.double()) * term).sum() / (term * term).sum() * 2**11
-    assert 0.7 < arrived < 1.3, arrived
+@pytest.mark.parametrize("nbytes", [0, 64, 8192, 28672, 2**20])
+@pytest.mark.parametrize("length", [0, 1, 64, 65, 200, 4096, 11008, 14336, 28672, 128256])
+def test_parts_are_few_and_about_equal(length, nbytes):
+    parts = sliced._parts(length, nbytes)
+    assert [p.start for p in parts] + [length] == [0] + [p.stop for p in parts]
+    sizes, most = [p.stop - p.start for p in parts], max(64, sliced.SLICE_BYTES // max(nbytes, 1) // 64 * 64)
+    assert all(0 < size <= most for size in sizes)
+    assert all(size == sizes[0] and size % 64 == 0 for size in sizes[:-1])
+    assert len(parts) <= math.ceil(length / most)
+    assert all(size < length / math.ceil(length / most) + 64 for size in sizes[:1])
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_a_part_of_W_is_that_of_nf4_dequantize(blocksize, double_quant):
+    _, _, arguments, _ = layer(torch.float32, blocksize=blocksize, K=4096, N=9, double_quant=double_quant)
+    packed = packed_of(arguments)
+    scales = ops.absmax_dequantize(packed.absmax, packed.nested) if double_quant else packed.absmax
+    for dtype in DTYPES:
+        W, out = ops.nf4_dequantize(packed.qweight, scales, blocksize, dtype), torch.empty(5, 96, dtype=dtype)
+        sliced.unpack(packed, sliced.Rectangle(slice(2, 7), slice(1056, 1152)), out)
+        assert torch.equal(out, W[2:7, 1056:1152])
+
+
+def test_two_buffers_take_turns():
+    _, _, arguments, _ = layer(torch.bfloat16)
+    rectangles = [sliced.Rectangle(slice(n, min(n + 64, N)), slice(0, K)) for n in range(0, N, 64)]
+    parts = sliced.unpacked(packed_of(arguments), rectangles, torch.empty(0, dtype=torch.bfloat16))
+    places = [W.data_ptr() for _, W in parts]
+    assert places[0] == places[2] != places[1] == places[3]
+    assert list(sliced.unpacked(packed_of(arguments), [], torch.empty(0))) == []
+
+
+def test_without_rows_W_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr(sliced, "unpack", lambda *_: pytest.fail("W was unpacked"))
+    x, dy, arguments, bias = layer(torch.bfloat16, lead=(0,))
+    _, S = sliced.lora_linear(x, bias=bias, **arguments)
+    sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_without_out_features_the_gradient_is_zero(lora, slices):
+    x, dy, arguments, _ = layer(torch.bfloat16, N=0, lora=lora, lead=(2, 3))
+    y, S = sliced.lora_linear(x, bias=None, **arguments)
+    dx, dA, dB = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
+    assert y.shape == (2, 3, 0)
+    assert dx.shape == x.shape and not dx.any()
+    assert (dA.shape, dB.shape) == (((R, K), (0, R)) if lora else ((0,), (0,))) and not dA.any()
+
+
+def test_the_packed_weight_is_made_contiguous_once(monkeypatch, slices):
+    x, _, arguments, _ = layer(torch.bfloat16)
+    arguments["qweight"] = arguments["qweight"].T.contiguous().T
+    unpack, seen = sliced.unpack, []
+    monkeypatch.setattr(sliced, "unpack", lambda p, r, out: (seen.append(p.qweight), unpack(p, r, out)))
+    sliced.lora_linear(x, bias=None, **arguments)
+    assert seen[0].is_contiguous() and {q.data_ptr() for q in seen} == {seen[0].data_ptr()}
+
+
+def test_strides_of_the_arguments_do_not_matter(slices):
+    x, dy, arguments, bias = layer(torch.float32)
+    y, S = sliced.lora_linear(x, bias=bias, **arguments)
+    expected = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
+    x, dy = x.T.contiguous().T, torch.stack([dy, dy], dim=2)[..., 0]
+    for name in ("qweight", "absmax"):
+        arguments[name] = torch.stack([arguments[name]] * 2, dim=2)[..., 0]
+    assert torch.equal(sliced.lora_linear(x, bias=bias, **arguments)[0], y)
+    got = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0003, 0.001, 0.01])
+def test_a_small_adapter_is_not_lost_in_the_rounding_of_y(share, slices):
+    # Far below a last place of y, a change is lost or becomes a whole one: on average it arrives. Added to a rounded
+    # y, none of it would.
+    x, _, arguments, _ = layer(torch.bfloat16, lead=(256,))
+    B = arguments.pop("lora_B")
+    y = sliced.lora_linear(x, bias=None, lora_B=torch.zeros_like(B), **arguments)[0].double()
+    S = sliced.lora_linear(x, bias=None, lora_B=B, **arguments)[1].double()
+    B = (B * (share * y.norm() / (1.75 * S @ B.double().T).norm())).bfloat16().float()
+    term = 1.75 * S @ B.double().T
+    got = sliced.lora_linear(x, bias=None, lora_B=B, **arguments)[0].double()
+    arrived = ((got - y) * term).sum() / term.norm() ** 2
+    # Two roundings to steps of y, independent at worst: variance 1/12 each. The term's own rounding is 2^-8 of it.
+    steps = torch.exp2(torch.frexp(y).exponent.double() - 8)
+    noise = (steps * term).norm() / 6**0.5 / term.norm() ** 2
+    assert abs(arrived - 1.0) < 5 * noise + 2**-8, (arrived, noise)
 
 
 def test_dx_is_not_made_unless_wanted(monkeypatch):
@@ -96,8 +202,110 @@ def test_dx_is_not_made_unless_wanted(monkeypatch):
 
 def test_arguments_are_checked_in_the_words_of_the_other_kernels():
     x, dy, arguments, bias = layer(torch.float32, dropout=0.1)
-    bad = {**arguments, "seed": None}
-    with pytest.raises(ValueError, match="lora_linear: dropout > 0 needs a seed, got None"):
-        sliced.lora_linear(x, bias=bias, **bad)
-    with pytest.raises(ValueError, match="lora_linear_backward: dropout > 0 needs a seed, got None"):
-        sliced.lora_linear_backward(dy, x, x.new_empty(M, R), need_dx=True, **bad)
+    cases = [
+        ({"seed": None}, ValueError, "lora_linear: dropout > 0 needs a seed, got None"),
+        ({"blocksize": 48}, ValueError, "lora_linear: blocksize must be a power of two"),
+        ({"lora_B": None}, ValueError, "lora_linear: lora_A and lora_B must come together"),
+        ({"qweight": arguments["qweight"].int()}, TypeError, "lora_linear: qweight must be uint8, got int32"),
+    ]
+    for change, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            sliced.lora_linear(x, bias=bias, **{**arguments, **change})
+        with pytest.raises(kind, match=message.replace("lora_linear:", "lora_linear_backward:")):
+            sliced.lora_linear_backward(dy, x, x.new_empty(M, R), need_dx=True, **{**arguments, **change})
+
+
+class Stream:
+    """A CUDA stream that runs nothing. Its clock says how much of each stream's work comes before what it gets next."""
+
+    def __init__(self, card):
+        self.card, self.clock = card, Counter()
+
+    def record_event(self):
+        return Counter(self.clock)
+
+    def wait_event(self, event):
+        self.card.waits += 1
+        if self.card.waits != self.card.skip:
+            self.clock |= event  # of each stream the later
+
+    def wait_stream(self, other):
+        self.wait_event(other.clock)
+
+
+class Card:
+    """Two streams, and which of their work touches one place without an order. Wait number `skip` does nothing."""
+
+    def __init__(self, monkeypatch, skip=None):
+        self.current, self.beside = Stream(self), Stream(self)
+        self.running, self.waits, self.skip = self.current, 0, skip
+        self.done, self.races = [], []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(sliced, "_stream_beside", lambda device: self.beside)
+        monkeypatch.setattr(sliced, "unpack", lambda p, r, out: self.work(f"unpack {r.n.start // 64}", "W", out))
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.running = self.running, stream
+        yield
+        self.running = before
+
+    def work(self, what, *touched):
+        places = {place if isinstance(place, str) else place.data_ptr() for place in touched}
+        self.races += [(name, what) for name, other, _ in self.done if other & places and not self.is_over(name)]
+        self.running.clock[self.running] += 1
+        self.done.append((what, places, (self.running, self.running.clock[self.running])))
+
+    def is_over(self, what):
+        """Whether it comes before what the stream in use gets next; None if it was not asked for yet."""
+        return next((self.running.clock[s] >= time for name, _, (s, time) in self.done if name == what), None)
+
+    def multiply_slices(self, products=4):
+        """Four slices of W; after so many products the caller fails."""
+        self.work("pack", "W")
+        like = SimpleNamespace(is_cuda=True, device="cuda:0", new_empty=torch.empty)
+        rectangles = [sliced.Rectangle(slice(n, n + 64), slice(0, K)) for n in range(0, 256, 64)]
+        packed = sliced.Packed(torch.empty(256, K // 2), torch.empty(256, K // 64), None, 64)
+        parts, buffers, overlap = sliced.unpacked(packed, rectangles, like), [], []
+        for i, (_, W) in enumerate(parts):
+            buffers.append(W)
+            if i == products:
+                break
+            overlap.append(self.is_over(f"unpack {i + 1}") is False)
+            self.work(f"multiply {i}", W)
+        parts.close()
+        self.work("free", "W", *buffers)
+        return overlap
+
+
+@pytest.mark.parametrize("products", range(5))
+def test_streams_agree_on_the_order_of_what_touches_a_buffer(monkeypatch, products):
+    card = Card(monkeypatch)
+    card.multiply_slices(products)
+    assert card.races == []
+
+
+def test_the_next_slice_is_unpacked_beside_a_product(monkeypatch):
+    assert Card(monkeypatch).multiply_slices() == [True, True, True, False]
+
+
+# The waits of four slices: the fork's, then each product's for its slice, before it that of a slice for the product
+# which had its buffer; after an error the join's, which comes last.
+@pytest.mark.parametrize(
+    ("skip", "products", "race"),
+    [
+        (1, 4, ("pack", "unpack 0")),
+        (2, 4, ("unpack 0", "multiply 0")),
+        (3, 4, ("multiply 0", "unpack 2")),
+        (4, 4, ("unpack 1", "multiply 1")),
+        (5, 4, ("multiply 1", "unpack 3")),
+        (6, 4, ("unpack 2", "multiply 2")),
+        (7, 4, ("unpack 3", "multiply 3")),
+        (5, 1, ("unpack 2", "free")),
+    ],
+)
+def test_no_wait_can_be_left_out(monkeypatch, skip, products, race):
+    card = Card(monkeypatch, skip)
+    card.multiply_slices(products)
+    assert race in card.races
