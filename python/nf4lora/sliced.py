@@ -117,7 +117,7 @@ def lora_linear_backward(
         dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA
     """
     _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
-    rows, grad = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, dy))
+    rows, grad = (t.reshape(len(S), t.shape[-1]).contiguous() for t in (x, dy))  # -1 could be any number where N is 0
     T = dA = dB = x.new_empty(0, dtype=torch.float32)
     if lora_A is not None and lora_B is not None:
         T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
