@@ -37,9 +37,9 @@ def random_packed(blocksize=64, double_quant=True, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layer_computes_with_the_weight_of_the_definition(double_quant, blocksize, dtype, device):
     linear = random_linear(dtype=dtype)
-    layer = NF4Linear.from_linear(linear.to(device), blocksize, double_quant)
+    layer = NF4Linear.from_linear(copy.deepcopy(linear).to(device), blocksize, double_quant)
     x = torch.randn(3, 5, 256, dtype=dtype)
-    W = reference_weight(linear.cpu(), blocksize, double_quant, dtype)
+    W = reference_weight(linear, blocksize, double_quant, dtype)
     assert torch.equal(layer.dequantize(dtype).cpu(), W)
     expected = (x.double() @ W.double().T + linear.bias.double()).to(dtype)
     # one rounding of the result, and the order of 256 float32 additions

@@ -66,8 +66,9 @@ def assert_matches_reference(case):
     expected_dx, expected_dA, expected_dB = reference.lora_linear_backward(*case.backward(expected_S))
     assert_close(dx, expected_dx, 2 * ULP[case.x.dtype], "dx")
     if case.A is not None:
-        # T is rounded to x's dtype before dA sums it: where it lands on a neighbour, so does one term of the sum.
-        assert_close(dA, expected_dA, FLOAT_SUM + ULP[case.x.dtype] / 4, "dA")
+        # T is rounded to x's dtype before dA sums it: where it lands on a neighbour, so does one term of the sum, which
+        # is all of it for one row of x and seldom half of it for more.
+        assert_close(dA, expected_dA, FLOAT_SUM + ULP[case.x.dtype] / min(max(len(case.x), 1), 2), "dA")
         assert_close(dB, expected_dB, FLOAT_SUM, "dB")
 
 
@@ -349,7 +350,8 @@ def test_strides_do_not_matter(device):
     ops.lora_linear(
         expected, case.qweight, case.absmax, case.nested, case.bias, case.A, case.B
     ).backward(torch.ones(8, 100, device=device))  # fmt: skip
-    assert torch.equal(x.grad, expected.grad)
+    # On CUDA float32 is cuBLAS' affair, which adds in another order for a transposed operand.
+    torch.testing.assert_close(x.grad, expected.grad, rtol=0, atol=1e-5 if device.type == "cuda" else 0)
 
 
 def test_keeps_x_S_and_the_seed_and_nothing_else(device):
