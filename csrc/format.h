@@ -79,25 +79,27 @@ struct NestedCode {
 };
 inline constexpr int kNestedZero = 127;  // index of 0 in the map; what a block of equal absmax gets
 
-// The signed dynamic map (Dettmers, arXiv:2110.02861, section 1.3; bitsandbytes `create_dynamic_map`), ascending:
-// 127 negative values, zero, 127 positive values, one. Level i holds the midpoints of 2^i equal parts of [0.1, 1],
-// times 10^(i - 6); in float32, rounded as torch.linspace rounds (one fused multiply-add, the upper half counted from
-// its end), so that the bits are those of bitsandbytes.
-constexpr NestedCode nested_code() {
+// Value i of a level of the dynamic maps below: the midpoint of part i of `parts` equal parts of [0.1, 1], times
+// 10^(level - 6). In float32, rounded as torch.linspace rounds (one fused multiply-add, the upper half counted from its
+// end), so that the bits are those of bitsandbytes.
+constexpr float dynamic_value(int level, int parts, int i) {
   constexpr float kPower[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  const double step = (1.0f - 0.1f) / static_cast<float>(parts);  // float64 holds step * i exactly: one rounding remains
+  auto bound = [&](int at) {
+    return static_cast<float>(at < (parts + 1) / 2 ? 0.1f + step * at : 1.0f - step * (parts - at));
+  };
+  return kPower[level] * ((bound(i) + bound(i + 1)) / 2);
+}
+
+// The signed dynamic map (Dettmers, arXiv:2110.02861, section 1.3; bitsandbytes `create_dynamic_map`), ascending:
+// 127 negative values, zero, 127 positive values, one. Level i has 2^i parts.
+constexpr NestedCode nested_code() {
   NestedCode code{};
   int next = kNestedZero + 1;
   for (int level = 0; level < 7; ++level) {
-    const int parts = 1 << level;
-    const float step = (1.0f - 0.1f) / static_cast<float>(parts);
-    auto bound = [&](int i) {  // float64 holds the product exactly, so one rounding remains
-      const double exact = step;
-      return static_cast<float>(i < (parts + 1) / 2 ? 0.1f + exact * i : 1.0f - exact * (parts - i));
-    };
-    for (int i = 0; i < parts; ++i, ++next) {
-      const float magnitude = kPower[level] * ((bound(i) + bound(i + 1)) / 2);
-      code.value[next] = magnitude;
-      code.value[2 * kNestedZero - next] = -magnitude;
+    for (int i = 0; i < 1 << level; ++i, ++next) {
+      code.value[next] = dynamic_value(level, 1 << level, i);
+      code.value[2 * kNestedZero - next] = -code.value[next];
     }
   }
   code.value[255] = 1.0f;
@@ -105,6 +107,26 @@ constexpr NestedCode nested_code() {
 }
 inline constexpr NestedCode kNestedCode = nested_code();
 static_assert(kNestedCode.value[kNestedZero] == 0.0f && kNestedCode.value[254] < 1.0f);
+
+// The unsigned dynamic map (the same paper), for what is never negative: zero, 254 values, one. Level i has 2^(i + 1)
+// parts.
+constexpr NestedCode square_code() {
+  NestedCode code{};
+  int next = 1;
+  for (int level = 0; level < 7; ++level) {
+    for (int i = 0; i < 2 << level; ++i, ++next) code.value[next] = dynamic_value(level, 2 << level, i);
+  }
+  code.value[255] = 1.0f;
+  return code;
+}
+inline constexpr NestedCode kSquareCode = square_code();
+static_assert(kSquareCode.value[0] == 0.0f && kSquareCode.value[254] < 1.0f);
+
+// The optimizer's moments in 8 bits: blocks of 256 values, each of which share one absmax per moment. exp_avg takes the
+// index of the nearest value of the signed map (kNestedCode), exp_avg_sq of the unsigned one (kSquareCode); a tie takes the
+// smaller magnitude, and what is not zero is never stored as zero, so that it keeps its sign and no root of a zero
+// divides a step.
+inline constexpr int kMomentBlocksize = 256;
 
 // Dropout keeps element i of a [M, K] matrix (i = row * K + column) when word i of Philox4x32-10 (Salmon et al.,
 // SC'11) is not below the threshold. Word i is word i % 4 of the block with counter (i / 4 as 64 bits, 0, 0) and the

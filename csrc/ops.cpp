@@ -22,4 +22,12 @@ STABLE_TORCH_LIBRARY(nf4lora, m) {
       "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor qweight, Tensor absmax, Tensor? nested, "
       "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
       "(Tensor dx, Tensor dA, Tensor dB)");
+
+  // One step of AdamW on every tensor of the lists, in place (adamw.h has the arithmetic). exp_avgs and exp_avg_sqs are
+  // float32, or uint8 with absmaxs float32 [ceil(n / 256), 2]. scale [1] multiplies every gradient; values whose gradient
+  // is not finite stay as they are and are added to skipped, int64 [1].
+  m.def(
+      "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] absmaxs, Tensor(e!) skipped, Tensor? scale, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, int step) -> ()");
 }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../adamw.h"
+
 namespace nf4lora::cuda {
 
 using Error = const char*;
@@ -117,6 +119,20 @@ struct Slice {
 };
 // Refuses, before it launches anything, k0 or columns off a multiple of 32, and what lies outside W.
 Error lora_slice(const Slice& slice, void* stream);
+
+// One tensor of adamw_step_, or a part of one that begins at a multiple of kMomentBlocksize values.
+struct AdamWTensor {
+  void* param;
+  const void* grad;  // of param's dtype
+  void* exp_avg;     // float32, or uint8 with
+  void* exp_avg_sq;
+  float* absmax;  // [ceil(count / 256), 2], of exp_avg and exp_avg_sq; null: float32
+  int64_t count;
+};
+// One step of tensors [count] that share a dtype and the bits of their moments, in as few launches as fit their
+// addresses. scale [1] multiplies gradients, null for one; what is not finite is added to skipped [1].
+Error adamw_step(const AdamWTensor* tensors, int64_t count, Dtype dtype, bool eight_bits, const AdamW& numbers,
+                 const float* scale, int64_t* skipped, void* stream);
 
 // What CUDA says of the launches just made. The text is static; an earlier error of the stream may surface here too.
 Error launched();

@@ -1,7 +1,7 @@
 // Encoding NF4 in vectors: the largest magnitude of a block, then the nearest code of each weight over it.
 #pragma once
 
-#include "simd.h"
+#include "dtype.h"
 
 namespace nf4lora::NF4LORA_ISA {
 

@@ -76,6 +76,16 @@ NF4LORA_INLINE Float broadcast(float v) { return _mm512_set1_ps(v); }
 NF4LORA_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 NF4LORA_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+NF4LORA_INLINE Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+NF4LORA_INLINE Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
+NF4LORA_INLINE Float square_root(Float v) { return _mm512_sqrt_ps(v); }
+NF4LORA_INLINE Float magnitude(Float v) { return _mm512_abs_ps(v); }
+NF4LORA_INLINE Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+NF4LORA_INLINE Float lesser(Float a, Float b) { return _mm512_min_ps(a, b); }
+using Mask = __mmask16;
+NF4LORA_INLINE Mask below(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
+NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
 
 NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(
@@ -171,6 +181,16 @@ NF4LORA_INLINE Float broadcast(float v) { return _mm256_set1_ps(v); }
 NF4LORA_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
 NF4LORA_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+NF4LORA_INLINE Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+NF4LORA_INLINE Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
+NF4LORA_INLINE Float square_root(Float v) { return _mm256_sqrt_ps(v); }
+NF4LORA_INLINE Float magnitude(Float v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+NF4LORA_INLINE Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
+NF4LORA_INLINE Float lesser(Float a, Float b) { return _mm256_min_ps(a, b); }
+using Mask = __m256;
+NF4LORA_INLINE Mask below(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
+NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(mask))); }
 
 NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(
@@ -226,6 +246,29 @@ NF4LORA_INLINE Float broadcast(float v) { return Float{v, v, v, v}; }
 NF4LORA_INLINE Float multiply(Float a, Float b) { return a * b; }
 NF4LORA_INLINE Float add(Float a, Float b) { return a + b; }
 NF4LORA_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }
+// One rounding, as the instruction of that name: for sums whose bits are defined. libm takes the instruction where the
+// processor has it.
+NF4LORA_INLINE Float fused(Float a, Float b, Float c) {
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+}
+NF4LORA_INLINE Float divide(Float a, Float b) { return a / b; }
+NF4LORA_INLINE Float square_root(Float v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+NF4LORA_INLINE Float magnitude(Float v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_fabsf(v[i]);
+  return v;
+}
+typedef int32_t Mask __attribute__((vector_size(16)));
+NF4LORA_INLINE Mask below(Float a, Float b) { return a < b; }
+NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) {
+  return reinterpret_cast<Float>((mask & reinterpret_cast<Mask>(yes)) | (~mask & reinterpret_cast<Mask>(no)));
+}
+NF4LORA_INLINE Float larger(Float a, Float b) { return select(a > b, a, b); }
+NF4LORA_INLINE Float lesser(Float a, Float b) { return select(a < b, a, b); }
+NF4LORA_INLINE int count(Mask mask) { return -(mask[0] + mask[1] + mask[2] + mask[3]); }
 
 typedef uint32_t Int __attribute__((vector_size(16)));
 NF4LORA_INLINE Int no_bits() { return Int{0, 0, 0, 0}; }
@@ -314,72 +357,5 @@ NF4LORA_INLINE void store_part_f16(uint16_t* p, Float v, int64_t count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
 }
 #endif
-
-// The three dtypes behind one face. F32, Bf16 and F16 are tags; `Element` is what memory holds.
-struct F32 {
-  static constexpr bool kHalf = false;
-  using Element = float;
-  NF4LORA_INLINE Float load(const float* p) { return NF4LORA_ISA::load(p); }
-  NF4LORA_INLINE void store(float* p, Float v) { NF4LORA_ISA::store(p, v); }
-  NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) { NF4LORA_ISA::store_part(p, v, count); }
-  NF4LORA_INLINE Float round(Float v) { return v; }
-};
-struct Bf16 {
-  static constexpr bool kHalf = false;
-  using Element = uint16_t;
-  NF4LORA_INLINE Float load(const uint16_t* p) { return load_bf16(p); }
-  NF4LORA_INLINE void store(uint16_t* p, Float v) { store_bf16(p, v); }
-  NF4LORA_INLINE void store_part(uint16_t* p, Float v, int64_t count) { store_part_bf16(p, v, count); }
-  NF4LORA_INLINE Float round(Float v) { return round_bf16(v); }
-};
-struct F16 {
-  static constexpr bool kHalf = true;
-  using Element = uint16_t;
-  NF4LORA_INLINE Float load(const uint16_t* p) { return load_f16(p); }
-  NF4LORA_INLINE void store(uint16_t* p, Float v) { store_f16(p, v); }
-  NF4LORA_INLINE void store_part(uint16_t* p, Float v, int64_t count) { store_part_f16(p, v, count); }
-  NF4LORA_INLINE Float round(Float v) { return round_f16(v); }
-};
-
-// What memory holds as From, rounded to T.
-template <class T, class From>
-NF4LORA_INLINE Float load_as(const typename From::Element* p) {
-  if constexpr (__is_same(T, From)) return From::load(p);
-  return T::round(From::load(p));
-}
-template <class T>
-NF4LORA_INLINE float rounded(float value) {
-  float lanes[kLanes];
-  store(lanes, T::round(broadcast(value)));
-  return lanes[0];
-}
-
-// fn(tag) for the dtype's tag.
-template <class Fn>
-NF4LORA_INLINE auto with_dtype(Dtype dtype, Fn&& fn) {
-  switch (dtype) {
-    case Dtype::bf16: return fn(Bf16{});
-    case Dtype::f16: return fn(F16{});
-    default: return fn(F32{});
-  }
-}
-
-// `count` elements of a row as floats, `begin` elements in; the tail goes through a padded vector.
-template <class T>
-NF4LORA_INLINE void widen(const typename T::Element* row, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) NF4LORA_ISA::store(out + i, T::load(row + i));
-  if (i == count) return;
-  typename T::Element padded[kLanes] = {};
-  std::memcpy(padded, row + i, static_cast<size_t>(count - i) * sizeof padded[0]);
-  store_part(out + i, T::load(padded), count - i);
-}
-
-template <class T>
-NF4LORA_INLINE void narrow(const float* row, Float scale, int64_t count, typename T::Element* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) T::store(out + i, multiply(NF4LORA_ISA::load(row + i), scale));
-  if (i < count) T::store_part(out + i, multiply(load_part(row + i, count - i), scale), count - i);
-}
 
 }  // namespace nf4lora::NF4LORA_ISA
