@@ -17,6 +17,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FORMAT_VERSION") = kFormatVersion;
   m.attr("CODE") = py::tuple(py::cast(std::vector<float>(kCode.value, kCode.value + 16)));
   m.attr("NESTED_CODE") = py::tuple(py::cast(std::vector<float>(kNestedCode.value, kNestedCode.value + 256)));
+  m.attr("SQUARE_CODE") = py::tuple(py::cast(std::vector<float>(kSquareCode.value, kSquareCode.value + 256)));
+  m.attr("MOMENT_BLOCKSIZE") = kMomentBlocksize;
   m.attr("BLOCKSIZE") = kBlocksize;
   m.attr("NESTED_BLOCKSIZE") = kNestedBlocksize;
   std::vector<int> blocksizes;

@@ -4,6 +4,8 @@ __version__: str
 FORMAT_VERSION: int
 CODE: tuple[float, ...]  # the 16 NF4 values, ascending
 NESTED_CODE: tuple[float, ...]  # the 256 values of the 8-bit map, ascending
+SQUARE_CODE: tuple[float, ...]  # the 256 values of the unsigned 8-bit map, ascending
+MOMENT_BLOCKSIZE: int
 BLOCKSIZE: int
 BLOCKSIZES: tuple[int, ...]
 NESTED_BLOCKSIZE: int

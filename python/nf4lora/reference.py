@@ -160,3 +160,71 @@ def lora_linear_backward(
     dA = scaling * inverse_keep * (T.T @ (rows * mask))
     dB = scaling * (grad.T @ S.to(acc))
     return dx.to(x.dtype).reshape(x.shape), dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+
+
+def square_code() -> Tensor:
+    """Unsigned dynamic 8-bit map (bitsandbytes `create_dynamic_map(signed=False)`): [256] float32, ascending from zero."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = linspace(2 ** (i + 1) + 1)
+        values += (10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+    return torch.tensor(sorted(values))
+
+
+def moment_decode(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
+    """code[q] * absmax, one rounding: codes [n] uint8, absmax [ceil(n/256)] -> [n] float32."""
+    return code[codes.long()] * absmax.repeat_interleave(256)[: codes.numel()]
+
+
+def moment_encode(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest values of the map by magnitude, a tie the smaller; no value but zero becomes zero: [n] -> codes, absmax."""
+    padded = F.pad(values, (0, -values.numel() % 256)).reshape(-1, 256)
+    absmax = padded.abs().amax(dim=1)
+    zero = int((code == 0).nonzero())
+    above = code[zero + 1 :]
+    x = (padded.abs() / absmax[:, None]).nan_to_num(0.0).reshape(-1)[: values.numel()]
+    k = 1 + torch.bucketize(x, (above[1:] + above[:-1]) / 2)
+    codes = zero + torch.where(values > 0, k, torch.where(values < 0, -k.clamp(max=zero), 0))
+    return codes.to(torch.uint8), absmax
+
+
+def adamw_step(
+    param, grad, exp_avg, exp_avg_sq, absmax=None, scale=1.0,
+    lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, step=1,
+):  # fmt: skip
+    """One step on one flat tensor: new param, exp_avg, exp_avg_sq, absmax, and how many gradients were not finite.
+
+    Each line is one operation of torch.optim.AdamW's single-tensor path as torch's CPU kernels round it; fused
+    multiply-adds are taken in float64, where the product of two float32 is exact.
+    """
+
+    def fma(a, b, c):
+        return (a.double() * b.double() + c.double()).float()
+
+    def number(value):
+        return torch.tensor(value, dtype=torch.float32)
+
+    p, g = param.float(), grad.float() * number(scale)
+    first, second = exp_avg, exp_avg_sq
+    if absmax is not None:
+        first, second = (moment_decode(q, a, c) for q, a, c in zip((first, second), absmax.T, MOMENT_CODES))
+    weight = number(1 - beta1)
+    base, weight = (first, weight) if weight < 0.5 else (g, weight - 1)
+    new_first = fma(weight, g - first, base)
+    new_second = fma(number(1 - beta2) * g, g, second * number(beta2))
+    if absmax is not None:
+        most = torch.finfo(torch.float32).max
+        new_first, new_second = new_first.clamp(-most, most), new_second.clamp(max=most)
+    root = new_second.double().sqrt().float()  # correctly rounded; MKL's float32 root is not
+    denominator = root / number((1 - beta2**step) ** 0.5) + number(eps)
+    new = p * number(1 - lr * weight_decay) + number(-lr / (1 - beta1**step)) * new_first / denominator
+    kept = torch.isfinite(g)
+    param = torch.where(kept, new, p).to(param.dtype)
+    first, second = torch.where(kept, new_first, first), torch.where(kept, new_second, second)
+    if absmax is not None:
+        encoded = [moment_encode(values, code) for values, code in zip((first, second), MOMENT_CODES)]
+        (first, second), absmax = (q for q, _ in encoded), torch.stack([a for _, a in encoded], dim=1)
+    return param, first, second, absmax, int((~kept).sum())
+
+
+MOMENT_CODES = nested_code(), square_code()

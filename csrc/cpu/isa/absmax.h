@@ -1,7 +1,7 @@
 // Double quantisation of the scales: one in 64 of the weights, so what counts is to keep it off the critical path.
 #pragma once
 
-#include "dtype.h"
+#include "simd.h"
 
 namespace nf4lora::NF4LORA_ISA {
 

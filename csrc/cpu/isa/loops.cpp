@@ -1,6 +1,7 @@
 // The table of loops of one instruction set. CMake compiles this file once for each, with NF4LORA_ISA as its name.
 #include "loops.h"
 
+#include "adamw.h"
 #include "encode.h"
 #include "few.h"
 #include "gemm.h"
@@ -55,6 +56,7 @@ const Loops& NF4LORA_TABLE(NF4LORA_ISA)() {
       nf4_dequantize,
       absmax_quantize,
       absmax_dequantize,
+      adamw_step,
       dropout_mask,
       widen_row,
       multiply_row,

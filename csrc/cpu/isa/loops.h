@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../adamw.h"
+
 namespace nf4lora {
 
 enum class Dtype : int { f32, bf16, f16 };
@@ -111,6 +113,16 @@ struct Few {
                   int64_t depth, int64_t columns, float scale, const Dense& out);
 };
 
+// One parameter and its moments, flat.
+struct AdamWValues {
+  void* param;
+  const void* grad;  // of param's dtype
+  void* exp_avg;     // float32, or uint8 with
+  void* exp_avg_sq;
+  float* absmax;  // [ceil(n / 256), 2]; null: float32
+  Dtype dtype;
+};
+
 struct Loops {
   const char* name;
 
@@ -126,6 +138,9 @@ struct Loops {
                           uint8_t* absmax_q);
   // Scales [begin, end), into absmax[begin ...].
   void (*absmax_dequantize)(const Scales& scales, int64_t begin, int64_t end, float* absmax);
+
+  // One step of values [begin, end), begin a multiple of kMomentBlocksize. Returns how many gradients were not finite.
+  int64_t (*adamw_step)(const AdamWValues& values, int64_t begin, int64_t end, const AdamW& numbers, float scale);
 
   // keep[i] = 1 where element `begin + i` of the dropout mask is kept, else 0.
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, float* keep);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "absmax.h"
+#include "dtype.h"
 
 namespace nf4lora::NF4LORA_ISA {
 

@@ -1,0 +1,179 @@
+// One step of AdamW on a run of values: ../../adamw.h has the arithmetic.
+#pragma once
+
+#include "../../adamw.h"
+#include "absmax.h"
+#include "dtype.h"
+#include "moment.h"
+
+namespace nf4lora::NF4LORA_ISA {
+
+// The numbers of a step in every lane.
+struct Step {
+  Float weight, beta2, square_weight, decay, negative_step, correction, inverse_correction, eps, scale;
+  bool from_gradient;
+};
+NF4LORA_INLINE Step step_of(const AdamW& numbers, float scale) {
+  return {broadcast(numbers.weight),        broadcast(numbers.beta2),         broadcast(numbers.square_weight),
+          broadcast(numbers.decay),         broadcast(numbers.negative_step), broadcast(numbers.correction),
+          broadcast(numbers.inverse_correction), broadcast(numbers.eps),      broadcast(scale),
+          numbers.from_gradient};
+}
+
+// Moments and parameters of one vector, new where `kept` says so.
+struct Moments {
+  Float first, second;
+};
+NF4LORA_INLINE Moments moments_of(const Step& step, Float g, Float first, Float second) {
+  const Float distance = add(g, multiply(first, broadcast(-1.0f)));
+  return {fused(step.weight, distance, step.from_gradient ? g : first),
+          fused(multiply(step.square_weight, g), g, multiply(second, step.beta2))};
+}
+// sqrt / correction by the inverse and what its product leaves (Markstein): a division less. It is rounded as the
+// division is, but for two mantissas in 2^24 of the one correction whose own mantissa is all ones.
+NF4LORA_INLINE Float param_of(const Step& step, Float p, const Moments& moments) {
+  const Float root = square_root(moments.second), infinity = broadcast(__builtin_inff());
+  Float q = multiply(root, step.inverse_correction);
+  q = fused(fused(multiply(q, broadcast(-1.0f)), step.correction, root), step.inverse_correction, q);
+  const Float denominator = add(select(below(root, infinity), q, root), step.eps);
+  return add(multiply(p, step.decay), divide(multiply(step.negative_step, moments.first), denominator));
+}
+
+// Values [0, count) of tensors that are float32 moments. Returns how many gradients were not finite.
+template <class T>
+NF4LORA_INLINE int64_t adamw_run(const Step& step, typename T::Element* param, const typename T::Element* grad,
+                                 float* exp_avg, float* exp_avg_sq, int64_t size) {
+  const Float infinity = broadcast(__builtin_inff());
+  int64_t skipped = 0;
+  for (int64_t i = 0; i + kLanes <= size; i += kLanes) {
+    const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
+    const Float first = load(exp_avg + i), second = load(exp_avg_sq + i);
+    const Moments moments = moments_of(step, g, first, second);
+    const Mask kept = below(magnitude(g), infinity);
+    skipped += kLanes - count(kept);
+    store(exp_avg + i, select(kept, moments.first, first));
+    store(exp_avg_sq + i, select(kept, moments.second, second));
+    T::store(param + i, select(kept, param_of(step, p, moments), p));
+  }
+  return skipped;
+}
+
+// A run of any length: what is left over goes through a padded vector.
+template <class T>
+static int64_t adamw_values(const Step& step, typename T::Element* param, const typename T::Element* grad,
+                            float* exp_avg, float* exp_avg_sq, int64_t size) {
+  const int64_t whole = size / kLanes * kLanes, rest = size - whole;
+  int64_t skipped = adamw_run<T>(step, param, grad, exp_avg, exp_avg_sq, whole);
+  if (!rest) return skipped;
+  typename T::Element p[kLanes] = {}, g[kLanes] = {};
+  float first[kLanes] = {}, second[kLanes] = {};
+  const auto values = static_cast<size_t>(rest);
+  std::memcpy(p, param + whole, values * sizeof *p);
+  std::memcpy(g, grad + whole, values * sizeof *g);
+  std::memcpy(first, exp_avg + whole, values * sizeof *first);
+  std::memcpy(second, exp_avg_sq + whole, values * sizeof *second);
+  skipped += adamw_run<T>(step, p, g, first, second, kLanes);
+  std::memcpy(param + whole, p, values * sizeof *p);
+  std::memcpy(exp_avg + whole, first, values * sizeof *first);
+  std::memcpy(exp_avg_sq + whole, second, values * sizeof *second);
+  return skipped;
+}
+
+// One block of 256 values in 8 bits; absmax [2].
+template <class T>
+NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param, const typename T::Element* grad,
+                                   uint8_t* exp_avg, uint8_t* exp_avg_sq, float* absmax) {
+  alignas(64) float firsts[kMomentBlocksize], seconds[kMomentBlocksize];
+  const Float infinity = broadcast(__builtin_inff()), most = broadcast(__FLT_MAX__);
+  const Float least = multiply(most, broadcast(-1.0f));
+  const Float first_absmax = broadcast(absmax[0]), second_absmax = broadcast(absmax[1]);
+  Float first_peak = broadcast(0.0f), second_peak = broadcast(0.0f);
+  int64_t skipped = 0;
+  for (int i = 0; i < kMomentBlocksize; i += kLanes) {
+    const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
+    const Moments before{multiply(decode_signed(exp_avg + i), first_absmax),
+                         multiply(decode_unsigned(exp_avg_sq + i), second_absmax)};
+    Moments moments = moments_of(step, g, before.first, before.second);
+    moments = {larger(lesser(moments.first, most), least), lesser(moments.second, most)};  // an infinite absmax is none
+    const Mask kept = below(magnitude(g), infinity);
+    skipped += kLanes - count(kept);
+    T::store(param + i, select(kept, param_of(step, p, moments), p));
+    const Float first = select(kept, moments.first, before.first);
+    const Float second = select(kept, moments.second, before.second);
+    store(firsts + i, first);
+    store(seconds + i, second);
+    first_peak = larger(first_peak, magnitude(first));
+    second_peak = larger(second_peak, second);
+  }
+  float lanes[kLanes];
+  const auto largest = [&](Float peak) {
+    store(lanes, peak);
+    float most = lanes[0];
+    for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+  };
+  absmax[0] = largest(first_peak);
+  absmax[1] = largest(second_peak);
+  if (absmax[0] > 0.0f) {
+    const Quotient quotient = Quotient::of(absmax[0]);
+    for (int i = 0; i < kMomentBlocksize; i += kLanes) {
+      const Float first = load(firsts + i);
+      encode_signed(exp_avg + i, first, quotient(first));
+    }
+  } else {
+    std::memset(exp_avg, kNestedZero, kMomentBlocksize);
+  }
+  if (absmax[1] > 0.0f) {
+    const Quotient quotient = Quotient::of(absmax[1]);
+    for (int i = 0; i < kMomentBlocksize; i += kLanes) {
+      const Float second = load(seconds + i);
+      encode_unsigned(exp_avg_sq + i, second, quotient(second));
+    }
+  } else {
+    std::memset(exp_avg_sq, 0, kMomentBlocksize);
+  }
+  return skipped;
+}
+
+// A run of any length that begins with a block.
+template <class T>
+static int64_t adamw_blocks(const Step& step, typename T::Element* param, const typename T::Element* grad,
+                            uint8_t* exp_avg, uint8_t* exp_avg_sq, float* absmax, int64_t size) {
+  int64_t skipped = 0, i = 0;
+  for (; i + kMomentBlocksize <= size; i += kMomentBlocksize, absmax += 2) {
+    skipped += adamw_block<T>(step, param + i, grad + i, exp_avg + i, exp_avg_sq + i, absmax);
+  }
+  if (i == size) return skipped;
+  typename T::Element p[kMomentBlocksize] = {}, g[kMomentBlocksize] = {};
+  uint8_t first[kMomentBlocksize], second[kMomentBlocksize] = {};
+  std::memset(first, kNestedZero, sizeof first);
+  const auto values = static_cast<size_t>(size - i);
+  std::memcpy(p, param + i, values * sizeof *p);
+  std::memcpy(g, grad + i, values * sizeof *g);
+  std::memcpy(first, exp_avg + i, values);
+  std::memcpy(second, exp_avg_sq + i, values);
+  skipped += adamw_block<T>(step, p, g, first, second, absmax);
+  std::memcpy(param + i, p, values * sizeof *p);
+  std::memcpy(exp_avg + i, first, values);
+  std::memcpy(exp_avg_sq + i, second, values);
+  return skipped;
+}
+
+// Values [begin, end) of one tensor; begin is a multiple of 256.
+static int64_t adamw_step(const AdamWValues& values, int64_t begin, int64_t end, const AdamW& numbers, float scale) {
+  const Step step = step_of(numbers, scale);
+  return with_dtype(values.dtype, [&](auto tag) __attribute__((always_inline)) -> int64_t {
+    using T = decltype(tag);
+    auto* param = static_cast<typename T::Element*>(values.param) + begin;
+    const auto* grad = static_cast<const typename T::Element*>(values.grad) + begin;
+    if (!values.absmax) {
+      return adamw_values<T>(step, param, grad, static_cast<float*>(values.exp_avg) + begin,
+                             static_cast<float*>(values.exp_avg_sq) + begin, end - begin);
+    }
+    return adamw_blocks<T>(step, param, grad, static_cast<uint8_t*>(values.exp_avg) + begin,
+                           static_cast<uint8_t*>(values.exp_avg_sq) + begin,
+                           values.absmax + begin / kMomentBlocksize * 2, end - begin);
+  });
+}
+
+}  // namespace nf4lora::NF4LORA_ISA
