@@ -188,10 +188,9 @@ def test_thresholds_and_their_neighbours_are_rounded_to_the_nearest(device, inst
     code = torch.tensor(_C.NESTED_CODE)[128:] if map_ == "signed" else torch.tensor(_C.SQUARE_CODE)[1:]
     middle = (code[1:] + code[:-1]) / 2
     values = torch.cat([torch.nextafter(middle, torch.tensor(v)) for v in (0.0, 2.0)] + [middle, code])
-    block = torch.ones(-(-values.numel() // 255), 256)  # the last of each block is its absmax
-    block[:, :255].view(-1)[:] = 1.0
-    flat = torch.nn.functional.pad(values, (0, block.shape[0] * 255 - values.numel()), value=1.0)
-    block[:, :255] = flat.reshape(-1, 255)
+    rows = -(-values.numel() // 255)
+    block = torch.ones(rows, 256)  # the last of each block is its absmax
+    block[:, :255] = torch.nn.functional.pad(values, (0, rows * 255 - values.numel()), value=1.0).reshape(rows, 255)
     for absmax in (1.0, 0.7, 3e-30, 2.0**-126):
         for sign in (1.0, -1.0):
             grad = (block * absmax * sign).reshape(-1)
@@ -257,9 +256,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(device, bits, bad)
 
 
 def test_a_scale_that_is_not_finite_skips_everything(device):
-    state = State(300, device=device)
+    state = State(304, device=device)
     before = state.param.clone()
-    assert both(state, state.grads[0], scale=math.nan)[1] == 300
+    assert both(state, state.grads[0], scale=math.nan)[1] == 304
     assert torch.equal(state.param, before)
 
 
@@ -277,7 +276,8 @@ def test_many_tensors_are_as_many_calls(device, bits):
         [s.exp_avg_sq for s in states], [s.absmax for s in states if bits == 8], skipped, **NUMBERS,
     )  # fmt: skip
     for state, want in zip(states, expected, strict=True):
-        assert_is(state, want, 0)
+        assert_is(state, want, want[-1])
+    assert skipped == sum(want[-1] for want in expected)
 
 
 def test_threads_change_nothing():
@@ -339,7 +339,6 @@ def call(**changed):
         ({"skipped": torch.zeros(2, dtype=torch.int64)}, ValueError, "skipped must hold one value, got shape [2]"),
         ({"scale": torch.zeros(1).half()}, TypeError, "scale must be float32, got float16"),
         ({"scale": torch.zeros(2)}, ValueError, "scale must hold one value, got shape [2]"),
-        ({"grads": [torch.zeros(300, device="meta")]}, (ValueError, NotImplementedError), ""),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -359,8 +358,6 @@ def test_opcheck(bits):
 
 def test_compiled_step_is_the_eager_one():
     state = State(700, bits=8)
-    expected, _ = both(State(1), torch.zeros(1))
-    del expected
 
     @torch.compile(fullgraph=True)
     def step(param, grad, exp_avg, exp_avg_sq, absmax, skipped):

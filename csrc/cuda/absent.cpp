@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace nf4lora::cuda {
 namespace {
@@ -16,6 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 
 // An op's name as a template argument, so that each function below knows which op it stands for.
 template <size_t N>
@@ -57,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
                            double, double, OptionalTensor, int64_t)>(m);
   impl<"lora_linear_backward", Triple(Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor,
                                       OptionalTensor, double, double, OptionalTensor, int64_t, bool)>(m);
+  impl<"adamw_step_", void(Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, OptionalTensor, double, double, double,
+                           double, double, int64_t)>(m);
 }
 
 }  // namespace nf4lora::cuda

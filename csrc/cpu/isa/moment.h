@@ -1,45 +1,19 @@
 // The optimizer's moments in 8 bits: blocks of 256 values to floats and back. format.h says what the bytes mean.
 #pragma once
 
+#include "../../moment.h"
 #include "simd.h"
 
 namespace nf4lora::NF4LORA_ISA {
 
-// What a map holds above zero, by position: value[k] for k = 1 ... top, and what lies half way to the next.
-// Nearest is the number of thresholds below a magnitude, plus one.
-struct Magnitudes {
-  int top;
-  float value[257];
-  float threshold[257];   // between k and k + 1; beyond the top nothing is reached
-  uint8_t below[23 << 7]; // the least nearest of the magnitudes that share an exponent and 7 bits of mantissa, from 2^-22
-};
-inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;
-
-constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
-  Magnitudes table{};
-  table.top = 255 - zero;
-  for (int k = 1; k <= table.top; ++k) table.value[k] = code.value[zero + k];
-  for (int k = 1; k < table.top; ++k) table.threshold[k] = (table.value[k] + table.value[k + 1]) / 2;
-  table.threshold[table.top] = 2.0f;
-  int k = 1;
-  for (int i = 0; i < 23 << 7; ++i) {
-    double low = 1.0 + (i % 128) / 128.0;
-    for (int exponent = i / 128; exponent < 22; ++exponent) low /= 2;
-    if (i == 0) low = 0.0;  // smaller magnitudes belong to the first bucket
-    while (table.threshold[k] < low && k < table.top) ++k;
-    table.below[i] = static_cast<uint8_t>(k);
-  }
-  return table;
-}
 alignas(64) inline constexpr Magnitudes kSigned = magnitudes(kNestedCode, kNestedZero);
 alignas(64) inline constexpr Magnitudes kUnsigned = magnitudes(kSquareCode, 0);
 
-// Buckets hold at most two thresholds (at the upper end of the finest level), so two comparisons end the search.
 NF4LORA_INLINE int nearest(const Magnitudes& table, float x) {
   const uint32_t bits = bits_of(x) >> 16, bucket = bits > kFirstBucket ? bits - kFirstBucket : 0;
   int k = table.below[bucket];
   k += x > table.threshold[k];
-  return k + (x > table.threshold[k]);
+  return k + (x > table.threshold[k]);  // no bucket holds more than two thresholds
 }
 
 #if defined(__AVX512F__)
