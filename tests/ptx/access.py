@@ -22,9 +22,11 @@ def load(grid: Grid, instruction: Instruction) -> None:
     space, address = instruction.modifiers[0], grid.address(source)
     now = grid.clock.now[grid.threads]
     if space == "param":
-        at = int(address[0])
-        values = np.frombuffer(grid.arguments[at : at + size * vector], np.uint8)
-        values = np.broadcast_to(values, (len(grid.threads), size * vector))
+        arguments = np.frombuffer(grid.arguments, np.uint8)  # blocks may read different entries of a table
+        at = address[:, None].astype(np.int64) + np.arange(size * vector)
+        if at.size and (at.min() < 0 or at.max() >= len(arguments)):
+            raise PtxError("out of bounds: a load beyond the parameters of the kernel")
+        values = arguments[at]
     elif space == "shared":
         at = grid.shared_address(address, grid.threads)
         values = grid.shared_memory.load(at, size * vector, grid.clock, now)
