@@ -22,7 +22,20 @@ from .case import MODEL, Absent, Settings, WrongAnswer
 from .machine import environment
 from .timing import Watch, warning, warning_before
 
-CASES = ("nf4", "absmax", "lora", "isa", "bounds", "load", "train", "step", "generate", "converge", "perplexity")
+CASES = (
+    "nf4",
+    "absmax",
+    "lora",
+    "adamw",
+    "isa",
+    "bounds",
+    "load",
+    "train",
+    "step",
+    "generate",
+    "converge",
+    "perplexity",
+)
 EXPLICIT = ("tune",)  # by name alone: it rewrites a file of the library
 
 

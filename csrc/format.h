@@ -84,7 +84,8 @@ inline constexpr int kNestedZero = 127;  // index of 0 in the map; what a block 
 // end), so that the bits are those of bitsandbytes.
 constexpr float dynamic_value(int level, int parts, int i) {
   constexpr float kPower[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
-  const double step = (1.0f - 0.1f) / static_cast<float>(parts);  // float64 holds step * i exactly: one rounding remains
+  const double step =
+      (1.0f - 0.1f) / static_cast<float>(parts);  // float64 holds step * i exactly: one rounding remains
   auto bound = [&](int at) {
     return static_cast<float>(at < (parts + 1) / 2 ? 0.1f + step * at : 1.0f - step * (parts - at));
   };

@@ -12,7 +12,7 @@ namespace nf4lora {
 struct Magnitudes {
   int top;
   float value[257];
-  float threshold[257];   // between k and k + 1; beyond the top nothing is reached
+  float threshold[257];    // between k and k + 1; beyond the top nothing is reached
   uint8_t below[23 << 7];  // the least nearest among magnitudes of one exponent and 7 bits of mantissa, from 2^-22 on
 };
 inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;  // upper 16 bits of 2^-22

@@ -22,7 +22,9 @@ class State:
 
     def __init__(self, size, dtype=torch.float32, bits=32, device="cpu", spread=3.0):
         self.param = torch.randn(size).to(dtype).to(device)
-        self.grads = [(torch.randn(size) * torch.exp(spread * torch.randn(size))).to(dtype).to(device) for _ in range(3)]
+        self.grads = [
+            (torch.randn(size) * torch.exp(spread * torch.randn(size))).to(dtype).to(device) for _ in range(3)
+        ]
         if bits == 32:
             self.exp_avg, self.exp_avg_sq = torch.zeros(2, size, device=device)
             self.absmax = None

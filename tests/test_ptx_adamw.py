@@ -111,7 +111,12 @@ class Adamw:
             for name, got, expected in zip(("param", "exp_avg", "exp_avg_sq", "absmax"), case.download(), want):
                 if got is not None:
                     differing = (bits_of(got) != bits_of(expected)) & ~(got.isnan() & expected.isnan()).numpy()
-                    assert not differing.any(), (name, int(differing.sum()), got[differing][:4], expected[differing][:4])
+                    assert not differing.any(), (
+                        name,
+                        int(differing.sum()),
+                        got[differing][:4],
+                        expected[differing][:4],
+                    )
         assert skipped.numpy()[0] == total
         return total
 
@@ -141,7 +146,14 @@ def test_memory_that_does_not_begin_at_a_vector(bits):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(
     "numbers",
-    [{"beta1": 0.3}, {"beta1": 0.0, "beta2": 0.5}, {"scale": 0.37}, {"eps": 1.0}, {"weight_decay": 0.0}, {"step": 9999}],
+    [
+        {"beta1": 0.3},
+        {"beta1": 0.0, "beta2": 0.5},
+        {"scale": 0.37},
+        {"eps": 1.0},
+        {"weight_decay": 0.0},
+        {"step": 9999},
+    ],
     ids=str,
 )
 def test_numbers_other_than_the_usual(numbers, bits):

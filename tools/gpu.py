@@ -42,7 +42,7 @@ names = %r
 found["absent"] = [name for name in names if importlib.util.find_spec(name) is None]
 print(json.dumps(found | {"torch": torch.__version__}))
 """
-KERNEL_TESTS = ("tests/test_nf4.py", "tests/test_absmax.py", "tests/test_lora.py")
+KERNEL_TESTS = ("tests/test_nf4.py", "tests/test_absmax.py", "tests/test_lora.py", "tests/test_adamw.py")
 CHOICE = "python/nf4lora/choice.json"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct" / "config.json"
 
@@ -95,7 +95,7 @@ def parts(architecture: str, quick: bool) -> list[Part]:
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     few = ["-k", "bfloat16 or 257"] if quick else []
     sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20"]
-    bench = [python, "-m", "bench", "--device", "cuda", "nf4", "absmax", "lora"]
+    bench = [python, "-m", "bench", "--device", "cuda", "nf4", "absmax", "lora", "adamw"]
     if not quick and MODEL.is_file():
         bench += ["generate", "step", "train"]
     return [

@@ -28,16 +28,15 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
   for (size_t i = 0; i < params.size(); ++i) {
     tensors.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
                        exp_avg_sqs[i].mutable_data_ptr(),
-                       eight_bits ? static_cast<float*>(absmaxs[i].mutable_data_ptr()) : nullptr,
-                       dtype_of(params[i])});
+                       eight_bits ? static_cast<float*>(absmaxs[i].mutable_data_ptr()) : nullptr, dtype_of(params[i])});
     counts.push_back(params[i].numel());
     first_piece.push_back(first_piece.back() + (counts.back() + kPiece - 1) / kPiece);
   }
   const Loops& isa = loops();
   std::atomic<int64_t> refused{0};
   torch::stable::parallel_for(0, first_piece.back(), kGrain, [&](int64_t begin, int64_t end) {
-    auto i = static_cast<size_t>(std::upper_bound(first_piece.begin(), first_piece.end(), begin) -
-                                 first_piece.begin() - 1);
+    auto i =
+        static_cast<size_t>(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin() - 1);
     int64_t mine = 0;
     for (int64_t piece = begin; piece < end; ++i) {
       const int64_t last = std::min(end, first_piece[i + 1]);

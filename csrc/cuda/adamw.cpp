@@ -27,9 +27,9 @@ void step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, 
                          eight_bits ? static_cast<float*>(absmaxs[i].mutable_data_ptr()) : nullptr, params[i].numel()});
     }
     if (tensors.empty()) continue;
-    require_launched("adamw_step_", adamw_step(tensors.data(), static_cast<int64_t>(tensors.size()), dtype, eight_bits,
-                                               numbers, factor, static_cast<int64_t*>(skipped.mutable_data_ptr()),
-                                               device.stream()));
+    require_launched("adamw_step_",
+                     adamw_step(tensors.data(), static_cast<int64_t>(tensors.size()), dtype, eight_bits, numbers,
+                                factor, static_cast<int64_t*>(skipped.mutable_data_ptr()), device.stream()));
   }
 }
 

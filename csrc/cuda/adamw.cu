@@ -81,10 +81,10 @@ __device__ __forceinline__ void add_skipped(int mine, int64_t* skipped) {
 // Assumes   tensors that are in order in memory; where all of one begin at 16 bytes, they move in vectors
 // Bound     memory: 28 bytes a value (22 for 16-bit parameters)
 template <typename T>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Batch batch,
-                                                         const __grid_constant__ AdamW step,
-                                                         const float* __restrict__ scale,  // [1] or null
-                                                         int64_t* __restrict__ skipped) {  // [1]
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(const __grid_constant__ Batch batch, const __grid_constant__ AdamW step,
+                 const float* __restrict__ scale,  // [1] or null
+                 int64_t* __restrict__ skipped) {  // [1]
   const Place place = place_of(batch);
   const float factor = scale ? *scale : 1.0f;
   auto* const params = static_cast<T*>(place.tensor.param);
@@ -209,10 +209,10 @@ __device__ __forceinline__ void store_lane(T* to, int count, bool aligned, const
 // Assumes   a tensor, or a part of one, that begins with a block; the last block may be short
 // Bound     memory: 16.1 bytes a value (10.1 for 16-bit parameters), with the look-ups close behind
 template <typename T>
-__global__ void __launch_bounds__(kThreads) adamw_8bit_kernel(const __grid_constant__ Batch batch,
-                                                              const __grid_constant__ AdamW step,
-                                                              const float* __restrict__ scale,  // [1] or null
-                                                              int64_t* __restrict__ skipped) {  // [1]
+__global__ void __launch_bounds__(kThreads)
+    adamw_8bit_kernel(const __grid_constant__ Batch batch, const __grid_constant__ AdamW step,
+                      const float* __restrict__ scale,  // [1] or null
+                      int64_t* __restrict__ skipped) {  // [1]
   __shared__ Tables tables;
   copy_tables(tables);
   __syncthreads();

@@ -128,6 +128,7 @@ class Grid:
         base = self.read(operand.base, "u64")
         if isinstance(operand.base, Register) and self.register(operand.base.name).dtype == np.uint32:
             base &= np.uint64(0xFFFFFFFF)
+            return (base.view(np.int64) + operand.offset) & 0xFFFFFFFF  # a 32-bit address wraps with its offset
         return base.view(np.int64) + operand.offset
 
     def shared_address(self, offsets: np.ndarray, threads: np.ndarray) -> np.ndarray:

@@ -14,9 +14,15 @@ struct Step {
   bool from_gradient;
 };
 NF4LORA_INLINE Step step_of(const AdamW& numbers, float scale) {
-  return {broadcast(numbers.weight),        broadcast(numbers.beta2),         broadcast(numbers.square_weight),
-          broadcast(numbers.decay),         broadcast(numbers.negative_step), broadcast(numbers.correction),
-          broadcast(numbers.inverse_correction), broadcast(numbers.eps),      broadcast(scale),
+  return {broadcast(numbers.weight),
+          broadcast(numbers.beta2),
+          broadcast(numbers.square_weight),
+          broadcast(numbers.decay),
+          broadcast(numbers.negative_step),
+          broadcast(numbers.correction),
+          broadcast(numbers.inverse_correction),
+          broadcast(numbers.eps),
+          broadcast(scale),
           numbers.from_gradient};
 }
 

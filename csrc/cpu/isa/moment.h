@@ -105,8 +105,8 @@ NF4LORA_INLINE Float decode_signed(const uint8_t* codes) {
   const Int distance = _mm512_sub_epi32(load_codes(codes), _mm512_set1_epi32(kNestedZero));
   const Int k = _mm512_abs_epi32(distance);
   // Of 128 and more only the one is left; it wraps to entry 0.
-  const Float value = _mm512_mask_blend_ps(_mm512_test_epi32_mask(k, _mm512_set1_epi32(128)),
-                                           of_128(kSigned.value, k), broadcast(1.0f));
+  const Float value = _mm512_mask_blend_ps(_mm512_test_epi32_mask(k, _mm512_set1_epi32(128)), of_128(kSigned.value, k),
+                                           broadcast(1.0f));
   const Int sign = _mm512_and_epi32(distance, _mm512_set1_epi32(static_cast<int>(0x80000000)));
   return _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(value), sign));
 }
