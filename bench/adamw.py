@@ -22,7 +22,7 @@ def run(settings: Settings) -> list[Table]:
             f"One step of AdamW, {count / 1e6:.3g} M values",
             rows,
             [
-                "fused / ours: the time of torch.optim.AdamW(fused=True) over ours; its moments have the dtype of the parameter",
+                "fused / ours: the time of torch.optim.AdamW(fused=True) over ours; its moments have the parameter's dtype",
                 "GB/s: of parameter and moments read and written, gradient read",
                 "state: bytes of moments per value",
             ],

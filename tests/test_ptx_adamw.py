@@ -1,5 +1,5 @@
-"""The CUDA kernels of adamw, executed without a GPU: nvcc's PTX for every architecture, launched by the code that ships,
-equal to reference.py bit for bit."""
+"""The CUDA kernels of adamw, executed without a GPU: nvcc's PTX for every architecture, launched by the code that
+ships, equal to reference.py bit for bit."""
 
 import ctypes
 import math
@@ -186,8 +186,8 @@ def test_thresholds_and_their_neighbours_are_rounded_to_the_nearest(map_):
     cases = []
     for factor in (1.0, -0.7, 2.0**-126):
         case = Case(grad.numel(), grad=grad * factor)
-        case.moments = [torch.full((grad.numel(),), 127, dtype=torch.uint8), torch.zeros(grad.numel(), dtype=torch.uint8),
-                        torch.zeros(rows, 2)]  # fmt: skip
+        zeros = torch.zeros(grad.numel(), dtype=torch.uint8)
+        case.moments = [zeros + 127, zeros, torch.zeros(rows, 2)]
         cases.append(case)
     Adamw("90a").step(cases, beta1=0.0, beta2=0.5)
 

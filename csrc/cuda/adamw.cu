@@ -264,6 +264,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     store_lane(firsts, count, place.aligned, first_code);
     store_lane(seconds, count, place.aligned, second_code);
+    __syncwarp();  // every lane has read the old ones
     if (lane == 0) {
       absmax[0] = first_peak;
       absmax[1] = second_peak;

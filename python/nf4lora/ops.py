@@ -309,11 +309,12 @@ def adamw_step_(
 
         exp_avg    = exp_avg + (1 - beta1) (g - exp_avg)
         exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
-        param      = (1 - lr weight_decay) param - lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+        update     = exp_avg / (1 - beta1^step) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+        param      = (1 - lr weight_decay) param - lr update
 
-    A value whose gradient is not finite stays as it is, with its moments. Moments of 8 bits share an absmax per 256 values;
-    the step is taken with the new moments before they are rounded to the nearest value of their map. What is not zero
-    is never stored as zero.
+    A value whose gradient is not finite stays as it is, with its moments. Moments of 8 bits share an absmax per 256
+    values; the step is taken with the new moments before they are rounded to the nearest value of their map. What is
+    not zero is never stored as zero.
 
     Args:
         params: [...] float32, bfloat16 or float16, contiguous

@@ -163,7 +163,7 @@ def lora_linear_backward(
 
 
 def square_code() -> Tensor:
-    """Unsigned dynamic 8-bit map (bitsandbytes `create_dynamic_map(signed=False)`): [256] float32, ascending from zero."""
+    """Unsigned dynamic 8-bit map (`create_dynamic_map(signed=False)`): [256] float32, ascending from zero."""
     values = [0.0, 1.0]
     for i in range(7):
         bounds = linspace(2 ** (i + 1) + 1)
@@ -177,7 +177,7 @@ def moment_decode(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
 
 
 def moment_encode(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest values of the map by magnitude, a tie the smaller; no value but zero becomes zero: [n] -> codes, absmax."""
+    """Nearest values by magnitude, a tie the smaller; no value but zero becomes zero: [n] -> codes, absmax."""
     padded = F.pad(values, (0, -values.numel() % 256)).reshape(-1, 256)
     absmax = padded.abs().amax(dim=1)
     zero = int((code == 0).nonzero())
