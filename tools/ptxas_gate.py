@@ -89,7 +89,8 @@ def short_names(mangled: list[str]) -> list[str]:
 
 def short_name(demangled: str) -> str:
     """`nf4_quantize_kernel<float>` of `void nf4lora::cuda::(anonymous namespace)::nf4_quantize_kernel<float>(...)`."""
-    return re.search(r"(\w+(?:<.*?>)?)\([^()]*\)$", demangled)[1]
+    plain = demangled.replace("(anonymous namespace)::", "")  # its parentheses also stand among the arguments
+    return re.search(r"(\w+(?:<.*?>)?)\([^()]*\)$", plain)[1]
 
 
 def table_text(version: str, costs: Costs) -> str:
