@@ -209,7 +209,7 @@ __device__ __forceinline__ void store_lane(T* to, int count, bool aligned, const
 // Assumes   a tensor, or a part of one, that begins with a block; the last block may be short
 // Bound     memory: 16.1 bytes a value (10.1 for 16-bit parameters), with the look-ups close behind
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     adamw_8bit_kernel(const __grid_constant__ Batch batch, const __grid_constant__ AdamW step,
                       const float* __restrict__ scale,  // [1] or null
                       int64_t* __restrict__ skipped) {  // [1]
