@@ -16,7 +16,15 @@ NAMES = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith(
 
 QWEIGHT, ABSMAX, X = torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1), torch.ones(2, 64)
 LINEAR = (QWEIGHT, ABSMAX, None)
+SKIPPED, NUMBERS = torch.zeros(1, dtype=torch.int64), (1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
+
+
+def flat():
+    return [torch.zeros(5)]
+
+
 GOOD = {
+    "adamw_step_": (flat(), flat(), flat(), flat(), [], SKIPPED, None, *NUMBERS),
     "nf4_quantize": (X, 64),
     "nf4_dequantize": (QWEIGHT, ABSMAX, 64, torch.float32),
     "nf4_dequantize.out": (QWEIGHT, ABSMAX, 64),
@@ -26,6 +34,12 @@ GOOD = {
     "lora_linear_backward": (torch.ones(2, 3), X, X[:, :0], *LINEAR, None, None, 1.0, 0.0, None, 64, True),
 }
 BAD = {
+    "adamw_step_": [
+        (flat(), [], flat(), flat(), [], SKIPPED, None, *NUMBERS),
+        (flat(), [torch.zeros(5).half()], flat(), flat(), [], SKIPPED, None, *NUMBERS),
+        (flat(), flat(), flat(), flat(), [], SKIPPED, None, -1.0, *NUMBERS[1:]),
+        (flat(), flat(), flat(), flat(), [], SKIPPED.int(), None, *NUMBERS),
+    ],
     "nf4_quantize": [(X, 48), (X.int(), 64), (torch.ones(2, 65), 64)],
     "nf4_dequantize": [(QWEIGHT, ABSMAX[:2], 64, torch.float32), (QWEIGHT, ABSMAX, 64, torch.float64)],
     "nf4_dequantize.out": [(QWEIGHT, ABSMAX.half(), 64)],

@@ -111,15 +111,8 @@ NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param,
     first_peak = larger(first_peak, magnitude(first));
     second_peak = larger(second_peak, second);
   }
-  float lanes[kLanes];
-  const auto largest = [&](Float peak) {
-    store(lanes, peak);
-    float most = lanes[0];
-    for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-    return most;
-  };
-  absmax[0] = largest(first_peak);
-  absmax[1] = largest(second_peak);
+  absmax[0] = largest_lane(first_peak);
+  absmax[1] = largest_lane(second_peak);
   if (absmax[0] > 0.0f) {
     const Quotient quotient = Quotient::of(absmax[0]);
     for (int i = 0; i < kMomentBlocksize; i += kLanes) {

@@ -48,7 +48,7 @@ constexpr Lines lines(const Magnitudes& table, int parts_of_first) {
     for (int l = level; l < 6; ++l) power *= 10.0f;
     const auto parts = static_cast<float>(parts_of_first << level);
     line.slope[i] = level < 7 ? power * parts / 0.9f : 0.0f;
-    line.start[i] = static_cast<float>(first[level]) - (level < 7 ? parts / 9.0f : 0.0f);
+    line.start[i] = level < 7 ? static_cast<float>(first[level]) - parts / 9.0f : static_cast<float>(first[7]) + 0.5f;
     line.last[i] = level < 7 ? first[level + 1] - 1 : table.top;
   }
   return line;

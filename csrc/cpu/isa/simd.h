@@ -86,6 +86,7 @@ using Mask = __mmask16;
 NF4LORA_INLINE Mask below(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
 NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
+NF4LORA_INLINE float largest_lane(Float v) { return _mm512_reduce_max_ps(v); }
 
 NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(
@@ -191,6 +192,11 @@ using Mask = __m256;
 NF4LORA_INLINE Mask below(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
 NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(mask))); }
+NF4LORA_INLINE float largest_lane(Float v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 NF4LORA_INLINE Float load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(
@@ -269,6 +275,10 @@ NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) {
 NF4LORA_INLINE Float larger(Float a, Float b) { return select(a > b, a, b); }
 NF4LORA_INLINE Float lesser(Float a, Float b) { return select(a < b, a, b); }
 NF4LORA_INLINE int count(Mask mask) { return -(mask[0] + mask[1] + mask[2] + mask[3]); }
+NF4LORA_INLINE float largest_lane(Float v) {
+  const float low = v[0] > v[1] ? v[0] : v[1], high = v[2] > v[3] ? v[2] : v[3];
+  return low > high ? low : high;
+}
 
 typedef uint32_t Int __attribute__((vector_size(16)));
 NF4LORA_INLINE Int no_bits() { return Int{0, 0, 0, 0}; }
