@@ -21,6 +21,7 @@ from nf4lora.adapter_files import load_adapter, save_adapter
 from nf4lora.config import NF4Config
 from nf4lora.doctor import build_info
 from nf4lora.linear import NF4Linear
+from nf4lora.optim import PagedAdamW
 from nf4lora.prepare import prepare  # bound here, so that `nf4lora.prepare` is the function, not the module
 from nf4lora.report import report
 
@@ -29,6 +30,7 @@ __version__: str = _C.__version__
 __all__ = [
     "NF4Config",
     "NF4Linear",
+    "PagedAdamW",
     "__version__",
     "build_info",
     "load_adapter",

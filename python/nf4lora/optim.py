@@ -1,0 +1,327 @@
+"""PagedAdamW: AdamW whose state lies in one arena, in 32 or 8 bits, and gives way where memory is short.
+
+paged.py is the arena, region.py the step, moments.py what is saved and loaded, ops.adamw_step_ the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nf4lora.moments import read, unwrapped
+from nf4lora.paged import PAGING, Arena, arena_of, lay_out
+from nf4lora.region import Region, Update, sizes
+from nf4lora.shards import gradient_of, local, shard_of, total_norm
+
+NUMBERS = "lr", "betas", "eps", "weight_decay"
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+REFUSED = "amsgrad", "maximize"  # in the groups of torch.optim.AdamW, where they change what a step does
+DROPPED = {  # in the groups of torch's and bitsandbytes' AdamW, where they change nothing here
+    *REFUSED, "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay",
+    "alpha", "t_alpha", "t_beta3",
+}  # fmt: skip
+
+
+class PagedAdamW(Optimizer):
+    """AdamW with its state in one arena per device, small parameters included.
+
+    On CUDA the arena is unified memory, or pinned memory that is streamed through the card; on the CPU it is RAM, or a
+    file. In 32 bits a step is that of torch.optim.AdamW; in 8 bits the moments share a scale per 256 values and take
+    2.03 bytes per parameter instead of 8.
+
+    Args:
+        params: parameters or groups of them, as torch.optim takes them; float32, bfloat16 or float16
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW
+        bits: 32 or 8, of the moments
+        max_grad_norm: clip all gradients together to this norm, as part of the step; None: no clipping
+        page_to: folder for a file with the state of CPU parameters, which may then exceed RAM; its room is reserved
+            now, and it is scratch: gone with the process, never a checkpoint
+        paging: "managed" (unified memory), "streamed" (pinned memory and staging buffers) or "auto", on CUDA
+
+    Values whose gradient is not finite are skipped with their moments, and counted: `stats()["skipped"]`. With
+    max_grad_norm, where the norm is not finite, that is all of them.
+
+    Raises:
+        ValueError, TypeError: a number or a parameter that does not fit.
+        OSError, MemoryError: no room for the state.
+
+    Source: QLoRA (arXiv:2305.14314) section 3; 8-bit optimizers (arXiv:2110.02861).
+
+    >>> weight = torch.nn.Parameter(torch.ones(4))
+    >>> optimizer = nf4lora.PagedAdamW([weight], lr=0.5, weight_decay=0.0, bits=8)
+    >>> weight.grad = torch.tensor([1.0, -1.0, 0.0, float("nan")])
+    >>> optimizer.step()
+    >>> weight.data, optimizer.stats()["skipped"]
+    (tensor([0.5000, 1.5000, 1.0000, 1.0000]), 1)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        bits: int = 32,
+        *,
+        max_grad_norm: float | None = None,
+        page_to: str | os.PathLike[str] | None = None,
+        paging: str = "auto",
+    ) -> None:
+        _require(bits in (32, 8), "bits", "32 or 8", bits)
+        _require(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", "positive, or None", max_grad_norm)
+        _require(paging in PAGING, "paging", f"one of {', '.join(PAGING)}", paging)
+        self.bits, self.max_grad_norm, self.page_to, self.paging = bits, max_grad_norm, page_to, paging
+        self._places: dict[Tensor, tuple[Region, int]] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if page_to is not None:
+            self._place()
+
+    # ---- parameters and their places
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the state of parameters added after the first step gets an arena of its own."""
+        super().add_param_group(param_group)
+        try:
+            _check_numbers(self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
+                if p.requires_grad and p.dtype not in DTYPES:
+                    raise TypeError(
+                        f"PagedAdamW: every parameter must be float32, bfloat16 or float16, got {_name(p.dtype)}"
+                    )
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _place(self) -> None:
+        """Give every trained parameter a place where it has none; those of a device lie together, in step order."""
+        trained = [p for p in self._params() if p.requires_grad or p.grad is not None]
+        waiting = [p for p in trained if not self._is_placed(p)]
+        if not waiting:
+            return
+        known = set(trained)
+        self._places = {p: place for p, place in self._places.items() if p in known}
+        for device in dict.fromkeys(local(p).device for p in waiting):
+            here = [p for p in waiting if local(p).device == device]
+            _, size = lay_out(sizes(here, self.bits))
+            region = Region(here, self.bits, arena_of(device, size, self.page_to, self.paging))
+            self._places |= {p: (region, i) for i, p in enumerate(here)}
+
+    def _is_placed(self, p: Tensor) -> bool:
+        if p not in self._places:
+            return False
+        region, index = self._places[p]
+        mine = local(p)
+        return region.arena.device == mine.device and region.slots[index].count == mine.numel()
+
+    def _enter(self, p: Tensor) -> tuple[Region, int]:
+        """The place of p, with `state[p]` there: zeros, or a copy of what stood elsewhere."""
+        region, index = self._places[p]
+        shown, entry = region.states[index], self.state.get(p)
+        if not entry:
+            region.fill(index, None)
+        elif not all(entry.get(name) is tensor for name, tensor in shown.items()):
+            mine = {name: shard_of(value, shown.get(name)) for name, value in entry.items()}
+            region.fill(index, read(mine, region.slots[index].count, "state").as_bits(self.bits))
+        else:
+            return region, index
+        self.state[p] = dict(shown)
+        return region, index
+
+    # ---- the step
+
+    @torch._disable_dynamo  # a compiled caller breaks its graph here: the step is one op per chunk already
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns what closure returns.
+
+        Where the card has no memory left for a copy of the gradients, the state is moved to the host first.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for p in self._params() if p.grad is not None]
+        if not params:
+            return loss
+        for p in params:
+            if p.grad.layout is not torch.strided:  # type: ignore[union-attr]
+                raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {p.grad.layout}")  # type: ignore[union-attr]
+        self._place()
+        try:
+            grads, scale = self._gradients(params)
+        except torch.OutOfMemoryError:
+            if not self.evict():
+                raise
+            grads, scale = self._gradients(params)
+        updates: dict[Region, dict[int, Update]] = {}
+        numbers = {p: each for group in self.param_groups for each in [_numbers(group)] for p in group["params"]}
+        for p, grad in zip(params, grads, strict=True):
+            region, index = self._enter(p)
+            updates.setdefault(region, {})[index] = Update(local(p), grad, numbers[p])
+        for region, some in updates.items():
+            device = region.arena.device
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            region.step(some, self._skipped[device], None if scale is None else scale.to(device))
+        torch.autograd.graph.increment_version(params)
+        return loss
+
+    def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """As the op takes them, and the factor [1] that clips them."""
+        scale = None
+        if self.max_grad_norm is not None:
+            norm = total_norm([p.grad for p in params])
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            scale = torch.where(norm.isfinite(), scale, math.nan).view(1)
+        return [gradient_of(p) for p in params], scale
+
+    # ---- memory
+
+    def _arenas(self) -> list[Arena]:
+        return list(dict.fromkeys(region.arena for region, _ in self._places.values()))
+
+    def evict(self) -> int:
+        """Move the state out of the way: from the card to the host, from RAM to the file. Returns the bytes freed.
+
+        For a training step that ran out of memory, before it is tried again; the next optimizer step brings it back.
+        """
+        return sum(each.evict() for each in self._arenas())
+
+    def synchronize(self) -> None:
+        """Wait until the tensors in `state` hold what the last step computed; `state_dict` does."""
+        for each in self._arenas():
+            each.wait()
+
+    def stats(self) -> dict[str, Any]:
+        """Where the state is.
+
+        mode: ram, file, managed or streamed; bytes: of state; resident, paged: of these, close to where they are used,
+        and not; peak: most that were resident when asked, or on CUDA at any time; skipped: gradients not finite.
+        """
+        arenas = self._arenas()
+        each = [arena.stats() for arena in arenas]
+        found: dict[str, Any] = {"mode": ", ".join(dict.fromkeys(arena.mode for arena in arenas)) or "none"}
+        found["bytes"] = sum(arena.bytes for arena in arenas)
+        found |= {name: sum(one[name] for one in each) for name in ("resident", "paged", "peak")}
+        found["skipped"] = sum(int(count) for count in self._skipped.values())
+        return found
+
+    def report(self) -> str:
+        """stats() in a line, and why an arena is of its mode where that was chosen."""
+        stats = self.stats()
+        mebibytes = {name: f"{stats[name] / (1 << 20):.1f} MiB" for name in ("bytes", "resident", "paged", "peak")}
+        line = (
+            f"PagedAdamW, {self.bits} bits: {mebibytes['bytes']} of state ({stats['mode']}), {mebibytes['resident']} "
+            f"resident, {mebibytes['paged']} paged, peak {mebibytes['peak']}; {stats['skipped']} gradients skipped"
+        )
+        return "\n".join([line, *dict.fromkeys(each.reason for each in self._arenas() if each.reason)])
+
+    # ---- state
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; moments of 8 bits are uint8, with their absmax [ceil(n/256), 2] float32."""
+        self.synchronize()
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what PagedAdamW, torch.optim.AdamW or bitsandbytes' AdamW saved, converted to `bits`.
+
+        Raises:
+            ValueError: it is of another optimizer or of other parameters; nothing has changed then.
+        """
+        hook = self.register_load_state_dict_pre_hook(_readable)  # the last: hooks of others see tensors
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "bits" in state:  # unpickled, or a deep copy: no state is in an arena yet
+            self._places, self._skipped = {}, {}
+        super().__setstate__(state)
+        loaded = {p: entry.entry for p, entry in self.state.items() if isinstance(entry, _Loaded)}
+        self.state.update(loaded)
+        for p in loaded:
+            self._enter(p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
+        options = ("bits", "max_grad_norm", "page_to", "paging")
+        return super().__getstate__() | {name: getattr(self, name) for name in options}
+
+
+@dataclass
+class _Loaded:
+    """A saved state on its way through torch's load_state_dict, which casts tensors to the dtype of their parameter."""
+
+    entry: dict[str, Any]
+
+
+def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with every state read and checked, before anything of the optimizer changes."""
+    assert isinstance(optimizer, PagedAdamW)
+    groups = [_known(group, i) for i, group in enumerate(state_dict["param_groups"])]
+    params = dict(zip((key for group in groups for key in group["params"]), optimizer._params()))
+    optimizer._place()
+    state = {}
+    for key, entry in state_dict["state"].items():
+        state[key] = entry
+        if entry and key in params and params[key] in optimizer._places:
+            region, index = optimizer._places[params[key]]
+            shown = region.states[index]
+            mine = {name: shard_of(value, shown.get(name)) for name, value in unwrapped(entry).items()}
+            moments = read(mine, region.slots[index].count, f"the state of parameter {key}")
+            state[key] = _Loaded({name: each for name, each in vars(moments).items() if each is not None})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _known(group: dict[str, Any], index: int) -> dict[str, Any]:
+    """A saved group, without what other optimizers keep there."""
+    what = f"PagedAdamW: group {index} of the state dict"
+    missing = [name for name in NUMBERS if name not in group]
+    if missing:
+        raise ValueError(f"{what} must be of an AdamW, got none of {', '.join(missing)}")
+    for name in REFUSED:
+        if group.get(name):
+            raise ValueError(f"{what} must be without {name}, got {group[name]}")
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+        raise ValueError(f"{what} must have a decoupled weight decay, got Adam's {group['weight_decay']}")
+    found = {name: value for name, value in group.items() if name not in DROPPED}
+    _check_numbers(found)
+    return found
+
+
+def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    return float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    _require(len(group["betas"]) == 2, "betas", "two numbers", group["betas"])
+    lr, beta1, beta2, eps, weight_decay = _numbers(group)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        _require(0.0 <= value < math.inf, name, "finite and not negative", value)
+    for value in (beta1, beta2):
+        _require(0.0 <= value < 1.0, "betas", "in [0, 1)", value)
+
+
+def _require(held: bool, what: str, contract: str, value: Any) -> None:
+    if not held:
+        raise ValueError(f"PagedAdamW: {what} must be {contract}, got {value}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,71 @@
+"""Parameters of which this process holds a shard (DTensor: FSDP2, tensor parallelism), and their state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4lora.moments import blocks_of
+
+
+def is_shard(value: Any) -> bool:
+    return hasattr(value, "to_local")  # asked so that torch.distributed.tensor is imported by those who use it
+
+
+def local(value: Any) -> Any:
+    """The part of a tensor that this process holds: all of it, unless it is a DTensor."""
+    return value.to_local() if is_shard(value) else value
+
+
+def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
+    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards."""
+    if not is_shard(p):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not by_rows:
+        return DTensor.from_local(
+            tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+    placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
+    return DTensor.from_local(tensor, p.device_mesh, placements, run_check=False)
+
+
+def shard_of(value: Any, like: Any) -> Any:
+    """This process's part of a saved tensor: a DTensor's own, or that of a whole one where state lies like `like`."""
+    if is_shard(value) or not isinstance(value, Tensor) or not is_shard(like) or value.shape != like.shape:
+        return local(value)
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def absmax_blocks(p: Any) -> int:
+    """Rows of absmax: those of the largest shard, so that every process has as many and together they are a DTensor."""
+    sizes = list(p.shape)
+    if is_shard(p):
+        for parts, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+            if placement.is_shard():
+                sizes[placement.dim] = -(-sizes[placement.dim] // parts)
+    return blocks_of(math.prod(sizes))
+
+
+def gradient_of(p: Any) -> Tensor:
+    """This process's part of p's gradient, in p's dtype and contiguous."""
+    grad = p.grad
+    if is_shard(grad) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local(grad).to(p.dtype).contiguous()
+
+
+def total_norm(grads: list[Any]) -> Tensor:
+    """The 2-norm of all gradients, over all shards: [] float32, on the device of the first."""
+    if any(map(is_shard, grads)):
+        norm = torch.nn.utils.get_total_norm(grads)
+        return (norm.full_tensor() if is_shard(norm) else norm).float()  # type: ignore[attr-defined]
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
