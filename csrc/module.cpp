@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cuda/paged_module.h"
 #include "format.h"
 
 namespace py = pybind11;
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA_ARCHS") = NF4LORA_CUDA_ARCHS;
   m.attr("BUILD_TORCH") = NF4LORA_BUILD_TORCH;
 
+  cuda::bind_pager(m);
   m.def("cpu_instruction_set", [] { return std::string(loops().name); });
   m.def("cpu_instruction_sets", &instruction_sets);
   m.def("force_cpu_instruction_set", &force_instruction_set, py::arg("name"));

@@ -16,12 +16,12 @@ CSRC = ROOT / "csrc"
 # ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
 FLOORS = [
     {"_C"},
-    {"unfused", "choice"},
-    {"sliced"},
+    {"unfused", "choice", "moments", "paged"},
+    {"sliced", "shards", "unified"},
     {"cuda"},
     {"ops"},
-    {"linear", "doctor", "loss"},
-    {"config", "checkpoint"},
+    {"linear", "doctor", "loss", "region"},
+    {"config", "checkpoint", "optim"},
     {"bitsandbytes", "adapter"},
     {"adapter_files"},
     {"quantizer", "report"},

@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "paged_module.h"
+
 namespace nf4lora::cuda {
 namespace {
 
@@ -62,5 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
   impl<"adamw_step_", void(Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, OptionalTensor, double, double, double,
                            double, double, int64_t)>(m);
 }
+
+void bind_pager(pybind11::module_&) {}  // python/nf4lora/unified.py says what is missing
 
 }  // namespace nf4lora::cuda

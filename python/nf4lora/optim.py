@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nf4lora.moments import read, unwrapped
-from nf4lora.paged import PAGING, Arena, arena_of, lay_out
-from nf4lora.region import Region, Update, sizes
+from nf4lora.paged import Arena, lay_out
+from nf4lora.region import PAGING, Region, Update, arena_of, sizes
 from nf4lora.shards import gradient_of, local, shard_of, total_norm
 
 NUMBERS = "lr", "betas", "eps", "weight_decay"

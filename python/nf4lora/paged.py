@@ -24,7 +24,6 @@ from nf4lora import _C
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 128  # of each tensor: a cache line of the GPU, two of the CPU
 PIECE = 4096  # values; a tensor is cut at multiples of it, so that blocks of 8-bit moments and pages stay whole
-PAGING = "auto", "managed", "streamed"  # on CUDA
 CHUNK_BYTES = 32 << 20  # long enough to hide the call that brings it, short enough for three in a card's free memory
 
 Range = tuple[int, int]  # offset, bytes
@@ -37,19 +36,21 @@ class Slot:
 
     offset: int
     count: int  # values
-    blocks: int  # of 256 values; 0 in 32 bits
+    blocks: int | None  # rows of absmax, one per 256 values; None in 32 bits
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of exp_avg, exp_avg_sq and absmax."""
-        return (torch.uint8, torch.uint8, torch.float32) if self.blocks else (torch.float32, torch.float32)
+        if self.blocks is None:
+            return torch.float32, torch.float32
+        return torch.uint8, torch.uint8, torch.float32
 
     def ranges(self, begin: int, end: int) -> list[Range]:
         """Of values [begin, end) in exp_avg, exp_avg_sq and, in 8 bits, absmax; begin is a multiple of a block."""
         size, block = self.dtypes[0].itemsize, _C.MOMENT_BLOCKSIZE
         second = self.offset + _aligned(self.count * size)
         found = [(start + begin * size, (end - begin) * size) for start in (self.offset, second)]
-        if self.blocks:
+        if self.blocks is not None:
             last = self.blocks if end == self.count else end // block
             first = begin // block
             found.append((second + _aligned(self.count) + 8 * first, 8 * (last - first)))
@@ -82,7 +83,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def lay_out(counts: Sequence[tuple[int, int]]) -> tuple[list[Slot], int]:
+def lay_out(counts: Sequence[tuple[int, int | None]]) -> tuple[list[Slot], int]:
     """Slots of (values, blocks) in this order, and the bytes of all."""
     slots, offset = [], 0
     for count, blocks in counts:
@@ -116,19 +117,6 @@ def cut(slots: Sequence[Slot], chunk_bytes: int) -> list[Chunk]:
         whole.append(Piece(index, 0, slot.count))
     close()
     return chunks
-
-
-def arena_of(device: torch.device, size: int, page_to: str | os.PathLike[str] | None, paging: str) -> Arena:
-    """An arena of `size` bytes for parameters of this device."""
-    if device.type == "cpu":
-        return Ram(size) if page_to is None else File(size, page_to)
-    if device.type != "cuda":
-        raise ValueError(f"PagedAdamW: every parameter must be on the CPU or on CUDA, got one on {device}")
-    if page_to is not None:
-        raise ValueError(f"PagedAdamW: page_to must be None for parameters on CUDA, got {page_to}; paging moves them")
-    from nf4lora.unified import Unified
-
-    return Unified(device, size, paging)
 
 
 class Arena:

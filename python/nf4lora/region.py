@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,23 @@ from torch import Tensor
 
 from nf4lora import ops
 from nf4lora.moments import ZEROS, Moments
-from nf4lora.paged import Arena, lay_out
+from nf4lora.paged import Arena, File, Ram, lay_out
 from nf4lora.shards import absmax_blocks, as_shard, local
+from nf4lora.unified import Unified
 
+PAGING = "auto", "managed", "streamed"  # of Unified
 NAMES = "exp_avg", "exp_avg_sq", "absmax"
+
+
+def arena_of(device: torch.device, size: int, page_to: str | os.PathLike[str] | None, paging: str) -> Arena:
+    """An arena of `size` bytes for parameters of this device."""
+    if device.type == "cpu":
+        return Ram(size) if page_to is None else File(size, page_to)
+    if device.type != "cuda":
+        raise ValueError(f"PagedAdamW: every parameter must be on the CPU or on CUDA, got one on {device}")
+    if page_to is not None:
+        raise ValueError(f"PagedAdamW: page_to must be None for parameters on CUDA, got {page_to}; paging moves them")
+    return Unified(device, size, paging)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,6 @@ class Region:
                 each.param.copy_(contiguous[i])
 
 
-def sizes(params: Sequence[Tensor], bits: int) -> list[tuple[int, int]]:
-    """Values of each, and rows of absmax."""
-    return [(local(p).numel(), absmax_blocks(p) if bits == 8 else 0) for p in params]
+def sizes(params: Sequence[Tensor], bits: int) -> list[tuple[int, int | None]]:
+    """Values of each, and in 8 bits the rows of absmax."""
+    return [(local(p).numel(), absmax_blocks(p) if bits == 8 else None) for p in params]

@@ -1,0 +1,194 @@
+"""PagedAdamW over the pager of CUDA, on a fake device: whatever the paging, the result is that of an arena in RAM."""
+
+import ctypes
+
+import pytest
+import torch
+
+from nf4lora import PagedAdamW, optim, shards, unified
+
+import cudart
+
+PAGES = 64 << 10
+SIZES = [(300, 70), (5,), (64, 64), (1,), (41_000,), (16, 16), (0,), (9, 1000)]
+NEVER, SOMETIMES = 3, 5  # indices of parameters without gradients
+
+
+@pytest.fixture(params=["managed", "streamed"])
+def fake(request, monkeypatch):
+    """The fake device, on which PagedAdamW now puts the state of parameters on the CPU."""
+    device = cudart.load(13000)
+    device.reset()
+
+    class OnFake(unified.Unified):
+        chunk_bytes = PAGES
+
+        def _pager(self, number, size, paging):
+            return device.Pager(0, size, request.param if paging == "auto" else paging)
+
+        def _stream(self):
+            return 0
+
+        def _on_card(self, address, size):
+            array = (ctypes.c_uint8 * size).from_address(address)
+            array.owner = self.pager
+            return torch.frombuffer(array, dtype=torch.uint8)
+
+    monkeypatch.setattr(optim, "arena_of", lambda where, size, page_to, paging: OnFake(where, size, paging))
+    device.mode = request.param
+    yield device
+    assert device.wrongs() == []
+    assert device.alive() == {"blocks": 0, "streams": 0, "events": 0}
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+
+
+def train(params, optimizer, steps=range(4)):
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = None if i == NEVER or (i == SOMETIMES and step % 2) else grad
+        optimizer.step()
+
+
+def in_ram(monkeypatch, bits, dtype=torch.float32, steps=4):
+    with monkeypatch.context() as undone:
+        undone.setattr(optim, "arena_of", real_arena)
+        params = parameters(dtype)
+        optimizer = PagedAdamW(params, lr=1e-2, bits=bits)
+        assert optimizer.stats()["mode"] == "none"
+        train(params, optimizer, range(steps))
+        assert optimizer.stats()["mode"] == "ram"
+    return params, optimizer
+
+
+real_arena = optim.arena_of
+
+
+def assert_same(params, optimizer, others, other):
+    optimizer.synchronize()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(value, other.state[q][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_paging_changes_no_bit(fake, monkeypatch, bits, dtype):
+    expected = in_ram(monkeypatch, bits, dtype)
+    params = parameters(dtype)
+    optimizer = PagedAdamW(params, lr=1e-2, bits=bits)
+    train(params, optimizer)
+    assert_same(params, optimizer, *expected)
+    stats = optimizer.stats()
+    assert stats["mode"] == fake.mode
+    assert stats["bytes"] > 3 * PAGES or bits == 8
+    assert stats["resident"] + stats["paged"] == stats["bytes"]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_evicting_between_steps_changes_no_bit(fake, monkeypatch, bits):
+    expected = in_ram(monkeypatch, bits)
+    params = parameters()
+    optimizer = PagedAdamW(params, lr=1e-2, bits=bits)
+    for step in range(4):
+        train(params, optimizer, [step])
+        freed = optimizer.evict()
+        assert (freed > 0) == (fake.mode == "managed")
+        assert optimizer.stats()["resident"] == 0
+        assert optimizer.stats()["peak"] > 0
+    assert_same(params, optimizer, *expected)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_saved_and_loaded_it_stays_paged_and_goes_on_bit_for_bit(fake, monkeypatch, bits):
+    expected = in_ram(monkeypatch, bits)
+    params = parameters()
+    optimizer = PagedAdamW(params, lr=1e-2, bits=bits)
+    train(params, optimizer, range(2))
+    saved = optimizer.state_dict()
+    resumed = PagedAdamW(params, lr=1.0, bits=bits)
+    resumed.load_state_dict(saved)
+    del optimizer, saved
+    train(params, resumed, range(2, 4))
+    assert_same(params, resumed, *expected)
+    assert resumed.stats()["mode"] == fake.mode
+
+
+def test_a_step_out_of_memory_evicts_and_is_taken(fake, monkeypatch):
+    expected = in_ram(monkeypatch, 32)
+    params = parameters()
+    optimizer = PagedAdamW(params, lr=1e-2)
+    train(params, optimizer, range(3))
+    resident = []
+    gradient_of = shards.gradient_of
+
+    def short(p):
+        resident.append(optimizer.stats()["resident"])
+        if len(resident) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradient_of(p)
+
+    with monkeypatch.context() as undone:
+        undone.setattr(optim, "gradient_of", short)
+        if fake.mode == "streamed":  # nothing of it lies on the card but buffers: the error is the caller's
+            with pytest.raises(torch.OutOfMemoryError):
+                train(params, optimizer, [3])
+            resident[:] = [0]
+        train(params, optimizer, [3])
+    del short
+    if fake.mode == "managed":
+        assert resident[0] > 0 == resident[1]
+    assert_same(params, optimizer, *expected)
+
+
+def test_memory_that_others_take_in_mid_training_changes_no_bit(fake, monkeypatch):
+    expected = in_ram(monkeypatch, 32)
+    params = parameters()
+    optimizer = PagedAdamW(params, lr=1e-2)
+    train(params, optimizer, range(2))
+    fake.set_others(1 << 30)
+    train(params, optimizer, range(2, 4))
+    fake.set_others(0)
+    assert_same(params, optimizer, *expected)
+
+
+def test_parameters_added_later_get_an_arena_of_their_own(fake):
+    params = parameters()
+    optimizer = PagedAdamW(params[:4], bits=8)
+    train(params[:4], optimizer, range(1))
+    kept = {p: optimizer.state[p]["exp_avg"] for p in params[:3]}
+    before = optimizer.stats()["bytes"]
+    optimizer.add_param_group({"params": params[4:]})
+    train(params, optimizer, range(1, 2))
+    assert all(optimizer.state[p]["exp_avg"] is tensor for p, tensor in kept.items())
+    assert optimizer.stats()["bytes"] > before
+    assert optimizer.report().startswith("PagedAdamW, 8 bits: ")
+
+
+def test_the_memory_goes_with_the_optimizer_and_its_last_tensor(fake):
+    params = parameters()
+    optimizer = PagedAdamW(params)
+    train(params, optimizer, range(1))
+    kept = optimizer.state[params[0]]["exp_avg"]
+    del optimizer
+    assert fake.alive()["blocks"] > 0
+    assert kept.abs().sum() > 0
+    del kept
+    assert fake.alive()["blocks"] == 0
+
+
+def test_an_error_of_the_device_reaches_the_caller(fake):
+    params = parameters()
+    optimizer = PagedAdamW(params)
+    train(params, optimizer, range(1))
+    fake.fail("cudaStreamWaitEvent", 1, 2)
+    with pytest.raises(RuntimeError, match="PagedAdamW: cudaStreamWaitEvent must succeed, got: out of memory"):
+        train(params, optimizer, range(1, 2))
+    del optimizer
