@@ -1,4 +1,4 @@
-"""adamw: one step of the optimizer over all parameters, in 32 and in 8 bits."""
+"""adamw: one step of the optimizer over all parameters, in 32 and in 8 bits, and with its state paged out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from nf4lora import ops, reference
 
+from . import paging
 from .case import Settings, check_equal
 from .table import Table
 from .timing import alternate
@@ -26,7 +27,8 @@ def run(settings: Settings) -> list[Table]:
                 "GB/s: of parameter and moments read and written, gradient read",
                 "state: bytes of moments per value",
             ],
-        )
+        ),
+        paging.on_disk(count, settings) if settings.device == "cpu" else paging.on_card(count, settings),
     ]
 
 

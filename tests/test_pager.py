@@ -118,6 +118,7 @@ def test_a_step_that_broke_off_loses_nothing(fake, mode):
         arena = Arena(fake, mode, CHUNKS[7])
         arena.step()
         arena.update(1, 2, release=False)
+        arena.step([0, 4])  # of which 4 takes the place of 1
         arena.step()
         arena.assert_right()
         del arena

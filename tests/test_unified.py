@@ -192,3 +192,79 @@ def test_an_error_of_the_device_reaches_the_caller(fake):
     with pytest.raises(RuntimeError, match="PagedAdamW: cudaStreamWaitEvent must succeed, got: out of memory"):
         train(params, optimizer, range(1, 2))
     del optimizer
+
+
+# ---- on a real card: the state stays far below what is free, and moves by explicit prefetches
+
+
+@pytest.fixture(params=["managed", "streamed"])
+def paging(request, device):
+    if device.type != "cuda":
+        pytest.skip("the card's own memory is what is tested")
+    return request.param
+
+
+def on_card(device, dtype=torch.float32):
+    return [torch.nn.Parameter(p.detach().to(device)) for p in parameters(dtype)]
+
+
+def train_on_card(params, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=generator).to(p)
+            p.grad = None if i == NEVER or (i == SOMETIMES and step % 2) else grad
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_on_a_card_paging_changes_no_bit(paging, device, monkeypatch, bits, dtype):
+    expected = parameters(dtype)
+    in_ram_optimizer = PagedAdamW(expected, lr=1e-2, bits=bits)
+    monkeypatch.setattr(unified.Unified, "chunk_bytes", PAGES)
+    params = on_card(device, dtype)
+    optimizer = PagedAdamW(params, lr=1e-2, bits=bits, paging=paging)
+    for step in range(4):
+        train(expected, in_ram_optimizer, [step])
+        train_on_card(params, optimizer, [step])
+        if step == 1:
+            optimizer.evict()
+        if step == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+    stats = optimizer.stats()
+    assert stats["mode"] == paging and stats["resident"] + stats["paged"] == stats["bytes"]
+    for p, q in zip(expected, params, strict=True):
+        assert torch.equal(p, q.cpu())
+        for name, value in in_ram_optimizer.state[p].items():
+            assert torch.equal(value, optimizer.state[q][name].cpu()), name
+
+
+def test_on_a_card_evicted_state_frees_memory(device):
+    if device.type != "cuda":
+        pytest.skip("the card's own memory is what is tested")
+    params = [torch.nn.Parameter(torch.ones(32 << 20, device=device))]
+    optimizer = PagedAdamW(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    stats = optimizer.stats()
+    assert stats["resident"] == stats["bytes"] >= 256 << 20 or stats["mode"] == "streamed"
+    before = torch.cuda.mem_get_info(device)[0]
+    freed = optimizer.evict()
+    assert torch.cuda.mem_get_info(device)[0] - before >= freed - (8 << 20)
+    first = optimizer.state[params[0]]["exp_avg"][:3].clone()
+    optimizer.step()
+    assert not torch.equal(first, optimizer.state[params[0]]["exp_avg"][:3])
+
+
+def test_on_a_card_the_choice_is_made_and_told(device):
+    if device.type != "cuda":
+        pytest.skip("the card's own memory is what is tested")
+    params = on_card(device)
+    optimizer = PagedAdamW(params, bits=8)
+    train_on_card(params, optimizer, range(1))
+    mode = optimizer.stats()["mode"]
+    assert mode == "managed" or (mode == "streamed" and "streamed: " in optimizer.report())
+    with pytest.raises(ValueError, match="page_to must be None for parameters on CUDA"):
+        refused = PagedAdamW(params, page_to="/tmp")
+        refused.step()

@@ -42,7 +42,13 @@ names = %r
 found["absent"] = [name for name in names if importlib.util.find_spec(name) is None]
 print(json.dumps(found | {"torch": torch.__version__}))
 """
-KERNEL_TESTS = ("tests/test_nf4.py", "tests/test_absmax.py", "tests/test_lora.py", "tests/test_adamw.py")
+KERNEL_TESTS = (
+    "tests/test_nf4.py",
+    "tests/test_absmax.py",
+    "tests/test_lora.py",
+    "tests/test_adamw.py",
+    "tests/test_unified.py",
+)
 CHOICE = "python/nf4lora/choice.json"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct" / "config.json"
 

@@ -210,8 +210,8 @@ class Streamed final : public Pager {
     const OnDevice current(device_);
     Buffer& buffer = buffers_[number(chunk)];
     if (buffer.chunk != chunk) fetch(chunk, stream);
+    // Where it stayed here, the step before may still be leaving: what that reads in between, this step's own copy mends.
     buffer.arrived.hold(static_cast<cudaStream_t>(stream));
-    buffer.left.hold(static_cast<cudaStream_t>(stream));  // it may still be read from the step before
     buffer.acquired = true;
     if (number(following) != number(chunk) && buffers_[number(following)].chunk != following) fetch(following, stream);
   }

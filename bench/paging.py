@@ -1,0 +1,141 @@
+"""What it costs that an optimizer's state is elsewhere: tables of the case `adamw`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nf4lora import PagedAdamW, ops
+
+from .case import Settings
+from .table import Table
+from .timing import alternate
+
+TENSORS = 64
+
+
+def stepping(count: int, device: str, **options) -> PagedAdamW:
+    """An optimizer with the state of `count` values in some tensors, as LoRA has them, after a step."""
+    params = [torch.nn.Parameter(torch.randn(count // TENSORS, device=device)) for _ in range(TENSORS)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = PagedAdamW(params, **options)
+    optimizer.step()
+    return optimizer
+
+
+def evicted(optimizer: PagedAdamW) -> Callable[[], object]:
+    """A step with all state elsewhere when it begins."""
+
+    def step() -> None:
+        optimizer.evict()
+        optimizer.step()
+
+    return step
+
+
+def on_card(count: int, settings: Settings) -> Table:
+    """Where all fits, where the state is evicted before every step, and where it is always streamed."""
+    rows = []
+    for bits in (32, 8):
+        managed, streamed = (stepping(count, "cuda", bits=bits, paging=mode) for mode in ("managed", "streamed"))
+        times = alternate(
+            {
+                "op": unpaged(managed),
+                "managed": managed.step,
+                "evicted": evicted(managed),
+                "streamed": streamed.step,
+            },
+            seconds=0.1 if settings.quick else 2.0,
+            device="cuda",
+        )
+        state = managed.stats()["bytes"]
+        rows.append(
+            {
+                "bits": bits,
+                "state, MB": state / 1e6,
+                "op on plain memory, ms": times["op"].spread(),
+                "managed, all fits, ms": times["managed"].spread(),
+                "managed / op": times["managed"].over(times["op"]),
+                "evicted before, ms": times["evicted"].spread(),
+                "streamed, ms": times["streamed"].spread(),
+                "streamed, GB/s each way": state / times["streamed"].median / 1e9,
+            }
+        )
+    return Table(
+        f"PagedAdamW, a step of {count / 1e6:.3g} M values in {TENSORS} tensors",
+        rows,
+        [
+            "evicted before: evict() and the step that brings everything back",
+            "streamed: pinned memory through three buffers of the card; the bound is the bus, both ways at once",
+        ],
+    )
+
+
+def unpaged(optimizer: PagedAdamW) -> Callable[[], object]:
+    """The op on the same parameters, with moments in torch's own memory."""
+    params = optimizer.param_groups[0]["params"]
+    states = [{name: each.clone() for name, each in optimizer.state[p].items()} for p in params]
+    moments = [[state[name] for state in states if name in state] for name in ("exp_avg", "exp_avg_sq", "absmax")]
+    lists = [[p.detach() for p in params], [p.grad for p in params], *moments]
+    skipped = torch.zeros(1, dtype=torch.int64, device=params[0].device)
+    return lambda: ops.adamw_step_(*lists, skipped)
+
+
+def on_disk(count: int, settings: Settings) -> Table:
+    """In RAM, in a file of which all is in the page cache, and with all of it read from the disk and written there."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for bits in (32, 8):
+            ram, file = stepping(count, "cpu", bits=bits), stepping(count, "cpu", bits=bits, page_to=folder)
+            state = file.stats()["bytes"]
+            yardstick = Path(folder) / "yardstick"
+            times = alternate(
+                {
+                    "ram": ram.step,
+                    "file": file.step,
+                    "disk": evicted(file),
+                    "plain": lambda path=yardstick, size=state: write_and_read(path, size),
+                },
+                seconds=0.1 if settings.quick else 6.0,
+                device="cpu",
+            )
+            yardstick.unlink()
+            rows.append(
+                {
+                    "bits": bits,
+                    "state, MB": state / 1e6,
+                    "RAM, ms": times["ram"].spread(),
+                    "file in the page cache, ms": times["file"].spread(),
+                    "file / RAM": times["file"].over(times["ram"]),
+                    "from the disk and back, ms": times["disk"].spread(),
+                    "plain write and read, ms": times["plain"].spread(),
+                    "plain / ours": times["plain"].over(times["disk"]),
+                }
+            )
+    return Table(
+        f"PagedAdamW(page_to=folder), a step of {count / 1e6:.3g} M values in {TENSORS} tensors",
+        rows,
+        [
+            "from the disk and back: evict(), which writes all state to the disk, and the step that reads it again",
+            "plain write and read: as many bytes to a file of the same folder with write() and fsync(), out of the "
+            "page cache, and back with read()",
+        ],
+    )
+
+
+def write_and_read(path: Path, size: int) -> None:
+    """The disk's own speed: `size` bytes there and back."""
+    block = bytearray(8 << 20)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
