@@ -45,17 +45,18 @@ class Arena:
         self.stream = fake.new_stream()
 
     def update(self, chunk, following, release=True):
-        self.pager.acquire(chunk, following, self.stream)
+        self.pager.acquire([chunk], following, self.stream)
         places = self.pager.addresses(chunk)
         self.fake.kernel(self.stream, [(at, size) for at, (_, size) in zip(places, self.chunks[chunk], strict=True)])
         for offset, size in self.chunks[chunk]:
             part = self.expected[offset : offset + size]
             part.copy_(3 * part + 1)
         if release:
-            self.pager.release(chunk, self.stream)
+            self.pager.release([chunk], self.stream)
 
     def step(self, order=None):
         order = list(range(len(self.chunks))) if order is None else order
+        self.pager.begin()
         for chunk, following in zip(order, order[1:] + order[:1]):
             self.update(chunk, following)
 
@@ -181,18 +182,21 @@ def test_the_next_chunk_is_prefetched_before_the_present_one_is_released(fake):
     start = (arena.pager.address - arena.pager.address // PAGE * PAGE) % PAGE
     assert start == 0
     assert [call for call in fake.calls() if "cudaMemAdvise" in call and ", prefer device 0" in call]
-    arena.pager.acquire(0, 1, arena.stream)
+    arena.pager.begin()
+    arena.pager.acquire([0], 1, arena.stream)
     found = prefetches(fake)
     assert [call.split(", ")[1:3] for call in found] == [[str(2 * PAGE), "device 0"], [str(5 * PAGE), "device 0"]]
     streams = {call.split(", ")[3] for call in found}
     assert len(streams) == 1 and "stream 0)" not in streams
-    arena.pager.release(0, arena.stream)
-    arena.pager.acquire(1, 0, arena.stream)
+    arena.pager.release([0], arena.stream)
+    arena.pager.acquire([1], 0, arena.stream)
     assert prefetches(fake) == []  # it was on its way; the first of the next step is left to that step
-    arena.pager.release(1, arena.stream)
+    arena.pager.release([1], arena.stream)
 
 
-def test_prefetches_stay_below_what_is_free(fake):
+@pytest.mark.parametrize("evictable", [True, False])
+def test_prefetches_stay_below_what_is_free(fake, evictable):
+    fake.reset(evictable=evictable)
     chunks = [[(2 * i * MB, 2 * MB)] for i in range(7)]
     arena = Arena(fake, "managed", chunks, 14 * MB)
     fake.set_others((1 << 30) - 5 * MB)  # two chunks, not three
@@ -200,10 +204,35 @@ def test_prefetches_stay_below_what_is_free(fake):
     arena.assert_right()
     assert arena.pager.residency()["held_back"] == 5
     assert fake.faults() > 0  # the kernels brought the rest
+    arena.step()
+    arena.assert_right()
+
+
+def test_what_was_pressed_out_is_prefetched_when_there_is_room_again(fake):
+    chunks = [[(2 * i * MB, 2 * MB)] for i in range(7)]
+    arena = Arena(fake, "managed", chunks, 14 * MB)
+    arena.step()
+    fake.set_others((1 << 30) - 5 * MB)
+    arena.step()
+    arena.step()
     fake.set_others(0)
+    arena.pager.evict()
+    faults = fake.faults()
     fake.calls()
     arena.step()
-    assert len(prefetches(fake)) == 7
+    assert len(prefetches(fake)) == 7 and fake.faults() == faults
+    arena.assert_right()
+
+
+def test_what_is_here_is_not_prefetched_again(fake):
+    arena = Arena(fake, "managed", CHUNKS[7])
+    assert not arena.pager.begin()
+    arena.step()
+    fake.calls()
+    assert arena.pager.begin()
+    arena.pager.acquire(list(range(7)), 0, arena.stream)
+    arena.pager.release(list(range(7)), arena.stream)
+    assert [call for call in fake.calls() if not call.startswith("cudaEventRecord")] == ["cudaMemGetInfo()"]
 
 
 def test_evicted_state_leaves_the_device_and_comes_back(fake):
@@ -224,14 +253,17 @@ def test_evicted_state_leaves_the_device_and_comes_back(fake):
         del arena
 
 
-def test_state_that_the_driver_took_is_prefetched_again(fake):
+def test_state_that_the_driver_took_unseen_comes_back_by_faults(fake):
     arena = Arena(fake, "managed", CHUNKS[7])
     arena.step()
-    fake.set_others(1 << 30)  # as an allocation of someone else makes pages give way, unseen by us
+    fake.set_others(1 << 30)  # as an allocation of someone else makes pages give way between two steps
     assert fake.resident(arena.pager.address, BYTES) == 0
     fake.set_others(0)
     arena.step()
-    assert fake.faults() == 0
+    faults = fake.faults()
+    assert faults > 0
+    arena.step()
+    assert fake.faults() == faults
     arena.assert_right()
 
 
@@ -269,10 +301,10 @@ def test_buffers_are_three_at_most_and_fit_the_largest_chunk(fake):
 def test_the_next_chunk_is_copied_in_while_the_present_one_is_updated(fake):
     arena = Arena(fake, "streamed", CHUNKS[7])
     fake.calls()
-    arena.pager.acquire(0, 1, arena.stream)
+    arena.pager.acquire([0], 1, arena.stream)
     found = copies(fake)
     assert len(to_device(found)) == len(found) == 2
-    arena.pager.release(0, arena.stream)
+    arena.pager.release([0], arena.stream)
     out = copies(fake)
     assert len(out) == 1 and not to_device(out)
     streams = {call.split(", ")[-1] for call in found}, {call.split(", ")[-1] for call in out}
@@ -285,6 +317,7 @@ def test_state_that_fits_the_buffers_is_copied_in_once(fake):
     arena.step()
     assert len(to_device(copies(fake))) == 2
     for _ in range(3):
+        assert arena.pager.begin()
         arena.step()
     assert to_device(copies(fake)) == []
     arena.assert_right()
@@ -296,9 +329,9 @@ def test_the_first_chunk_of_the_next_step_comes_behind_the_last_of_this_one(fake
     )  # 8 chunks: the first and the last differ in buffer
     arena.step()
     fake.calls()
-    arena.pager.acquire(0, 1, arena.stream)
+    arena.pager.acquire([0], 1, arena.stream)
     assert len(to_device(copies(fake))) == 1  # of chunk 1 alone
-    arena.pager.release(0, arena.stream)
+    arena.pager.release([0], arena.stream)
 
 
 def test_resident_are_the_chunks_in_the_buffers(fake):
@@ -403,7 +436,7 @@ def test_a_step_can_be_taken_again_after_a_copy_failed(fake):
     arena = Arena(fake, "streamed", CHUNKS[7])
     fake.fail("cudaMemcpyAsync", 1, OUT_OF_MEMORY)
     with pytest.raises(RuntimeError, match="out of memory"):
-        arena.pager.acquire(0, 1, arena.stream)
+        arena.pager.acquire([0], 1, arena.stream)
     arena.step()
     arena.assert_right()
 

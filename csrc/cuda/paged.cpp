@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <deque>
-#include <limits>
 #include <utility>
 
 #include "cudart.h"
@@ -87,6 +86,18 @@ class Managed final : public Pager {
   void plan(std::vector<Ranges> chunks) override {
     chunks_ = std::move(chunks);
     here_.assign(chunks_.size(), false);
+    for (const Ranges& ranges : chunks_) all_ += bytes_of(ranges);
+  }
+
+  // What is free counts managed pages that would give way: where it is less than what is here, some of that was evicted.
+  // A chunk that is here is not prefetched again, which would take the driver longer (0.1 ms) than the update.
+  bool begin() override {
+    const OnDevice current(device_);
+    const int64_t free = free_bytes();
+    if (free < resident_) forget();
+    room_ = free - resident_;
+    tried_ = -1;
+    return resident_ == all_;
   }
 
   std::vector<void*> addresses(int64_t chunk) const override {
@@ -97,13 +108,8 @@ class Managed final : public Pager {
 
   void acquire(int64_t chunk, int64_t following, void* stream) override {
     const OnDevice current(device_);
-    if (chunk <= last_) {  // a new step
-      room_ = free_bytes();
-      tried_ = -1;
-    }
-    last_ = chunk;
     if (tried_ != chunk) bring(chunk);
-    if (comes_) arrived_.hold(static_cast<cudaStream_t>(stream));
+    if (tried_ == chunk && comes_) arrived_.hold(static_cast<cudaStream_t>(stream));
     note(chunk);  // where it does not come by itself, the kernel's accesses bring it
     if (following > chunk) bring(following);
   }
@@ -118,18 +124,16 @@ class Managed final : public Pager {
     if (bytes_) require(prefetch(start_, bytes_, cudaCpuDeviceId, side_), "cudaMemPrefetchAsync");
     side_.synchronize();
     const int64_t freed = resident_;
-    resident_ = 0;
-    here_.assign(chunks_.size(), false);
-    tried_ = -1;
+    forget();
     return freed;
   }
 
   Residency residency() const override { return {resident_, peak_, held_back_}; }
 
  private:
-  // Prefetches a chunk on the side stream, where that takes no more than is free. One that is here already costs but
-  // the call; the driver may have evicted it unseen.
+  // Prefetches a chunk on the side stream, unless it is here, and where that takes no more than is free.
   void bring(int64_t chunk) {
+    if (here_[static_cast<size_t>(chunk)]) return;
     const Ranges& ranges = chunks_[static_cast<size_t>(chunk)];
     const int64_t room = room_of(ranges);
     tried_ = chunk;
@@ -144,9 +148,14 @@ class Managed final : public Pager {
       ++held_back_;
       return;
     }
-    if (!here_[static_cast<size_t>(chunk)]) room_ -= room;
+    room_ -= room;
     arrived_.record(side_);
     note(chunk);
+  }
+
+  void forget() {
+    resident_ = 0;
+    here_.assign(chunks_.size(), false);
   }
 
   void note(int64_t chunk) {
@@ -162,11 +171,10 @@ class Managed final : public Pager {
   Event arrived_, updated_;
   std::vector<Ranges> chunks_;
   std::vector<bool> here_;  // believed: brought, and not evicted since
-  int64_t resident_ = 0, peak_ = 0, held_back_ = 0;
-  int64_t room_ = 0;                                    // free when the step began, less what was brought since
-  int64_t last_ = std::numeric_limits<int64_t>::max();  // acquired; the first acquire begins a step
-  int64_t tried_ = -1;                                  // the chunk that was to be brought last
-  bool comes_ = false;                                  // and arrived_ stands for it
+  int64_t all_ = 0, resident_ = 0, peak_ = 0, held_back_ = 0;
+  int64_t room_ = 0;    // free when the step began, less what was brought since
+  int64_t tried_ = -1;  // the chunk that was to be brought last
+  bool comes_ = false;  // and arrived_ stands for it
 };
 
 class Streamed final : public Pager {
@@ -204,6 +212,13 @@ class Streamed final : public Pager {
       offset += in_whole(range.bytes, kAlignment);
     }
     return found;
+  }
+
+  bool begin() override {
+    for (size_t i = 0; i < chunks_.size(); ++i) {
+      if (buffers_[i % buffers_.size()].chunk != static_cast<int64_t>(i)) return false;
+    }
+    return true;
   }
 
   void acquire(int64_t chunk, int64_t following, void* stream) override {

@@ -39,6 +39,8 @@ class Pager {
   virtual void plan(std::vector<Ranges> chunks) = 0;
   // Where a chunk's ranges lie while it is acquired.
   virtual std::vector<void*> addresses(int64_t chunk) const = 0;
+  // Begins a step. Whether every chunk is on the device, as far as is known: then they can all be acquired at once.
+  virtual bool begin() = 0;
   // What is enqueued to `stream` from now on finds the chunk on the device; `following` will be acquired next.
   virtual void acquire(int64_t chunk, int64_t following, void* stream) = 0;
   // What was enqueued to `stream` until now has updated the chunk.

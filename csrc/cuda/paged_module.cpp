@@ -34,6 +34,7 @@ void bind_pager(py::module_& m) {
             pager.plan(std::move(planned));
           },
           py::arg("chunks"), Unlocked())
+      .def("begin", &Pager::begin, Unlocked())
       .def("addresses",
            [](const Pager& pager, int64_t chunk) {
              std::vector<uintptr_t> found;
@@ -42,13 +43,18 @@ void bind_pager(py::module_& m) {
            })
       .def(
           "acquire",
-          [=](Pager& pager, int64_t chunk, int64_t following, uintptr_t stream) {
-            pager.acquire(chunk, following, stream_of(stream));
+          [=](Pager& pager, const std::vector<int64_t>& chunks, int64_t following, uintptr_t stream) {
+            for (size_t i = 0; i < chunks.size(); ++i) {
+              pager.acquire(chunks[i], i + 1 < chunks.size() ? chunks[i + 1] : following, stream_of(stream));
+            }
           },
-          py::arg("chunk"), py::arg("following"), py::arg("stream"), Unlocked())
+          py::arg("chunks"), py::arg("following"), py::arg("stream"), Unlocked())
       .def(
-          "release", [=](Pager& pager, int64_t chunk, uintptr_t stream) { pager.release(chunk, stream_of(stream)); },
-          py::arg("chunk"), py::arg("stream"), Unlocked())
+          "release",
+          [=](Pager& pager, const std::vector<int64_t>& chunks, uintptr_t stream) {
+            for (const int64_t chunk : chunks) pager.release(chunk, stream_of(stream));
+          },
+          py::arg("chunks"), py::arg("stream"), Unlocked())
       .def("wait", &Pager::wait, Unlocked())
       .def("evict", &Pager::evict, Unlocked())
       .def("residency", [](const Pager& pager) {

@@ -146,11 +146,14 @@ class Arena:
             [self.tensors(slots[piece.slot], piece.begin, piece.end) for piece in chunk.pieces] for chunk in self.chunks
         ]
 
-    def acquire(self, chunk: int, following: int) -> list[Tensors]:
-        """The tensors of a chunk's pieces, close by until it is released; begins to bring the one that follows."""
-        return self.held[chunk]
+    def visits(self, chunks: list[int]) -> list[list[int]]:
+        """Begins a step over these chunks: which of them to acquire together."""
+        return [[chunk] for chunk in chunks]
 
-    def release(self, chunk: int) -> None:
+    def acquire(self, chunks: list[int], following: int) -> None:
+        """What these chunks hold is close by until they are released; begins to bring the one that follows."""
+
+    def release(self, chunks: list[int]) -> None:
         """What was acquired is updated."""
 
     def wait(self) -> None:
@@ -251,10 +254,9 @@ class File(Ram):
             with contextlib.suppress(OSError):
                 self.memory.madvise(advice, first, self.start + offset + size - first)
 
-    def acquire(self, chunk: int, following: int) -> list[Tensors]:
-        if following != chunk:
+    def acquire(self, chunks: list[int], following: int) -> None:
+        if following not in chunks:
             self._advise(following, mmap.MADV_WILLNEED)
-        return self.held[chunk]
 
     def evict(self) -> int:
         """Write what has changed and let go of the pages."""

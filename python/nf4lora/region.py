@@ -61,16 +61,18 @@ class Region:
         slot = self.slots[index]
         first, second, *absmax = self.arena.tensors(slot, 0, slot.count)
         self.steps[index] = moments.step if moments else 0.0
-        for each in absmax:
-            each.zero_()
         if moments is None:
             for each, zero in zip((first, second), ZEROS):
                 each.fill_(zero if absmax else 0.0)
+            for each in absmax:
+                each.zero_()
             return
-        first.copy_(moments.exp_avg)
+        first.copy_(moments.exp_avg)  # which may be this very memory: a state that is loaded where it was saved
         second.copy_(moments.exp_avg_sq)
         if moments.absmax is not None:
-            absmax[0].view(-1, 2)[: len(moments.absmax)] = moments.absmax
+            rows = absmax[0].view(-1, 2)
+            rows[: len(moments.absmax)] = moments.absmax
+            rows[len(moments.absmax) :] = 0.0
 
     def step(self, updates: dict[int, Update], skipped: Tensor, scale: Tensor | None) -> None:
         """Update the parameters of these indices, chunk after chunk."""
@@ -82,21 +84,24 @@ class Region:
             self.steps[list(updates)] += 1
         steps = self.steps.tolist()
         order = [i for i, chunk in enumerate(arena.chunks) if any(piece.slot in updates for piece in chunk.pieces)]
-        for chunk, following in zip(order, order[1:] + order[:1]):
+        visits = arena.visits(order)
+        for chunks, then in zip(visits, visits[1:] + visits[:1]):
+            arena.acquire(chunks, then[0])
             calls: dict[tuple, tuple[list[Tensor], ...]] = {}
-            for piece, held in zip(arena.chunks[chunk].pieces, arena.acquire(chunk, following), strict=True):
-                if piece.slot not in updates:
-                    continue
-                update, param = updates[piece.slot], contiguous[piece.slot]
-                grad = update.grad
-                if piece.end - piece.begin != param.numel():
-                    param, grad = (each.view(-1)[piece.begin : piece.end] for each in (param, grad))
-                lists = calls.setdefault((*update.numbers, int(steps[piece.slot])), ([], [], [], [], []))
-                for one, tensor in zip(lists, (param, grad, *held)):
-                    one.append(tensor)
+            for chunk in chunks:
+                for piece, held in zip(arena.chunks[chunk].pieces, arena.held[chunk], strict=True):
+                    if piece.slot not in updates:
+                        continue
+                    update, param = updates[piece.slot], contiguous[piece.slot]
+                    grad = update.grad
+                    if piece.end - piece.begin != param.numel():
+                        param, grad = (each.view(-1)[piece.begin : piece.end] for each in (param, grad))
+                    lists = calls.setdefault((*update.numbers, int(steps[piece.slot])), ([], [], [], [], []))
+                    for one, tensor in zip(lists, (param, grad, *held)):
+                        one.append(tensor)
             for numbers, lists in calls.items():
                 ops.adamw_step_(*lists, skipped, scale, *numbers)  # type: ignore[arg-type, call-arg]
-            arena.release(chunk)
+            arena.release(chunks)
         for i, each in updates.items():
             if contiguous[i] is not each.param:
                 each.param.copy_(contiguous[i])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nf4lora import _C
-from nf4lora.paged import Arena, Range, Slot, Tensors
+from nf4lora.paged import Arena, Range, Slot
 
 
 class Unified(Arena):
@@ -66,12 +66,14 @@ class Unified(Arena):
                     self._at(_staged(part, places), part[1], dtype) for part, dtype in zip(parts, slot.dtypes)
                 )
 
-    def acquire(self, chunk: int, following: int) -> list[Tensors]:
-        self.pager.acquire(chunk, following, self._stream())
-        return self.held[chunk]
+    def visits(self, chunks: list[int]) -> list[list[int]]:
+        return [chunks] if self.pager.begin() else super().visits(chunks)
 
-    def release(self, chunk: int) -> None:
-        self.pager.release(chunk, self._stream())
+    def acquire(self, chunks: list[int], following: int) -> None:
+        self.pager.acquire(chunks, following, self._stream())
+
+    def release(self, chunks: list[int]) -> None:
+        self.pager.release(chunks, self._stream())
 
     def wait(self) -> None:
         self.pager.wait()

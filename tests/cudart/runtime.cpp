@@ -115,7 +115,8 @@ void bring(uintptr_t address, int64_t bytes, bool here, bool by_fault) {
   int64_t missing = 0;
   for (int64_t page = first; page < last; ++page) missing += here && !block->here[static_cast<size_t>(page)];
   if (missing * kPage > room()) {
-    if (!by_fault) device.wrongs.push_back("prefetch of more than is free");
+    const int64_t said = room() + (device.settings.evictable ? managed_here() : 0);
+    if (!by_fault && missing * kPage > said) device.wrongs.push_back("prefetch of more than is free");
     make_room(missing * kPage, block);
   }
   if (by_fault) device.faults += missing;
@@ -167,7 +168,7 @@ cudaError_t allocate(const char* function, char kind, void** address, size_t byt
 }
 cudaError_t give_back(const char* function, void* address, const std::string& kinds) {
   if (const cudaError_t code = called(function, text(address)); code != cudaSuccess) return code;
-  finish();  // as cudaFree waits for the device
+  if (kinds != "p") finish();  // as cudaFree waits for the device
   const auto found = device.blocks.find(reinterpret_cast<uintptr_t>(address));
   if (found == device.blocks.end()) return wrong(std::string(function) + " of what was not allocated");
   if (kinds.find(found->second.kind) == std::string::npos) return wrong(std::string(function) + " of another kind");
@@ -292,7 +293,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return called("cudaDeviceGetAttribute", "concurrentManagedAccess");
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *free = static_cast<size_t>(room());
+  *free = static_cast<size_t>(room() + (device.settings.evictable ? managed_here() : 0));
   *total = static_cast<size_t>(device.settings.total);
   return called("cudaMemGetInfo", "");
 }
@@ -356,7 +357,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   const auto size = static_cast<int64_t>(bytes);
   if (!block_of(reinterpret_cast<uintptr_t>(there), size, "d")) return wrong("copy outside the device's memory");
   if (!block_of(reinterpret_cast<uintptr_t>(host), size, "p")) return wrong("copy outside pinned memory");
-  enqueue(stream, {nullptr, 0, [=] { std::memcpy(to, from, bytes); }});
+  enqueue(stream, {nullptr, 0, [=] {
+                     const bool here = block_of(reinterpret_cast<uintptr_t>(host), size, "p") &&
+                                       block_of(reinterpret_cast<uintptr_t>(there), size, "d");
+                     if (here) std::memcpy(to, from, bytes);
+                     if (!here) device.wrongs.push_back("copy of memory that is gone");
+                   }});
   return cudaSuccess;
 }
 
