@@ -73,7 +73,7 @@ def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epoc
         console,
         "plan",
         f"{number(steps)} steps of {size} rows ({config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps}), {epochs:.3g} epochs of {number(rows)} rows",
+        f"{config.gradient_accumulation_steps}), {epochs:.3g} epochs of {number(rows)} rows, {config.optim}",
     )
 
 

@@ -256,6 +256,7 @@ def check(config: TrainConfig) -> TrainConfig:
         config.warmup_steps = 0
     refuse(not config.load_in_4bit and given & {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"},
            "load_in_4bit false contradicts the bnb_4bit options")  # fmt: skip
+    refuse(config.page_to and config.optim == "adamw", "page_to needs a paged optimizer; optim adamw keeps all in RAM")
     if config.eval_strategy is None:
         config.eval_strategy = "steps" if config.eval_steps else "epoch"
     if config.eval_strategy == "steps" and not config.eval_steps:

@@ -104,7 +104,9 @@ class TrainConfig:
     warmup_steps: float = option(T, 0.03, share_or_count, "steps, or a share of them below 1", "warmup_ratio")
     weight_decay: float = option(T, 0.0, real(0), "")
     max_grad_norm: float = option(T, 1.0, real(0), "0: no clipping")
-    optim: str = option(T, "adamw", optimizer, "adamw", "optimizer")
+    optim: str = option(T, "auto", optimizer,
+        "adamw, paged_adamw_32bit or paged_adamw_8bit; auto: paged_adamw_8bit on CUDA, adamw on the CPU", "optimizer")
+    page_to: str | None = option(T, None, text, "folder for the paged optimizer's state on a CPU, to be beyond RAM")
     gradient_checkpointing: bool = option(T, True, boolean, "recompute activations: less memory, more time",
         "grad_checkpoint", "use_gradient_checkpointing")
     seed: int = option(T, 42, integer(0), "", "random_state")

@@ -15,7 +15,7 @@ from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
 
 HARMLESS = {  # options that change nothing in the weights
     *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
-    "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file",
+    "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file", "page_to",
 }  # fmt: skip
 RESULTS = (
     "adapter_model.safetensors", "adapter_config.json", "nf4lora.json", "chat_template.jinja", "config.yaml",

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nf4lora.train import banner, output
+from nf4lora.train import banner, optimizer, output
 from nf4lora.train import config as configuration
 from nf4lora.train import data as reading
 from nf4lora.train import model as loading
@@ -39,6 +39,7 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
         tables = reading.read(config)
         quiet()
         device, why = loading.choose_device(config.device)
+        config.optim = optimizer.choose(config, device)
         check_reports(config)
         tokenizer, stops, model_config = loading.load_tokenizer(config)
         length_note = loading.check_length(config, model_config)
@@ -118,6 +119,7 @@ def fit(setup: Setup) -> int:
     changed = output.changes(config, checkpoint) if checkpoint else ""
     if checkpoint is not None:
         output.check_same_tensors(setup.model, checkpoint)
+        optimizer.check_state(config, checkpoint)
     if checkpoint is None or not output.lies_in(checkpoint, folder):
         output.clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +133,7 @@ def fit(setup: Setup) -> int:
             eval_dataset=dataset(data.eval, config) if data.eval is not None else None,
             processing_class=setup.tokenizer,
             callbacks=[StopOnInterrupt(interrupt)],
+            **optimizer.keywords(config),
         )
         trainer.remove_callback(PrinterCallback)
         progress = Progress(trainer, console, folder / "metrics.jsonl", setup.device)
@@ -170,6 +173,8 @@ def fit(setup: Setup) -> int:
         "peak_memory": peak,
     }
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    for line in optimizer.told(trainer):
+        banner.say(console, "state", line)
     files = output.save(config, trainer, metrics)
     banner.show_end(console, config, losses, metrics, files, setup.quantized)
     return 0
@@ -206,7 +211,7 @@ def arguments(config: TrainConfig, device: str, dtype: Any, evaluate: bool) -> A
         max_steps=config.max_steps or -1,
         data_seed=config.seed,
         full_determinism=config.deterministic,
-        optim="adamw_torch_fused",
+        optim="adamw_torch_fused",  # unless optimizer.keywords names another
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_on_start=evaluate,
         bf16=dtype is torch.bfloat16 and needs_autocast(config),

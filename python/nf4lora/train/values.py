@@ -128,11 +128,14 @@ def device(value: Any) -> str:
 
 
 def optimizer(value: Any) -> str:
-    if value in ("adamw", "adamw_torch", "adamw_torch_fused"):
-        return "adamw"
-    if "8bit" in str(value) or "paged" in str(value):
-        raise ValueError("must be adamw (8-bit and paged optimizers are not built yet)")
-    raise ValueError("must be adamw")
+    """One of ours, or the name that others have for it."""
+    names = {
+        "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
+        "paged_adamw_32bit": ("paged_adamw",),
+        "paged_adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit"),
+    }
+    found = next((name for name, others in names.items() if value in (name, *others)), None)
+    return found or one_of("auto", *names)(value)
 
 
 def reports(value: Any) -> list[str]:
