@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -110,8 +111,7 @@ class PagedAdamW(Optimizer):
         waiting = [p for p in trained if not self._is_placed(p)]
         if not waiting:
             return
-        known = set(trained)
-        self._places = {p: place for p, place in self._places.items() if p in known}
+        self._places = {p: self._places[p] for p in trained if p in self._places}
         for device in dict.fromkeys(local(p).device for p in waiting):
             here = [p for p in waiting if local(p).device == device]
             _, size = lay_out(sizes(here, self.bits))
@@ -119,11 +119,8 @@ class PagedAdamW(Optimizer):
             self._places |= {p: (region, i) for i, p in enumerate(here)}
 
     def _is_placed(self, p: Tensor) -> bool:
-        if p not in self._places:
-            return False
-        region, index = self._places[p]
-        mine = local(p)
-        return region.arena.device == mine.device and region.slots[index].count == mine.numel()
+        place, mine = self._places.get(p), local(p)
+        return place is not None and place[0].arena.device == mine.device and place[0].counts[place[1]] == mine.numel()
 
     def _enter(self, p: Tensor) -> tuple[Region, int]:
         """The place of p, with `state[p]` there: zeros, or a copy of what stood elsewhere."""
@@ -131,7 +128,7 @@ class PagedAdamW(Optimizer):
         shown, entry = region.states[index], self.state.get(p)
         if not entry:
             region.fill(index, None)
-        elif not all(entry.get(name) is tensor for name, tensor in shown.items()):
+        elif not all(map(is_, map(entry.get, shown), shown.values())):
             mine = {name: shard_of(value, shown.get(name)) for name, value in entry.items()}
             region.fill(index, read(mine, region.slots[index].count, "state").as_bits(self.bits))
         else:
@@ -152,9 +149,16 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [p for p in self._params() if p.grad is not None]
-        if not params:
+        trained = [
+            (p, numbers)
+            for group in self.param_groups
+            for numbers in [_numbers(group)]
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if not trained:
             return loss
+        params = [p for p, _ in trained]
         for p in params:
             if p.grad.layout is not torch.strided:  # type: ignore[union-attr]
                 raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {p.grad.layout}")  # type: ignore[union-attr]
@@ -166,10 +170,9 @@ class PagedAdamW(Optimizer):
                 raise
             grads, scale = self._gradients(params)
         updates: dict[Region, dict[int, Update]] = {}
-        numbers = {p: each for group in self.param_groups for each in [_numbers(group)] for p in group["params"]}
-        for p, grad in zip(params, grads, strict=True):
+        for (p, numbers), grad in zip(trained, grads, strict=True):
             region, index = self._enter(p)
-            updates.setdefault(region, {})[index] = Update(local(p), grad, numbers[p])
+            updates.setdefault(region, {})[index] = Update(local(p), grad, numbers)
         for region, some in updates.items():
             device = region.arena.device
             if device not in self._skipped:

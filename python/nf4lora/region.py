@@ -45,6 +45,7 @@ class Region:
     def __init__(self, params: Sequence[Tensor], bits: int, arena: Arena) -> None:
         self.arena = arena
         self.slots, _ = lay_out(sizes(params, bits))
+        self.counts = [slot.count for slot in self.slots]
         arena.plan(self.slots)
         self.steps = torch.zeros(len(params))  # one tensor: all of them count in one operation
         self.states: list[dict[str, Tensor]] = []

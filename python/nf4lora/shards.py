@@ -10,9 +10,12 @@ from torch import Tensor
 
 from nf4lora.moments import blocks_of
 
+PLAIN = Tensor, torch.nn.Parameter
+
 
 def is_shard(value: Any) -> bool:
-    return hasattr(value, "to_local")  # asked so that torch.distributed.tensor is imported by those who use it
+    """Whether it is a DTensor; asked so that torch.distributed.tensor is imported by those who use it."""
+    return type(value) not in PLAIN and hasattr(value, "to_local")
 
 
 def local(value: Any) -> Any:
@@ -59,7 +62,8 @@ def gradient_of(p: Any) -> Tensor:
     grad = p.grad
     if is_shard(grad) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
-    return local(grad).to(p.dtype).contiguous()
+    grad = local(grad)
+    return grad.contiguous() if grad.dtype is p.dtype else grad.to(p.dtype).contiguous()
 
 
 def total_norm(grads: list[Any]) -> Tensor:
