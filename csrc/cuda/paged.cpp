@@ -110,7 +110,7 @@ class Managed final : public Pager {
     const OnDevice current(device_);
     if (tried_ != chunk) bring(chunk);
     if (tried_ == chunk && comes_) arrived_.hold(static_cast<cudaStream_t>(stream));
-    note(chunk);  // where it does not come by itself, the kernel's accesses bring it
+    // Where it does not come by itself, the kernel's accesses bring it; the next step asks for it again.
     if (following > chunk) bring(following);
   }
 
@@ -150,20 +150,14 @@ class Managed final : public Pager {
     }
     room_ -= room;
     arrived_.record(side_);
-    note(chunk);
+    here_[static_cast<size_t>(chunk)] = true;
+    resident_ += bytes_of(ranges);
+    peak_ = std::max(peak_, resident_);
   }
 
   void forget() {
     resident_ = 0;
     here_.assign(chunks_.size(), false);
-  }
-
-  void note(int64_t chunk) {
-    const auto i = static_cast<size_t>(chunk);
-    if (here_[i]) return;
-    here_[i] = true;
-    resident_ += bytes_of(chunks_[i]);
-    peak_ = std::max(peak_, resident_);
   }
 
   DeviceMemory memory_;
