@@ -525,10 +525,14 @@ def test_case_of_a_whole_model(name, tiny, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(module, "Process", InProcess)
     monkeypatch.setattr(module, "without", lambda package: [f"{package} is absent: not compared with"])
-    for table in module.run(Settings(quick=True, model=tiny)):
-        assert "bitsandbytes is absent: not compared with" in table.notes
+    for i, table in enumerate(module.run(Settings(quick=True, model=tiny))):
         assert not table.targets
-        assert any(contenders.OURS in row.values() or "ours, s" in row for row in table.rows)
+        if name == "converge" and i == 1:  # by optimizer: a first step from zero moments leaves them all in one place
+            assert [row["optimizer"] for row in table.rows] == list(converge.OPTIMIZERS)
+            assert len({row["held-out loss at 1"] for row in table.rows}) == 1
+        else:
+            assert "bitsandbytes is absent: not compared with" in table.notes
+            assert any(contenders.OURS in row.values() or "ours, s" in row for row in table.rows)
         assert Table(**json.loads(json.dumps(table.to_dict()))).markdown() == table.markdown()
 
 
