@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -216,7 +217,8 @@ class File(Ram):
     """An arena in a file that has no name in its folder, so that it is gone with the process, however that ends."""
 
     mode = "file"
-    chunk_bytes = CHUNK_BYTES
+    chunk_bytes = 8 << 20
+    ahead = 4  # chunks that are asked for before they are needed: a disk answers late, and many requests at once
 
     def __init__(self, size: int, folder: str | os.PathLike[str]) -> None:
         self.folder = folder
@@ -242,11 +244,8 @@ class File(Ram):
                     f"in {self.folder}: {error.strerror}; bits=8 makes it four times smaller",
                 ) from error
             self.descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self.descriptor)
             return mmap.mmap(self.descriptor, size)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
     def _advise(self, chunk: int, advice: int) -> None:
         for offset, size in self.chunks[chunk].ranges:
@@ -254,9 +253,18 @@ class File(Ram):
             with contextlib.suppress(OSError):
                 self.memory.madvise(advice, first, self.start + offset + size - first)
 
+    def visits(self, chunks: list[int]) -> list[list[int]]:
+        self.coming = list(reversed(chunks))
+        for _ in range(self.ahead):
+            self._ask()
+        return super().visits(chunks)
+
     def acquire(self, chunks: list[int], following: int) -> None:
-        if following not in chunks:
-            self._advise(following, mmap.MADV_WILLNEED)
+        self._ask()
+
+    def _ask(self) -> None:
+        if self.coming:
+            self._advise(self.coming.pop(), mmap.MADV_WILLNEED)
 
     def evict(self) -> int:
         """Write what has changed and let go of the pages."""
