@@ -6,17 +6,18 @@
 
 namespace nf4lora {
 
+inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;  // upper 16 bits of 2^-22
+inline constexpr int kBuckets = 23 << 7;
+
 // What a map holds above zero, by position: value[k] for k = 1 ... top, and what lies half way to the next.
-// Nearest is the number of thresholds below a magnitude, plus one. A bucket holds at most two of them (at the upper end
-// of the finest level), so that `below` and two comparisons find it.
+// Nearest is the number of thresholds below a magnitude, plus one. Magnitudes of the same exponent and 7 bits of mantissa,
+// from 2^-22 on, are a bucket: no bucket holds two thresholds, so that one look-up and one comparison find the nearest.
 struct Magnitudes {
   int top;
   float value[257];
-  float threshold[257];    // between k and k + 1; beyond the top nothing is reached
-  uint8_t below[23 << 7];  // the least nearest among magnitudes of one exponent and 7 bits of mantissa, from 2^-22 on
+  float threshold[257];       // between k and k + 1; beyond the top nothing is reached
+  uint32_t bucket[kBuckets];  // above, the nearest of its least; below, the lower 16 bits of its threshold, or all ones
 };
-inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;  // upper 16 bits of 2^-22
-inline constexpr int kBuckets = 23 << 7;
 
 constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
   Magnitudes table{};
@@ -25,12 +26,13 @@ constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
   for (int k = 1; k < table.top; ++k) table.threshold[k] = (table.value[k] + table.value[k + 1]) / 2;
   table.threshold[table.top] = 2.0f;
   int k = 1;
-  for (int i = 0; i < 23 << 7; ++i) {
-    double low = 1.0 + (i % 128) / 128.0;
-    for (int exponent = i / 128; exponent < 22; ++exponent) low /= 2;
-    if (i == 0) low = 0.0;  // smaller magnitudes belong to the first bucket
-    while (table.threshold[k] < low && k < table.top) ++k;
-    table.below[i] = static_cast<uint8_t>(k);
+  for (uint32_t i = 0; i < kBuckets; ++i) {  // smaller magnitudes belong to the first, which has no threshold
+    const uint32_t threshold = __builtin_bit_cast(uint32_t, table.threshold[k]);
+    const bool here = k < table.top && threshold >> 16 == kFirstBucket + i;
+    table.bucket[i] = static_cast<uint32_t>(k) << 16 | (here ? threshold & 0xFFFF : 0xFFFF);
+    k += here;
+    const bool second = k < table.top && __builtin_bit_cast(uint32_t, table.threshold[k]) >> 16 <= kFirstBucket + i;
+    if (second) throw "a bucket with two thresholds";  // never compiled into anything: the tables are constants
   }
   return table;
 }

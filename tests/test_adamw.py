@@ -241,6 +241,15 @@ def test_huge_gradients_leave_finite_moments(device):
     assert state.absmax.isfinite().all() and state.param.isfinite().all()
 
 
+@pytest.mark.parametrize("peak", [0.0, 2 - 2**-23, 1.0, 2.0**-99, 2.0**-101, 2.0**-140, 2.0**101, 2.0**120], ids=str)
+def test_a_block_of_any_scale(device, peak):
+    # beta1 = 0: exp_avg is the gradient itself, and the block's absmax is `peak`
+    state = State(2048, bits=8, device=device)
+    grad = torch.rand(2048, device=device) * peak
+    grad[[7, 300]] = torch.tensor([peak, -peak], device=device)
+    assert_is(state, *both(state, grad, beta1=0.0))
+
+
 # ---- gradients that are not finite
 
 

@@ -160,6 +160,14 @@ def test_numbers_other_than_the_usual(numbers, bits):
     Adamw("90a").step([Case(700, bits=bits)], bits=bits, **numbers)
 
 
+@pytest.mark.parametrize("peak", [0.0, 2 - 2**-23, 1.0, 2.0**-99, 2.0**-101, 2.0**-140, 2.0**101, 2.0**120], ids=str)
+def test_a_block_of_any_scale(peak):
+    # beta1 = 0: exp_avg is the gradient itself, and the block's absmax is `peak`
+    grad = torch.rand(512) * peak
+    grad[7], grad[300] = peak, -peak
+    Adamw("90a").step([Case(512, grad=grad)], beta1=0.0)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_more_tensors_than_one_launch_takes(bits):
     ops = Adamw("90a")

@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kThreads)
 // The tables of the 8-bit moments where lanes can look up different entries at a time.
 struct Tables {
   float signed_value[256], unsigned_value[256];
-  float signed_threshold[129], unsigned_threshold[256];
-  uint8_t signed_below[kBuckets], unsigned_below[kBuckets];
+  uint32_t signed_bucket[kBuckets], unsigned_bucket[kBuckets];
 };
 __device__ constexpr NestedCode kDeviceSquares = kSquareCode;
 __device__ constexpr Magnitudes kDeviceSigned = magnitudes(kNestedCode, kNestedZero);
@@ -134,29 +133,44 @@ __device__ __forceinline__ void copy_tables(Tables& tables) {
   const int i = threadIdx.x;
   tables.signed_value[i] = kDeviceMap.value[i];
   tables.unsigned_value[i] = kDeviceSquares.value[i];
-  if (i < 129) tables.signed_threshold[i] = kDeviceSigned.threshold[i];
-  tables.unsigned_threshold[i] = kDeviceUnsigned.threshold[i];
   for (int j = i; j < kBuckets; j += kThreads) {
-    tables.signed_below[j] = kDeviceSigned.below[j];
-    tables.unsigned_below[j] = kDeviceUnsigned.below[j];
+    tables.signed_bucket[j] = kDeviceSigned.bucket[j];
+    tables.unsigned_bucket[j] = kDeviceUnsigned.bucket[j];
   }
 }
 
+// |value| / absmax, correctly rounded: by the inverse and what its product leaves (Markstein) where absmax allows it,
+// else by division (a subnormal inverse, an infinite one, the mantissa for which the method is off by one).
+struct Quotient {
+  float absmax, inverse;
+  bool divides;
+
+  __device__ __forceinline__ static Quotient of(float most) {
+    const bool divides =
+        most > 0.0f && (most < 0x1p-100f || most > 0x1p100f || (__float_as_uint(most) & 0x7FFFFF) == 0x7FFFFF);
+    return {most, most > 0.0f ? __frcp_rn(most) : 0.0f, divides};
+  }
+  __device__ __forceinline__ float operator()(float value) const {
+    const float size = fabsf(value);
+    if (divides) return __fdiv_rn(size, absmax);
+    const float q = __fmul_rn(size, inverse);
+    return __fmaf_rn(__fmaf_rn(-q, absmax, size), inverse, q);
+  }
+};
+
 // Position of the value of a map that is nearest to x in [0, 1].
-__device__ __forceinline__ int nearest(const uint8_t* below, const float* threshold, float x) {
-  const int bucket = max(static_cast<int>(__float_as_uint(x) >> 16) - static_cast<int>(kFirstBucket), 0);
-  int k = below[bucket];
-  k += x > threshold[k];
-  return k + (x > threshold[k]);
+__device__ __forceinline__ int nearest(const uint32_t* bucket, float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t entry = bucket[max(bits >> 16, kFirstBucket) - kFirstBucket];
+  return static_cast<int>((entry >> 16) + ((bits & 0xFFFF) > (entry & 0xFFFF)));
 }
-__device__ __forceinline__ uint8_t encode_signed(const Tables& tables, float value, float absmax) {
-  if (value == 0.0f) return kNestedZero;
-  const int k = nearest(tables.signed_below, tables.signed_threshold, __fdiv_rn(fabsf(value), absmax));
-  return static_cast<uint8_t>(value > 0.0f ? kNestedZero + k : kNestedZero - min(k, kNestedZero));
+__device__ __forceinline__ uint8_t encode_signed(const Tables& tables, float value, const Quotient& quotient) {
+  const int k = nearest(tables.signed_bucket, quotient(value));
+  const int moved = value > 0.0f ? k : -min(k, kNestedZero);
+  return static_cast<uint8_t>(kNestedZero + (value == 0.0f ? 0 : moved));
 }
-__device__ __forceinline__ uint8_t encode_unsigned(const Tables& tables, float value, float absmax) {
-  if (value == 0.0f) return 0;
-  return static_cast<uint8_t>(nearest(tables.unsigned_below, tables.unsigned_threshold, __fdiv_rn(value, absmax)));
+__device__ __forceinline__ uint8_t encode_unsigned(const Tables& tables, float value, const Quotient& quotient) {
+  return static_cast<uint8_t>(value == 0.0f ? 0 : nearest(tables.unsigned_bucket, quotient(value)));
 }
 
 __device__ __forceinline__ float largest_of_warp(float value) {
@@ -257,10 +271,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     store_lane(params, count, place.aligned, p);
     first_peak = largest_of_warp(first_peak);
     second_peak = largest_of_warp(second_peak);
+    const Quotient first_quotient = Quotient::of(first_peak), second_quotient = Quotient::of(second_peak);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      first_code[i] = encode_signed(tables, moments[i].first, first_peak);
-      second_code[i] = encode_unsigned(tables, moments[i].second, second_peak);
+      first_code[i] = encode_signed(tables, moments[i].first, first_quotient);
+      second_code[i] = encode_unsigned(tables, moments[i].second, second_quotient);
     }
     store_lane(firsts, count, place.aligned, first_code);
     store_lane(seconds, count, place.aligned, second_code);

@@ -10,10 +10,9 @@ alignas(64) inline constexpr Magnitudes kSigned = magnitudes(kNestedCode, kNeste
 alignas(64) inline constexpr Magnitudes kUnsigned = magnitudes(kSquareCode, 0);
 
 NF4LORA_INLINE int nearest(const Magnitudes& table, float x) {
-  const uint32_t bits = bits_of(x) >> 16, bucket = bits > kFirstBucket ? bits - kFirstBucket : 0;
-  int k = table.below[bucket];
-  k += x > table.threshold[k];
-  return k + (x > table.threshold[k]);  // no bucket holds more than two thresholds
+  const uint32_t bits = bits_of(x), high = bits >> 16;
+  const uint32_t entry = table.bucket[high > kFirstBucket ? high - kFirstBucket : 0];
+  return static_cast<int>((entry >> 16) + ((bits & 0xFFFF) > (entry & 0xFFFF)));
 }
 
 #if defined(__AVX512F__)
