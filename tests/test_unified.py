@@ -131,11 +131,11 @@ def test_a_step_out_of_memory_evicts_and_is_taken(fake, monkeypatch):
     resident = []
     gradient_of = shards.gradient_of
 
-    def short(p):
+    def short(p, grad):
         resident.append(optimizer.stats()["resident"])
         if len(resident) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradient_of(p)
+        return gradient_of(p, grad)
 
     with monkeypatch.context() as undone:
         undone.setattr(optim, "gradient_of", short)

@@ -86,16 +86,18 @@ class Managed final : public Pager {
   void plan(std::vector<Ranges> chunks) override {
     chunks_ = std::move(chunks);
     here_.assign(chunks_.size(), false);
-    for (const Ranges& ranges : chunks_) all_ += bytes_of(ranges);
+    for (const Ranges& ranges : chunks_) {
+      all_ += bytes_of(ranges);
+      most_ = std::max(most_, room_of(ranges));
+    }
   }
 
-  // What is free counts managed pages that would give way: where it is less than what is here, some of that was evicted.
-  // A chunk that is here is not prefetched again, which would take the driver longer (0.1 ms) than the update.
+  // A chunk that is here is not prefetched again: that costs 0.1 ms on an H200, more than its update. Whether the driver
+  // has evicted it meanwhile cannot be asked; where hardly anything is free, it may have.
   bool begin() override {
     const OnDevice current(device_);
-    const int64_t free = free_bytes();
-    if (free < resident_) forget();
-    room_ = free - resident_;
+    room_ = free_bytes();
+    if (room_ < most_) forget();
     tried_ = -1;
     return resident_ == all_;
   }
@@ -164,8 +166,9 @@ class Managed final : public Pager {
   Stream side_;
   Event arrived_, updated_;
   std::vector<Ranges> chunks_;
-  std::vector<bool> here_;  // believed: brought, and not evicted since
-  int64_t all_ = 0, resident_ = 0, peak_ = 0, held_back_ = 0;
+  std::vector<bool> here_;      // believed: brought, and not evicted since
+  int64_t all_ = 0, most_ = 0;  // bytes of all chunks, room of the largest
+  int64_t resident_ = 0, peak_ = 0, held_back_ = 0;
   int64_t room_ = 0;    // free when the step began, less what was brought since
   int64_t tried_ = -1;  // the chunk that was to be brought last
   bool comes_ = false;  // and arrived_ stands for it

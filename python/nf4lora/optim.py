@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from nf4lora.moments import read, unwrapped
 from nf4lora.paged import Arena, lay_out
-from nf4lora.region import PAGING, Region, Update, arena_of, sizes
+from nf4lora.region import PAGING, Place, Region, Work, arena_of, sizes
 from nf4lora.shards import gradient_of, local, shard_of, total_norm
 
 NUMBERS = "lr", "betas", "eps", "weight_decay"
@@ -80,7 +80,7 @@ class PagedAdamW(Optimizer):
         _require(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", "positive, or None", max_grad_norm)
         _require(paging in PAGING, "paging", f"one of {', '.join(PAGING)}", paging)
         self.bits, self.max_grad_norm, self.page_to, self.paging = bits, max_grad_norm, page_to, paging
-        self._places: dict[Tensor, tuple[Region, int]] = {}
+        self._places: dict[Tensor, Place] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if page_to is not None:
@@ -108,7 +108,7 @@ class PagedAdamW(Optimizer):
     def _place(self) -> None:
         """Give every trained parameter a place where it has none; those of a device lie together, in step order."""
         trained = [p for p in self._params() if p.requires_grad or p.grad is not None]
-        waiting = [p for p in trained if not self._is_placed(p)]
+        waiting = [p for p in trained if p not in self._places or not self._places[p].fits(p)]
         if not waiting:
             return
         self._places = {p: self._places[p] for p in trained if p in self._places}
@@ -116,25 +116,28 @@ class PagedAdamW(Optimizer):
             here = [p for p in waiting if local(p).device == device]
             _, size = lay_out(sizes(here, self.bits))
             region = Region(here, self.bits, arena_of(device, size, self.page_to, self.paging))
-            self._places |= {p: (region, i) for i, p in enumerate(here)}
+            self._places |= {p: Place(region, i, region.states[i]) for i, p in enumerate(here)}
 
-    def _is_placed(self, p: Tensor) -> bool:
-        place, mine = self._places.get(p), local(p)
-        return place is not None and place[0].arena.device == mine.device and place[0].counts[place[1]] == mine.numel()
+    def _place_of(self, p: Tensor, address: int) -> Place:
+        """Where the state of p is, with `state[p]` there. `address`: of p, since one that moved may have changed."""
+        place = self._places.get(p)
+        if place is None or place.address != address:
+            self._place()
+            place = self._places[p]
+            place.address = address
+        entry = self.state.get(p)
+        if not entry or len(entry) != len(place.shown) or not all(map(is_, entry.values(), place.shown.values())):
+            self._enter(p, place, entry)
+        return place
 
-    def _enter(self, p: Tensor) -> tuple[Region, int]:
-        """The place of p, with `state[p]` there: zeros, or a copy of what stood elsewhere."""
-        region, index = self._places[p]
-        shown, entry = region.states[index], self.state.get(p)
-        if not entry:
-            region.fill(index, None)
-        elif not all(map(is_, map(entry.get, shown), shown.values())):
-            mine = {name: shard_of(value, shown.get(name)) for name, value in entry.items()}
-            region.fill(index, read(mine, region.slots[index].count, "state").as_bits(self.bits))
-        else:
-            return region, index
-        self.state[p] = dict(shown)
-        return region, index
+    def _enter(self, p: Tensor, place: Place, entry: dict[str, Any] | None) -> None:
+        """Make `state[p]` that of its place: zeros, or a copy of what stands elsewhere."""
+        moments = None
+        if entry:
+            mine = {name: shard_of(value, place.shown.get(name)) for name, value in entry.items()}
+            moments = read(mine, place.region.counts[place.index], "state").as_bits(self.bits)
+        place.region.fill(place.index, moments)
+        self.state[p] = dict(place.shown)
 
     # ---- the step
 
@@ -149,51 +152,54 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = [
-            (p, numbers)
-            for group in self.param_groups
-            for numbers in [_numbers(group)]
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if not trained:
-            return loss
-        params = [p for p, _ in trained]
-        for p in params:
-            if p.grad.layout is not torch.strided:  # type: ignore[union-attr]
-                raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {p.grad.layout}")  # type: ignore[union-attr]
-        self._place()
         try:
-            grads, scale = self._gradients(params)
+            params, grads, scale = self._gradients()
         except torch.OutOfMemoryError:
             if not self.evict():
                 raise
-            grads, scale = self._gradients(params)
-        updates: dict[Region, dict[int, Update]] = {}
-        for (p, numbers), grad in zip(trained, grads, strict=True):
-            region, index = self._enter(p)
-            updates.setdefault(region, {})[index] = Update(local(p), grad, numbers)
-        for region, some in updates.items():
+            params, grads, scale = self._gradients()
+        if not params:
+            return loss
+        work: dict[Region, Work] = {}
+        strided: list[tuple[Tensor, Tensor]] = []  # which the op takes as contiguous copies
+        for (p, group), grad in zip(params, grads):
+            mine = local(p)
+            place = self._place_of(p, mine.data_ptr())
+            if not mine.is_contiguous():
+                strided.append((mine, mine.contiguous()))
+                mine = strided[-1][1]
+            if (some := work.get(place.region)) is None:
+                some = work[place.region] = Work([], [], [], [])
+            some.indices.append(place.index)
+            some.params.append(mine)
+            some.grads.append(grad)
+            some.groups.append(group)
+        numbers = [_numbers(group) for group in self.param_groups]
+        for region, some in work.items():
             device = region.arena.device
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-            region.step(some, self._skipped[device], None if scale is None else scale.to(device))
-        torch.autograd.graph.increment_version(params)
+            region.step(some, numbers, self._skipped[device], None if scale is None else scale.to(device))
+        for mine, updated in strided:
+            mine.copy_(updated)
+        torch.autograd.graph.increment_version([p for p, _ in params])
         return loss
 
-    def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """As the op takes them, and the factor [1] that clips them."""
-        scale = None
-        if self.max_grad_norm is not None:
-            norm = total_norm([p.grad for p in params])
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            scale = torch.where(norm.isfinite(), scale, math.nan).view(1)
-        return [gradient_of(p) for p in params], scale
+    def _gradients(self) -> tuple[list[tuple[Tensor, int]], list[Tensor], Tensor | None]:
+        """The parameters that have one, each with the number of its group; the gradients as the op takes them; and the
+        factor [1] that clips them."""
+        params = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
+        grads = [gradient_of(p, p.grad) for p, _ in params]
+        if self.max_grad_norm is None or not grads:
+            return params, grads, None
+        norm = total_norm([p.grad for p, _ in params])
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return params, grads, torch.where(norm.isfinite(), scale, math.nan).view(1)
 
     # ---- memory
 
     def _arenas(self) -> list[Arena]:
-        return list(dict.fromkeys(region.arena for region, _ in self._places.values()))
+        return list(dict.fromkeys(place.region.arena for place in self._places.values()))
 
     def evict(self) -> int:
         """Move the state out of the way: from the card to the host, from RAM to the file. Returns the bytes freed.
@@ -257,9 +263,8 @@ class PagedAdamW(Optimizer):
             self._places, self._skipped = {}, {}
         super().__setstate__(state)
         loaded = {p: entry.entry for p, entry in self.state.items() if isinstance(entry, _Loaded)}
-        self.state.update(loaded)
-        for p in loaded:
-            self._enter(p)
+        for p, entry in loaded.items():
+            self._enter(p, self._places[p], entry)
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -284,10 +289,9 @@ def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     for key, entry in state_dict["state"].items():
         state[key] = entry
         if entry and key in params and params[key] in optimizer._places:
-            region, index = optimizer._places[params[key]]
-            shown = region.states[index]
-            mine = {name: shard_of(value, shown.get(name)) for name, value in unwrapped(entry).items()}
-            moments = read(mine, region.slots[index].count, f"the state of parameter {key}")
+            place = optimizer._places[params[key]]
+            mine = {name: shard_of(value, place.shown.get(name)) for name, value in unwrapped(entry).items()}
+            moments = read(mine, place.region.counts[place.index], f"the state of parameter {key}")
             state[key] = _Loaded({name: each for name, each in vars(moments).items() if each is not None})
     return {**state_dict, "state": state, "param_groups": groups}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nf4lora import ops
 from nf4lora.moments import ZEROS, Moments
-from nf4lora.paged import Arena, File, Ram, lay_out
+from nf4lora.paged import Arena, File, Ram, Tensors, lay_out
 from nf4lora.shards import absmax_blocks, as_shard, local
 from nf4lora.unified import Unified
 
@@ -30,13 +30,46 @@ def arena_of(device: torch.device, size: int, page_to: str | os.PathLike[str] | 
     return Unified(device, size, paging)
 
 
-@dataclass(frozen=True)
-class Update:
-    """One parameter's part in a step: this process's shard, its gradient in the same order and dtype."""
+@dataclass
+class Work:
+    """A region's part in a step, one entry for each parameter that has a gradient."""
 
-    param: Tensor
-    grad: Tensor
-    numbers: tuple[float, ...]  # lr, beta1, beta2, eps, weight_decay
+    indices: list[int]
+    params: list[Tensor]  # this process's shards, contiguous
+    grads: list[Tensor]  # contiguous, of the dtype of their parameter
+    groups: list[int]  # which numbers are theirs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op: which entries of the work take part, and where their moments are."""
+
+    positions: list[int]
+    parts: list[slice] | None  # values of each, where not all are whole
+    moments: list[list[Tensor]]  # exp_avgs, exp_avg_sqs, absmaxs
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Chunks that are acquired together, and what is called for them."""
+
+    chunks: list[int]
+    following: int
+    calls: list[Call]
+
+
+@dataclass
+class Place:
+    """Where the state of a parameter is."""
+
+    region: Region
+    index: int
+    shown: dict[str, Tensor]  # what the optimizer shows of it
+    address: int = -1  # of the parameter when it was last looked at
+
+    def fits(self, p: Tensor) -> bool:
+        mine = local(p)
+        return self.region.arena.device == mine.device and self.region.counts[self.index] == mine.numel()
 
 
 class Region:
@@ -46,6 +79,7 @@ class Region:
         self.arena = arena
         self.slots, _ = lay_out(sizes(params, bits))
         self.counts = [slot.count for slot in self.slots]
+        self.key: tuple[list, ...] | None = None  # of the schedules
         arena.plan(self.slots)
         self.steps = torch.zeros(len(params))  # one tensor: all of them count in one operation
         self.states: list[dict[str, Tensor]] = []
@@ -75,37 +109,66 @@ class Region:
             rows[: len(moments.absmax)] = moments.absmax
             rows[len(moments.absmax) :] = 0.0
 
-    def step(self, updates: dict[int, Update], skipped: Tensor, scale: Tensor | None) -> None:
-        """Update the parameters of these indices, chunk after chunk."""
-        arena = self.arena
-        contiguous = {i: each.param.contiguous() for i, each in updates.items()}
-        if len(updates) == len(self.slots):
+    def step(self, work: Work, numbers: Sequence[tuple[float, ...]], skipped: Tensor, scale: Tensor | None) -> None:
+        """Update these parameters, chunk after chunk; numbers of a group: lr, beta1, beta2, eps, weight_decay."""
+        if len(work.indices) == len(self.slots):
             self.steps.add_(1)
         else:
-            self.steps[list(updates)] += 1
+            self.steps[work.indices] += 1
         steps = self.steps.tolist()
-        order = [i for i, chunk in enumerate(arena.chunks) if any(piece.slot in updates for piece in chunk.pieces)]
-        visits = arena.visits(order)
-        for chunks, then in zip(visits, visits[1:] + visits[:1]):
-            arena.acquire(chunks, then[0])
-            calls: dict[tuple, tuple[list[Tensor], ...]] = {}
-            for chunk in chunks:
-                for piece, held in zip(arena.chunks[chunk].pieces, arena.held[chunk], strict=True):
-                    if piece.slot not in updates:
-                        continue
-                    update, param = updates[piece.slot], contiguous[piece.slot]
-                    grad = update.grad
-                    if piece.end - piece.begin != param.numel():
-                        param, grad = (each.view(-1)[piece.begin : piece.end] for each in (param, grad))
-                    lists = calls.setdefault((*update.numbers, int(steps[piece.slot])), ([], [], [], [], []))
-                    for one, tensor in zip(lists, (param, grad, *held)):
-                        one.append(tensor)
-            for numbers, lists in calls.items():
-                ops.adamw_step_(*lists, skipped, scale, *numbers)  # type: ignore[arg-type, call-arg]
-            arena.release(chunks)
-        for i, each in updates.items():
-            if contiguous[i] is not each.param:
-                each.param.copy_(contiguous[i])
+        for visit in self._schedule(work, [steps[i] for i in work.indices]):
+            self.arena.acquire(visit.chunks, visit.following)
+            for call in visit.calls:
+                params, grads = ([each[i] for i in call.positions] for each in (work.params, work.grads))
+                if call.parts:
+                    params, grads = (
+                        [t.view(-1)[part] for t, part in zip(each, call.parts)] for each in (params, grads)
+                    )
+                first = call.positions[0]
+                of_group, step = numbers[work.groups[first]], int(steps[work.indices[first]])
+                ops.adamw_step_(params, grads, *call.moments, skipped, scale, *of_group, step)  # type: ignore
+            self.arena.release(visit.chunks)
+
+    def _schedule(self, work: Work, steps: list[float]) -> list[Visit]:
+        """What is called for which chunks.
+
+        It stays that of the step before as long as the same parameters take part, and those of one group and one count
+        of steps still are.
+        """
+        key = (work.indices, work.groups, [step - steps[0] for step in steps])
+        if key != self.key:
+            self.key = key
+            self.schedules: dict[int, list[Visit]] = {}
+            position = {index: i for i, index in enumerate(work.indices)}
+            chunks = enumerate(self.arena.chunks)
+            self.order = [i for i, chunk in chunks if any(piece.slot in position for piece in chunk.pieces)]
+            self.position = position
+        visits = self.arena.visits(self.order)
+        found = self.schedules.get(len(visits))  # all in one, or each for itself
+        if found is None:
+            following = [chunks[0] for chunks in visits[1:] + visits[:1]]
+            made = (self._calls(chunks, work.groups, steps) for chunks in visits)
+            found = [Visit(*each) for each in zip(visits, following, made)]
+            self.schedules[len(visits)] = found
+        return found
+
+    def _calls(self, chunks: list[int], groups: list[int], steps: list[float]) -> list[Call]:
+        """A call for each group and count of steps among what these chunks hold."""
+        calls: dict[tuple[int, float], list[tuple[int, slice, Tensors]]] = {}
+        whole = True
+        for chunk in chunks:
+            for piece, held in zip(self.arena.chunks[chunk].pieces, self.arena.held[chunk], strict=True):
+                if (i := self.position.get(piece.slot)) is None:
+                    continue
+                whole &= piece.end - piece.begin == self.counts[piece.slot]
+                calls.setdefault((groups[i], steps[i]), []).append((i, slice(piece.begin, piece.end), held))
+        made = []
+        for entries in calls.values():
+            positions, parts, held_by_each = (list(column) for column in zip(*entries))
+            moments = [list(column) for column in zip(*held_by_each)]
+            moments += [[]] * (3 - len(moments))  # no absmax in 32 bits
+            made.append(Call(positions, None if whole else parts, moments))
+        return made
 
 
 def sizes(params: Sequence[Tensor], bits: int) -> list[tuple[int, int | None]]:

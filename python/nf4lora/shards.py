@@ -57,13 +57,15 @@ def absmax_blocks(p: Any) -> int:
     return blocks_of(math.prod(sizes))
 
 
-def gradient_of(p: Any) -> Tensor:
+def gradient_of(p: Any, grad: Any) -> Tensor:
     """This process's part of p's gradient, in p's dtype and contiguous."""
-    grad = p.grad
-    if is_shard(grad) and grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    grad = local(grad)
-    return grad.contiguous() if grad.dtype is p.dtype else grad.to(p.dtype).contiguous()
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {grad.layout}")
+    if is_shard(grad):
+        grad = local(grad if grad.placements == p.placements else grad.redistribute(placements=p.placements))
+    if grad.dtype is not p.dtype:
+        grad = grad.to(p.dtype)
+    return grad if grad.is_contiguous() else grad.contiguous()
 
 
 def total_norm(grads: list[Any]) -> Tensor:

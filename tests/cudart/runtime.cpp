@@ -115,8 +115,7 @@ void bring(uintptr_t address, int64_t bytes, bool here, bool by_fault) {
   int64_t missing = 0;
   for (int64_t page = first; page < last; ++page) missing += here && !block->here[static_cast<size_t>(page)];
   if (missing * kPage > room()) {
-    const int64_t said = room() + (device.settings.evictable ? managed_here() : 0);
-    if (!by_fault && missing * kPage > said) device.wrongs.push_back("prefetch of more than is free");
+    if (!by_fault) device.wrongs.push_back("prefetch of more than is free");
     make_room(missing * kPage, block);
   }
   if (by_fault) device.faults += missing;
@@ -293,7 +292,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return called("cudaDeviceGetAttribute", "concurrentManagedAccess");
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *free = static_cast<size_t>(room() + (device.settings.evictable ? managed_here() : 0));
+  *free = static_cast<size_t>(room());
   *total = static_cast<size_t>(device.settings.total);
   return called("cudaMemGetInfo", "");
 }

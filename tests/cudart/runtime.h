@@ -11,7 +11,6 @@ struct Settings {
   int64_t total = 1 << 30;  // bytes of the device
   int64_t others = 0;       // of these taken by other programs
   bool faults = true;       // concurrentManagedAccess
-  bool evictable = true;    // cudaMemGetInfo counts managed pages on the device as free, as an H200's driver does
   bool deferred = false;    // work waits until somebody synchronises, and then runs in any order that streams allow
   uint32_t seed = 0;        // of that order
 };
