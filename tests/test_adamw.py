@@ -98,6 +98,7 @@ def test_every_instruction_set_rounds_bfloat16_parameters_to_nearest_even(instru
         {"beta1": 0.5}, {"beta1": 0.0}, {"beta1": 0.3, "beta2": 0.0}, {"beta2": 0.95},
         {"weight_decay": 0.0}, {"lr": 0.0},
         {"eps": 1.0}, {"scale": 0.37}, {"scale": 0.0}, {"step": 10_000}, {"step": 16_600},
+        {"scale": math.nan}, {"scale": -math.inf},
         {"lr": 3.0, "weight_decay": 0.5},
     ],
     ids=str,

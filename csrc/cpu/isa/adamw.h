@@ -64,6 +64,11 @@ NF4LORA_INLINE int64_t adamw_run(const Step& step, typename T::Element* param, c
   return skipped;
 }
 
+// What fills a vector up has a gradient of zero. It is counted too where `scale` is not finite, which nobody asked for.
+NF4LORA_INLINE int64_t without_padding(const Step& step, int64_t skipped, int64_t padding) {
+  return count(below(magnitude(step.scale), broadcast(__builtin_inff()))) ? skipped : skipped - padding;
+}
+
 // A run of any length: what is left over goes through a padded vector.
 template <class T>
 static int64_t adamw_values(const Step& step, typename T::Element* param, const typename T::Element* grad,
@@ -78,7 +83,7 @@ static int64_t adamw_values(const Step& step, typename T::Element* param, const 
   std::memcpy(g, grad + whole, values * sizeof *g);
   std::memcpy(first, exp_avg + whole, values * sizeof *first);
   std::memcpy(second, exp_avg_sq + whole, values * sizeof *second);
-  skipped += adamw_run<T>(step, p, g, first, second, kLanes);
+  skipped += without_padding(step, adamw_run<T>(step, p, g, first, second, kLanes), kLanes - rest);
   std::memcpy(param + whole, p, values * sizeof *p);
   std::memcpy(exp_avg + whole, first, values * sizeof *first);
   std::memcpy(exp_avg_sq + whole, second, values * sizeof *second);
@@ -151,7 +156,7 @@ static int64_t adamw_blocks(const Step& step, typename T::Element* param, const 
   std::memcpy(g, grad + i, values * sizeof *g);
   std::memcpy(first, exp_avg + i, values);
   std::memcpy(second, exp_avg_sq + i, values);
-  skipped += adamw_block<T>(step, p, g, first, second, absmax);
+  skipped += without_padding(step, adamw_block<T>(step, p, g, first, second, absmax), kMomentBlocksize - (size - i));
   std::memcpy(param + i, p, values * sizeof *p);
   std::memcpy(exp_avg + i, first, values);
   std::memcpy(exp_avg_sq + i, second, values);
