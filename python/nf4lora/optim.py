@@ -282,6 +282,11 @@ class _Loaded:
 def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with every state read and checked, before anything of the optimizer changes."""
     assert isinstance(optimizer, PagedAdamW)
+    lengths = [
+        [len(group["params"]) for group in each] for each in (state_dict["param_groups"], optimizer.param_groups)
+    ]
+    if lengths[0] != lengths[1]:
+        return state_dict  # torch says so
     groups = [_known(group, i) for i, group in enumerate(state_dict["param_groups"])]
     params = dict(zip((key for group in groups for key in group["params"]), optimizer._params()))
     optimizer._place()

@@ -1,0 +1,182 @@
+"""PagedAdamW in two processes on a CPU: DDP, FSDP2 with shards of unequal size, and their checkpoints."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from nf4lora import PagedAdamW
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
+]
+WORLD = 2
+BITS = pytest.mark.parametrize("bits", [32, 8])
+
+
+class Model(nn.Module):
+    """Rows that two processes cannot share evenly, a single value, and a block's worth of others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(24, 37), nn.Linear(37, 5)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * self.scale
+
+
+def batch(step, rank=None):
+    """Of a step, the whole or a process's half."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(2 * WORLD, 24, generator=generator)
+    return x if rank is None else x.chunk(WORLD)[rank]
+
+
+def train(model, optimizer, steps, rank=None):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(step, rank)).square().mean().backward()
+        optimizer.step()
+
+
+def alone(bits, steps=4, **options):
+    """The same training in one process."""
+    model = Model()
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=bits, **options)
+    train(model, optimizer, range(steps))
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def run(work, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, (port, work, arguments), WORLD)
+
+
+def process(rank, port, work, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        work(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def assert_close(named, expected, bits):
+    for name, value in named.items():
+        # two halves of a batch are summed in another order; 8-bit moments may then round to their neighbour
+        assert torch.allclose(value, expected[name], rtol=0, atol=2e-6 if bits == 32 else 1e-3), name
+
+
+def ddp(rank, bits):
+    model = nn.parallel.DistributedDataParallel(Model())
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=bits, max_grad_norm=0.05)
+    train(model, optimizer, range(4), rank)
+    mine = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    assert_close(mine, alone(bits, max_grad_norm=0.05), bits)
+    for p in mine.values():
+        others = [torch.empty_like(p) for _ in range(WORLD)]
+        torch.distributed.all_gather(others, p)
+        assert torch.equal(others[0], others[1])
+
+
+@BITS
+def test_under_ddp_every_process_takes_the_same_step(bits):
+    run(ddp, bits)
+
+
+def sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    # FSDP2 gives the single value to one process and nothing of it to the other.
+    return fully_shard(model)
+
+
+def fsdp(rank, bits):
+    from torch.distributed.tensor import DTensor
+
+    model = sharded()
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=bits, max_grad_norm=0.05)
+    train(model, optimizer, range(4), rank)
+    for p in model.parameters():
+        state = optimizer.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert isinstance(state[name], DTensor)
+            assert (state[name].shape, state[name].placements) == (p.shape, p.placements)
+            assert state[name].to_local().shape == p.to_local().shape
+        if bits == 8:
+            assert state["absmax"].shape[0] == WORLD * state["absmax"].to_local().shape[0]
+    local = sum(p.to_local().numel() for p in model.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    each = 8 if bits == 32 else 2
+    assert local < 0.6 * whole
+    assert optimizer.stats()["bytes"] <= each * local + 5 * 3 * 256  # five parameters of up to three aligned tensors
+    found = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    assert_close(found, alone(bits, max_grad_norm=0.05), bits)
+
+
+@BITS
+def test_under_fsdp_each_process_keeps_the_state_of_its_shards(bits):
+    run(fsdp, bits)
+
+
+def checkpoint(rank, bits, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = sharded()
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=bits)
+    train(model, optimizer, range(2), rank)
+    dcp.save({"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+
+    other = sharded()
+    resumed = PagedAdamW(other.parameters(), lr=1.0, bits=bits)
+    state = {"model": other.state_dict(), "optim": get_optimizer_state_dict(other, resumed)}
+    dcp.load(state, checkpoint_id=folder)
+    other.load_state_dict(state["model"])
+    set_optimizer_state_dict(other, resumed, state["optim"])
+    for each, its in ((model, optimizer), (other, resumed)):
+        train(each, its, range(2, 4), rank)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
+        for name, value in optimizer.state[p].items():
+            mine, its = (t.to_local() if isinstance(t, type(p.data)) else t for t in (value, resumed.state[q][name]))
+            assert torch.equal(mine, its), name
+
+
+@BITS
+def test_a_distributed_checkpoint_goes_on_bit_for_bit(bits, tmp_path):
+    run(checkpoint, bits, tmp_path)
+
+
+def whole_state(rank):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as give
+
+    model = sharded()
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, range(2), rank)
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    one = Model()
+    torchs = torch.optim.AdamW(one.parameters(), lr=1e-2)
+    train(one, torchs, range(2))
+    expected = {name: torchs.state[p]["exp_avg"] for name, p in one.named_parameters()}
+    if rank == 0:
+        assert_close({name: saved["state"][name]["exp_avg"] for name in expected}, expected, 32)
+    give(model, optimizer, get_optimizer_state_dict(one, torchs), options=options)
+    for name, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"].full_tensor(), expected[name])
+
+
+def test_the_whole_state_is_gathered_and_torchs_is_spread():
+    run(whole_state)
