@@ -72,8 +72,9 @@ def process(rank, port, work, arguments):
 
 def assert_close(named, expected, bits):
     for name, value in named.items():
-        # two halves of a batch are summed in another order; 8-bit moments may then round to their neighbour
-        assert torch.allclose(value, expected[name], rtol=0, atol=2e-6 if bits == 32 else 1e-3), name
+        # Two halves of a batch are summed in another order. Blocks of 8-bit moments follow the shards, and so does what
+        # their values are rounded to: a share of a step of 1e-2.
+        assert torch.allclose(value, expected[name], rtol=0, atol=2e-6 if bits == 32 else 5e-3), name
 
 
 def ddp(rank, bits):
@@ -173,7 +174,10 @@ def whole_state(rank):
     expected = {name: torchs.state[p]["exp_avg"] for name, p in one.named_parameters()}
     if rank == 0:
         assert_close({name: saved["state"][name]["exp_avg"] for name in expected}, expected, 32)
-    give(model, optimizer, get_optimizer_state_dict(one, torchs), options=options)
+    theirs = get_optimizer_state_dict(one, torchs)
+    known = saved["param_groups"][0].keys()  # torch.distributed knows no other keys than those of the optimizer there
+    theirs["param_groups"] = [{key: group[key] for key in known} for group in theirs["param_groups"]]
+    give(model, optimizer, theirs, options=options)
     for name, p in model.named_parameters():
         assert torch.equal(optimizer.state[p]["exp_avg"].full_tensor(), expected[name])
 

@@ -52,14 +52,19 @@ class Slot:
         second = self.offset + _aligned(self.count * size)
         found = [(start + begin * size, (end - begin) * size) for start in (self.offset, second)]
         if self.blocks is not None:
-            last = self.blocks if end == self.count else end // block
-            first = begin // block
+            first, last = begin // block, -(-end // block)
             found.append((second + _aligned(self.count) + 8 * first, 8 * (last - first)))
         return found
 
     @property
+    def whole(self) -> list[Range]:
+        """Of all values, with the rows of absmax that a shard may have beyond its blocks."""
+        *moments, last = self.ranges(0, self.count)
+        return [*moments, last if self.blocks is None else (last[0], 8 * self.blocks)]
+
+    @property
     def bytes(self) -> int:
-        start, size = self.ranges(0, self.count)[-1]
+        start, size = self.whole[-1]
         return _aligned(start + size - self.offset)
 
 
@@ -136,16 +141,17 @@ class Arena:
         """[bytes / itemsize] of dtype, with a storage of its own, so that it is saved without its neighbours."""
         raise NotImplementedError
 
-    def tensors(self, slot: Slot, begin: int, end: int) -> Tensors:
-        """exp_avg, exp_avg_sq and, in 8 bits, absmax of values [begin, end) of a slot."""
-        return tuple(map(self.tensor, slot.ranges(begin, end), slot.dtypes))
+    def tensors(self, slot: Slot) -> Tensors:
+        """All of a slot: exp_avg, exp_avg_sq and, in 8 bits, absmax."""
+        return tuple(map(self.tensor, slot.whole, slot.dtypes))
 
     def plan(self, slots: Sequence[Slot]) -> None:
         """Cut the arena into chunks."""
         self.chunks = cut(slots, self.chunk_bytes)
-        self.held = [
-            [self.tensors(slots[piece.slot], piece.begin, piece.end) for piece in chunk.pieces] for chunk in self.chunks
-        ]
+        self.held = [[self._part(slots[piece.slot], piece) for piece in chunk.pieces] for chunk in self.chunks]
+
+    def _part(self, slot: Slot, piece: Piece) -> Tensors:
+        return tuple(map(self.tensor, slot.ranges(piece.begin, piece.end), slot.dtypes))
 
     def visits(self, chunks: list[int]) -> list[list[int]]:
         """Begins a step over these chunks: which of them to acquire together."""

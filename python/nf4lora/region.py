@@ -84,7 +84,7 @@ class Region:
         self.steps = torch.zeros(len(params))  # one tensor: all of them count in one operation
         self.states: list[dict[str, Tensor]] = []
         for p, slot, step in zip(params, self.slots, self.steps, strict=True):
-            first, second, *absmax = arena.tensors(slot, 0, slot.count)
+            first, second, *absmax = arena.tensors(slot)
             shape = local(p).shape
             shown = [as_shard(first.view(shape), p), as_shard(second.view(shape), p)]
             shown += [as_shard(each.view(-1, 2), p, by_rows=True) for each in absmax]
@@ -94,7 +94,7 @@ class Region:
         """Set one parameter's state: to these moments, or to that of no step taken."""
         self.arena.wait()
         slot = self.slots[index]
-        first, second, *absmax = self.arena.tensors(slot, 0, slot.count)
+        first, second, *absmax = self.arena.tensors(slot)
         self.steps[index] = moments.step if moments else 0.0
         if moments is None:
             for each, zero in zip((first, second), ZEROS):
