@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import nf4lora
 from nf4lora import PagedAdamW
+
+from models import tiny_llama
 
 SIZES = [(64, 48), (7,), (3, 5, 9), (1,), (4100,), (0,)]
 BITS = pytest.mark.parametrize("bits", [32, 8])
@@ -355,3 +358,33 @@ def test_parameters_elsewhere_are_refused_by_name():
     p.grad = torch.zeros(4, device="meta")
     with pytest.raises(ValueError, match="every parameter must be on the CPU or on CUDA, got one on meta"):
         PagedAdamW([p]).step()
+
+
+# ---- with transformers' Trainer
+
+
+def trained_by_trainer(folder, steps, resume=None, bits=8):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = nf4lora.prepare(tiny_llama(), r=4, lora_alpha=8)
+    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(16)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        save_steps=2, logging_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+        weight_decay=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=(PagedAdamW, {"lr": 1e-2, "bits": bits})
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}, losses
+
+
+@BITS
+def test_trainer_learns_with_it_and_resumes_bit_for_bit(tmp_path, bits):
+    whole, losses = trained_by_trainer(tmp_path / "whole", 4, bits=bits)
+    assert losses[-1] < losses[0]
+    trained_by_trainer(tmp_path / "half", 2, bits=bits)
+    resumed, _ = trained_by_trainer(tmp_path / "half", 4, resume=str(tmp_path / "half" / "checkpoint-2"), bits=bits)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

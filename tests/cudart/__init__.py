@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -23,15 +24,15 @@ def load(version: int):
     if compiler is None:
         pytest.skip("no C++ compiler")
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    import sysconfig
-
     name = f"fake{version}"
     library = Path(tempfile.mkdtemp(prefix="nf4lora-")) / f"{name}.so"
     includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++20", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # those of the sanitizers, in tools/sanitize.sh
     defined = [f"-DCUDART_VERSION={version}", f"-DNAME={name}"]
     command = [compiler, *flags, *defined, *(f"-I{each}" for each in includes), *map(str, SOURCES), "-o", str(library)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # is not the compiler's
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
