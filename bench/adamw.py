@@ -28,7 +28,7 @@ def run(settings: Settings) -> list[Table]:
                 "state: bytes of moments per value",
             ],
         ),
-        paging.on_disk(count, settings) if settings.device == "cpu" else paging.on_card(count, settings),
+        *([paging.on_disk(count, settings)] if settings.device == "cpu" else paging.on_card(count, settings)),
     ]
 
 

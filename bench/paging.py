@@ -16,6 +16,7 @@ from .table import Table
 from .timing import alternate
 
 TENSORS = 64
+LORA = 10_000_000
 
 
 def stepping(count: int, device: str, **options) -> PagedAdamW:
@@ -38,7 +39,13 @@ def evicted(optimizer: PagedAdamW) -> Callable[[], object]:
     return step
 
 
-def on_card(count: int, settings: Settings) -> Table:
+def on_card(count: int, settings: Settings) -> list[Table]:
+    """All that is updated at once, and as much as LoRA trains."""
+    lora = 1 << 16 if settings.quick else LORA
+    return [whole_arena(count, settings), *([behind_work(lora, settings)] if count >= lora else [])]
+
+
+def whole_arena(count: int, settings: Settings) -> Table:
     """Where all fits, where the state is evicted before every step, and where it is always streamed."""
     rows = []
     for bits in (32, 8):
@@ -73,6 +80,56 @@ def on_card(count: int, settings: Settings) -> Table:
             "evicted before: evict() and the step that brings everything back",
             "streamed: pinned memory through three buffers of the card; the bound is the bus, both ways at once",
         ],
+    )
+
+
+def behind_work(count: int, settings: Settings) -> Table:
+    """Whether what leaves the card after a step hides behind the work that follows, as a forward pass does."""
+    matrix = torch.randn(
+        1 << (9 if settings.quick else 13), 1 << (9 if settings.quick else 13), device="cuda"
+    ).bfloat16()
+
+    def work() -> None:
+        for _ in range(8):
+            torch.mm(matrix, matrix)
+
+    def followed(optimizer: PagedAdamW) -> Callable[[], object]:
+        return lambda: (optimizer.step(), work())
+
+    rows = []
+    for bits in (32, 8):
+        managed, streamed = (stepping(count, "cuda", bits=bits, paging=mode) for mode in ("managed", "streamed"))
+        fused = torch.optim.AdamW(managed.param_groups[0]["params"], fused=True)
+        fused.step()
+        times = alternate(
+            {
+                "work": work,
+                "managed": managed.step,
+                "streamed": streamed.step,
+                "fused": fused.step,
+                "managed, work": followed(managed),
+                "streamed, work": followed(streamed),
+            },
+            seconds=0.1 if settings.quick else 2.0,
+            device="cuda",
+        )
+        rows.append(
+            {
+                "bits": bits,
+                "state, MB": managed.stats()["bytes"] / 1e6,
+                "torch's fused, ms": times["fused"].spread(),
+                "managed, ms": times["managed"].spread(),
+                "streamed, ms": times["streamed"].spread(),
+                "work, ms": times["work"].spread(),
+                "managed and work, ms": times["managed, work"].spread(),
+                "streamed and work, ms": times["streamed, work"].spread(),
+                "streamed / managed, with work": times["streamed, work"].over(times["managed, work"]),
+            }
+        )
+    return Table(
+        f"PagedAdamW, {count / 1e6:.3g} M values as LoRA has them, {TENSORS} tensors, and the work that follows",
+        rows,
+        ["work: eight products of bf16 matrices of 8192 x 8192, in the place of the next forward pass"],
     )
 
 
