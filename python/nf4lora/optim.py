@@ -122,8 +122,9 @@ class PagedAdamW(Optimizer):
         """Where the state of p is, with `state[p]` there. `address`: of p, since one that moved may have changed."""
         place = self._places.get(p)
         if place is None or place.address != address:
-            self._place()
-            place = self._places[p]
+            if place is None or not place.fits(p):
+                self._place()
+                place = self._places[p]
             place.address = address
         entry = self.state.get(p)
         if not entry or len(entry) != len(place.shown) or not all(map(is_, entry.values(), place.shown.values())):
