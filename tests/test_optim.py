@@ -335,6 +335,33 @@ def test_numbers_outside_their_range(options, message):
         PagedAdamW(parameters(), **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"lr": None}, {"lr": "fast"}, {"eps": [1]}, {"betas": 0.9}, {"lr": torch.ones(2)}], ids=str
+)
+def test_what_is_no_number_is_named(options):
+    with pytest.raises(
+        TypeError, match="^PagedAdamW: lr, eps and weight_decay must be numbers, betas two of them, got"
+    ):
+        PagedAdamW(parameters(), **options)
+
+
+@BITS
+def test_a_step_that_is_refused_changes_nothing(bits):
+    params, others = parameters(), parameters()
+    optimizer = PagedAdamW([{"params": params[:2]}, {"params": params[2:]}], bits=bits)
+    untouched = PagedAdamW([{"params": others[:2]}, {"params": others[2:]}], bits=bits)
+    for step in range(3):
+        give_gradients(step, params, others)
+        optimizer.param_groups[1]["lr"] = math.nan
+        with pytest.raises(ValueError, match="lr must be finite and not negative, got nan"):
+            optimizer.step()
+        optimizer.param_groups[1]["lr"] = 1e-3
+        optimizer.step()
+        untouched.step()
+    assert_same(params, others)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+
+
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     params = parameters()
     optimizer = PagedAdamW(params[:2])

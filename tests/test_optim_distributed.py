@@ -130,6 +130,48 @@ def test_under_fsdp_each_process_keeps_the_state_of_its_shards(bits):
     run(fsdp, bits)
 
 
+def mixed(rank):
+    """Some parameters are shards, and some are whole in every process."""
+    model = Model()
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.first)
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, max_grad_norm=0.05)
+    whole = Model()
+    other = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+    for step in range(3):
+        for each in (model, whole):
+            each.zero_grad()
+            each(batch(step)).square().mean().backward()
+        optimizer.step()
+        nn.utils.clip_grad_norm_(whole.parameters(), 0.05)
+        other.step()
+    found = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    assert_close({name: p.detach() for name, p in found.items()}, dict(whole.named_parameters()), 32)
+
+
+def test_gradients_are_clipped_together_where_some_are_shards():
+    run(mixed)
+
+
+def gathered(rank):
+    model = sharded()
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=8)
+    train(model, optimizer, range(2), rank)
+    state = optimizer.state_dict()
+    entries = {
+        key: {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in entry.items()}
+        for key, entry in state["state"].items()
+    }
+    one = PagedAdamW(Model().parameters(), bits=8)
+    with pytest.raises(ValueError, match="8-bit moments of shards are loaded by as many processes as saved them"):
+        one.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+
+
+def test_gathered_codes_are_not_taken_for_those_of_one_process():
+    run(gathered)
+
+
 def checkpoint(rank, bits, folder):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -93,7 +93,7 @@ def test_a_copy_goes_on_bit_for_bit(bits, how, tmp_path):
     params, optimizer = trained(bits, max_grad_norm=1.0, page_to=tmp_path)
     other = how(optimizer)
     others = other.param_groups[0]["params"]
-    assert (other.bits, other.max_grad_norm, other.page_to) == (bits, 1.0, tmp_path)
+    assert (other.bits, other.max_grad_norm, other.page_to) == (bits, 1.0, str(tmp_path))
     for each, its in ((params, optimizer), (others, other)):
         train(each, its, range(3, 6))
     assert_same(params, optimizer, others, other)
@@ -139,6 +139,17 @@ def test_a_state_that_the_user_replaced_is_taken():
     for each, its in ((params, optimizer), (others, fresh)):
         train(each, its, [9])
     assert_same(params, optimizer, others, fresh)
+    state = optimizer.state[params[1]]
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"].clone(), state["exp_avg"].abs()
+    before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    params[1].grad = torch.zeros(SIZES[1])
+    optimizer.step()
+    state = optimizer.state[params[1]]
+    assert torch.allclose(state["exp_avg"], 0.9 * before["exp_avg"])
+    assert torch.allclose(state["exp_avg_sq"], 0.999 * before["exp_avg_sq"])
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]  # each where the other belongs
+    optimizer.step()
+    assert torch.allclose(optimizer.state[params[1]]["exp_avg_sq"], 0.999 * 0.9 * before["exp_avg"])
     optimizer.state[params[0]]["exp_avg"] = torch.full(SIZES[0], 0.5)
     optimizer.state[params[0]]["step"] = torch.tensor(40.0)
     params[0].grad = torch.ones(SIZES[0])
@@ -280,6 +291,7 @@ REFUSED = {
         lambda: codes(absmax=torch.zeros(2, 2)),
         r"must hold absmax \[3, 2\] with its codes, got shape \[2, 2\]",
     ),
+    "absmax of shards": (lambda: codes(absmax=torch.zeros(4, 2)), "loaded by as many processes as saved them"),
 }
 
 

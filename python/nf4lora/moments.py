@@ -26,6 +26,10 @@ class Moments:
     exp_avg_sq: Tensor
     absmax: Tensor | None = None
 
+    def clone(self) -> Moments:
+        absmax = None if self.absmax is None else self.absmax.clone()
+        return Moments(self.step, self.exp_avg.clone(), self.exp_avg_sq.clone(), absmax)
+
     def as_bits(self, bits: int) -> Moments:
         """The same in 8 or 32 bits; from 32 to 8 each value goes to the nearest that its block can hold."""
         if (self.absmax is not None) == (bits == 8):
@@ -68,8 +72,10 @@ def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in entry.items() if name != BITSANDBYTES}, **entry.get(BITSANDBYTES, {})}
 
 
-def read(entry: Mapping[str, Any], count: int, what: str) -> Moments:
+def read(entry: Mapping[str, Any], count: int, rows: int, what: str) -> Moments:
     """What torch.optim.AdamW, bitsandbytes' AdamW or PagedAdamW saved for a parameter of `count` values.
+
+    rows: of its absmax
 
     Raises:
         ValueError: it is of another optimizer, or of another parameter; `what` is named.
@@ -101,9 +107,12 @@ def read(entry: Mapping[str, Any], count: int, what: str) -> Moments:
     if first == "state1":
         return _bitsandbytes(step, moments, entry, what)
     absmax = entry.get("absmax")
-    if absmax is None or absmax.dim() != 2 or len(absmax) < blocks_of(count) or absmax.shape[1] != 2:
+    if absmax is None or absmax.shape != (rows, 2):
         found = "none" if absmax is None else f"shape {list(absmax.shape)}"
-        raise ValueError(f"PagedAdamW: {what} must hold absmax [{blocks_of(count)}, 2] with its codes, got {found}")
+        raise ValueError(
+            f"PagedAdamW: {what} must hold absmax [{rows}, 2] with its codes, got {found}; 8-bit moments of shards are "
+            "loaded by as many processes as saved them"
+        )
     return Moments(step, moments[0], moments[1], absmax.detach()[: blocks_of(count)].float())
 
 

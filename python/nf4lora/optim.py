@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nf4lora.moments import read, unwrapped
+from nf4lora.moments import Moments, read, unwrapped
 from nf4lora.paged import Arena, lay_out
 from nf4lora.region import PAGING, Place, Region, Work, arena_of, sizes
-from nf4lora.shards import gradient_of, local, shard_of, total_norm
+from nf4lora.shards import absmax_blocks, gradient_of, local, shard_of, total_norm
 
 NUMBERS = "lr", "betas", "eps", "weight_decay"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -79,7 +78,8 @@ class PagedAdamW(Optimizer):
         _require(bits in (32, 8), "bits", "32 or 8", bits)
         _require(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", "positive, or None", max_grad_norm)
         _require(paging in PAGING, "paging", f"one of {', '.join(PAGING)}", paging)
-        self.bits, self.max_grad_norm, self.page_to, self.paging = bits, max_grad_norm, page_to, paging
+        self.bits, self.max_grad_norm, self.paging = int(bits), max_grad_norm, paging
+        self.page_to = None if page_to is None else os.fspath(page_to)
         self._places: dict[Tensor, Place] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -128,16 +128,20 @@ class PagedAdamW(Optimizer):
             place.address = address
         entry = self.state.get(p)
         if not entry or len(entry) != len(place.shown) or not all(map(is_, entry.values(), place.shown.values())):
-            self._enter(p, place, entry)
+            moments = self._read(p, entry, "state").clone() if entry else None  # they may lie where others of them go
+            self._enter(p, moments)
         return place
 
-    def _enter(self, p: Tensor, place: Place, entry: dict[str, Any] | None) -> None:
-        """Make `state[p]` that of its place: zeros, or a copy of what stands elsewhere."""
-        moments = None
-        if entry:
-            mine = {name: shard_of(value, place.shown.get(name)) for name, value in entry.items()}
-            moments = read(mine, place.region.counts[place.index], "state").as_bits(self.bits)
-        place.region.fill(place.index, moments)
+    def _read(self, p: Tensor, entry: dict[str, Any], what: str) -> Moments:
+        """A state of p that lies elsewhere, this process's part."""
+        place = self._places[p]
+        mine = {name: shard_of(value, place.shown.get(name)) for name, value in unwrapped(entry).items()}
+        return read(mine, place.region.counts[place.index], absmax_blocks(p), what)
+
+    def _enter(self, p: Tensor, moments: Moments | None) -> None:
+        """Make `state[p]` that of its place, with these moments or those of no step."""
+        place = self._places[p]
+        place.region.fill(place.index, moments and moments.as_bits(self.bits))
         self.state[p] = dict(place.shown)
 
     # ---- the step
@@ -153,6 +157,8 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for each in self.param_groups:
+            _check_numbers(each)  # all of them, before anything changes
         try:
             params, grads, scale = self._gradients()
         except torch.OutOfMemoryError:
@@ -263,9 +269,9 @@ class PagedAdamW(Optimizer):
         if "bits" in state:  # unpickled, or a deep copy: no state is in an arena yet
             self._places, self._skipped = {}, {}
         super().__setstate__(state)
-        loaded = {p: entry.entry for p, entry in self.state.items() if isinstance(entry, _Loaded)}
-        for p, entry in loaded.items():
-            self._enter(p, self._places[p], entry)
+        for p, entry in list(self.state.items()):
+            if isinstance(entry, Moments):  # of `_readable`
+                self._enter(p, entry)
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -273,15 +279,11 @@ class PagedAdamW(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in options}
 
 
-@dataclass
-class _Loaded:
-    """A saved state on its way through torch's load_state_dict, which casts tensors to the dtype of their parameter."""
-
-    entry: dict[str, Any]
-
-
 def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with every state read and checked, before anything of the optimizer changes."""
+    """The state dict with every state read and checked, before anything of the optimizer changes.
+
+    As Moments: torch would cast tensors to the dtype of their parameter.
+    """
     assert isinstance(optimizer, PagedAdamW)
     lengths = [
         [len(group["params"]) for group in each] for each in (state_dict["param_groups"], optimizer.param_groups)
@@ -295,10 +297,7 @@ def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     for key, entry in state_dict["state"].items():
         state[key] = entry
         if entry and key in params and params[key] in optimizer._places:
-            place = optimizer._places[params[key]]
-            mine = {name: shard_of(value, place.shown.get(name)) for name, value in unwrapped(entry).items()}
-            moments = read(mine, place.region.counts[place.index], f"the state of parameter {key}")
-            state[key] = _Loaded({name: each for name, each in vars(moments).items() if each is not None})
+            state[key] = optimizer._read(params[key], entry, f"the state of parameter {key}")
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -323,7 +322,14 @@ def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _check_numbers(group: dict[str, Any]) -> None:
-    _require(len(group["betas"]) == 2, "betas", "two numbers", group["betas"])
+    try:
+        two, _ = len(group["betas"]), _numbers(group)
+    except (TypeError, ValueError, RuntimeError):
+        given = ", ".join(f"{name} {group[name]!r}" for name in NUMBERS)
+        raise TypeError(
+            f"PagedAdamW: lr, eps and weight_decay must be numbers, betas two of them, got {given}"
+        ) from None
+    _require(two == 2, "betas", "two numbers", group["betas"])
     lr, beta1, beta2, eps, weight_decay = _numbers(group)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         _require(0.0 <= value < math.inf, name, "finite and not negative", value)

@@ -111,12 +111,9 @@ class Region:
 
     def step(self, work: Work, numbers: Sequence[tuple[float, ...]], skipped: Tensor, scale: Tensor | None) -> None:
         """Update these parameters, chunk after chunk; numbers of a group: lr, beta1, beta2, eps, weight_decay."""
-        if len(work.indices) == len(self.slots):
-            self.steps.add_(1)
-        else:
-            self.steps[work.indices] += 1
-        steps = self.steps.tolist()
-        for visit in self._schedule(work, [steps[i] for i in work.indices]):
+        counted = self.steps.tolist()
+        steps = [counted[i] + 1 for i in work.indices]
+        for visit in self._schedule(work, steps):
             self.arena.acquire(visit.chunks, visit.following)
             for call in visit.calls:
                 params, grads = ([each[i] for i in call.positions] for each in (work.params, work.grads))
@@ -125,9 +122,13 @@ class Region:
                         [t.view(-1)[part] for t, part in zip(each, call.parts)] for each in (params, grads)
                     )
                 first = call.positions[0]
-                of_group, step = numbers[work.groups[first]], int(steps[work.indices[first]])
+                of_group, step = numbers[work.groups[first]], int(steps[first])
                 ops.adamw_step_(params, grads, *call.moments, skipped, scale, *of_group, step)  # type: ignore
             self.arena.release(visit.chunks)
+        if len(steps) == len(self.slots):
+            self.steps.add_(1)
+        else:
+            self.steps[work.indices] += 1
 
     def _schedule(self, work: Work, steps: list[float]) -> list[Visit]:
         """What is called for which chunks.

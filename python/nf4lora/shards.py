@@ -70,8 +70,14 @@ def gradient_of(p: Any, grad: Any) -> Tensor:
 
 def total_norm(grads: list[Any]) -> Tensor:
     """The 2-norm of all gradients, over all shards: [] float32, on the device of the first."""
-    if any(map(is_shard, grads)):
-        norm = torch.nn.utils.get_total_norm(grads)
-        return (norm.full_tensor() if is_shard(norm) else norm).float()  # type: ignore[attr-defined]
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    by_mesh: dict[Any, list[Any]] = {}
+    for grad in grads:
+        by_mesh.setdefault(grad.device_mesh if is_shard(grad) else None, []).append(grad)
+    norms: list[Any] = []
+    for mesh, some in by_mesh.items():
+        if mesh is None:
+            norms += torch._foreach_norm(some, 2, dtype=torch.float32)
+        else:
+            norm: Any = torch.nn.utils.get_total_norm(some)
+            norms.append((norm.full_tensor() if is_shard(norm) else norm).float())
     return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
