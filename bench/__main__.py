@@ -34,6 +34,7 @@ CASES = (
     "step",
     "generate",
     "converge",
+    "optimizers",
     "perplexity",
 )
 EXPLICIT = ("tune",)  # by name alone: it rewrites a file of the library

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 IN_REPOSITORY = (HERE.parent / "pyproject.toml").is_file()
 FOLDER = HERE / "results" if IN_REPOSITORY else Path("nf4lora-bench")
-UNTIMED = ("converge", "perplexity")  # whose figures are the same on a busy machine
+UNTIMED = ("converge", "optimizers", "perplexity")  # whose figures are the same on a busy machine
 START, END = "<!-- results, written by python -m bench --table -->", "<!-- end of results -->"
 
 

@@ -66,6 +66,7 @@ def process(rank, port, work, arguments):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         work(rank, *arguments)
+        torch.distributed.barrier()  # a process that leaves takes the store with it
     finally:
         torch.distributed.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,10 +73,10 @@ def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in entry.items() if name != BITSANDBYTES}, **entry.get(BITSANDBYTES, {})}
 
 
-def read(entry: Mapping[str, Any], count: int, rows: int, what: str) -> Moments:
+def read(entry: Mapping[str, Any], count: int, rows: int, mark: Tensor | None, what: str) -> Moments:
     """What torch.optim.AdamW, bitsandbytes' AdamW or PagedAdamW saved for a parameter of `count` values.
 
-    rows: of its absmax
+    rows: of its absmax, of which the last is `mark` for a shard
 
     Raises:
         ValueError: it is of another optimizer, or of another parameter; `what` is named.
@@ -89,13 +90,22 @@ def read(entry: Mapping[str, Any], count: int, rows: int, what: str) -> Moments:
         raise ValueError(
             f"PagedAdamW: {what} must hold step, exp_avg and exp_avg_sq, got {', '.join(map(str, entry)) or 'nothing'}"
         )
+    if "unorm_vec" in entry:
+        raise ValueError(f"PagedAdamW: {what} must be of an AdamW, got that of a LAMB")
+    try:
+        step = float(entry["step"])
+    except (TypeError, ValueError, RuntimeError):
+        step = math.nan
+    if not (step >= 0 and step == step // 1):
+        raise ValueError(f"PagedAdamW: {what} must count its steps, got {entry['step']}")
     for name in (first, second):
+        if not isinstance(entry[name], Tensor):
+            raise ValueError(f"PagedAdamW: {what} must hold a tensor in {name}, got {type(entry[name]).__name__}")
         if entry[name].numel() != count:
             raise ValueError(
                 f"PagedAdamW: {what} must hold {count} values in {name}, got shape {list(entry[name].shape)}"
             )
     moments = [entry[name].detach().reshape(-1) for name in (first, second)]
-    step = float(entry["step"])
     kinds = {each.dtype for each in moments}
     if kinds != {torch.uint8}:
         if torch.uint8 in kinds or not all(kind.is_floating_point for kind in kinds):
@@ -107,7 +117,8 @@ def read(entry: Mapping[str, Any], count: int, rows: int, what: str) -> Moments:
     if first == "state1":
         return _bitsandbytes(step, moments, entry, what)
     absmax = entry.get("absmax")
-    if absmax is None or absmax.shape != (rows, 2):
+    alien = mark is not None and absmax is not None and not torch.equal(absmax[-1:].cpu(), mark[None])
+    if absmax is None or absmax.shape != (rows, 2) or alien:
         found = "none" if absmax is None else f"shape {list(absmax.shape)}"
         raise ValueError(
             f"PagedAdamW: {what} must hold absmax [{rows}, 2] with its codes, got {found}; 8-bit moments of shards are "

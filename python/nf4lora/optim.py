@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from nf4lora.moments import Moments, read, unwrapped
 from nf4lora.paged import Arena, lay_out
 from nf4lora.region import PAGING, Place, Region, Work, arena_of, sizes
-from nf4lora.shards import absmax_blocks, gradient_of, local, shard_of, total_norm
+from nf4lora.shards import absmax_blocks, gradient_of, local, mark, shard_of, total_norm
 
 NUMBERS = "lr", "betas", "eps", "weight_decay"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -118,8 +118,9 @@ class PagedAdamW(Optimizer):
             region = Region(here, self.bits, arena_of(device, size, self.page_to, self.paging))
             self._places |= {p: Place(region, i, region.states[i]) for i, p in enumerate(here)}
 
-    def _place_of(self, p: Tensor, address: int) -> Place:
-        """Where the state of p is, with `state[p]` there. `address`: of p, since one that moved may have changed."""
+    def _place_of(self, p: Tensor, address: int, displaced: list[Tensor]) -> Place:
+        """Where the state of p is; `displaced` gets p where `state[p]` is not there. `address`: of p, since one that
+        moved may have changed."""
         place = self._places.get(p)
         if place is None or place.address != address:
             if place is None or not place.fits(p):
@@ -128,15 +129,21 @@ class PagedAdamW(Optimizer):
             place.address = address
         entry = self.state.get(p)
         if not entry or len(entry) != len(place.shown) or not all(map(is_, entry.values(), place.shown.values())):
-            moments = self._read(p, entry, "state").clone() if entry else None  # they may lie where others of them go
-            self._enter(p, moments)
+            displaced.append(p)
         return place
+
+    def _enter_all(self, displaced: list[Tensor]) -> None:
+        """Bring states to their places; read before any is written, since one may lie where another goes."""
+        self.synchronize()
+        found = {p: self._read(p, self.state[p], "state").clone() if self.state.get(p) else None for p in displaced}
+        for p, moments in found.items():
+            self._enter(p, moments)
 
     def _read(self, p: Tensor, entry: dict[str, Any], what: str) -> Moments:
         """A state of p that lies elsewhere, this process's part."""
         place = self._places[p]
         mine = {name: shard_of(value, place.shown.get(name)) for name, value in unwrapped(entry).items()}
-        return read(mine, place.region.counts[place.index], absmax_blocks(p), what)
+        return read(mine, place.region.counts[place.index], absmax_blocks(p), mark(p), what)
 
     def _enter(self, p: Tensor, moments: Moments | None) -> None:
         """Make `state[p]` that of its place, with these moments or those of no step."""
@@ -168,10 +175,11 @@ class PagedAdamW(Optimizer):
         if not params:
             return loss
         work: dict[Region, Work] = {}
+        displaced: list[Tensor] = []
         strided: list[tuple[Tensor, Tensor]] = []  # which the op takes as contiguous copies
         for (p, group), grad in zip(params, grads):
             mine = local(p)
-            place = self._place_of(p, mine.data_ptr())
+            place = self._place_of(p, mine.data_ptr(), displaced)
             if not mine.is_contiguous():
                 strided.append((mine, mine.contiguous()))
                 mine = strided[-1][1]
@@ -181,6 +189,8 @@ class PagedAdamW(Optimizer):
             some.params.append(mine)
             some.grads.append(grad)
             some.groups.append(group)
+        if displaced:
+            self._enter_all(displaced)
         numbers = [_numbers(group) for group in self.param_groups]
         for region, some in work.items():
             device = region.arena.device
@@ -293,11 +303,13 @@ def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     groups = [_known(group, i) for i, group in enumerate(state_dict["param_groups"])]
     params = dict(zip((key for group in groups for key in group["params"]), optimizer._params()))
     optimizer._place()
+    own = {local(place.shown["exp_avg"]).data_ptr() for place in optimizer._places.values()}  # which will be written to
     state = {}
     for key, entry in state_dict["state"].items():
         state[key] = entry
         if entry and key in params and params[key] in optimizer._places:
-            state[key] = optimizer._read(params[key], entry, f"the state of parameter {key}")
+            moments = optimizer._read(params[key], entry, f"the state of parameter {key}")
+            state[key] = moments if moments.exp_avg.data_ptr() not in own else moments.clone()
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -307,6 +319,8 @@ def _known(group: dict[str, Any], index: int) -> dict[str, Any]:
     missing = [name for name in NUMBERS if name not in group]
     if missing:
         raise ValueError(f"{what} must be of an AdamW, got none of {', '.join(missing)}")
+    if "momentum_decay" in group or ("foreach" in group and "amsgrad" not in group):
+        raise ValueError(f"{what} must be of an AdamW, got that of a NAdam or a RAdam")
     for name in REFUSED:
         if group.get(name):
             raise ValueError(f"{what} must be without {name}, got {group[name]}")

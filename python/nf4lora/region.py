@@ -12,7 +12,7 @@ from torch import Tensor
 from nf4lora import ops
 from nf4lora.moments import ZEROS, Moments
 from nf4lora.paged import Arena, File, Ram, Tensors, lay_out
-from nf4lora.shards import absmax_blocks, as_shard, local
+from nf4lora.shards import absmax_blocks, as_shard, local, mark
 from nf4lora.unified import Unified
 
 PAGING = "auto", "managed", "streamed"  # of Unified
@@ -82,6 +82,7 @@ class Region:
         self.key: tuple[list, ...] | None = None  # of the schedules
         arena.plan(self.slots)
         self.steps = torch.zeros(len(params))  # one tensor: all of them count in one operation
+        self.marks = [mark(p) for p in params] if bits == 8 else [None] * len(params)
         self.states: list[dict[str, Tensor]] = []
         for p, slot, step in zip(params, self.slots, self.steps, strict=True):
             first, second, *absmax = arena.tensors(slot)
@@ -96,18 +97,21 @@ class Region:
         slot = self.slots[index]
         first, second, *absmax = self.arena.tensors(slot)
         self.steps[index] = moments.step if moments else 0.0
+        blocks = 0
         if moments is None:
             for each, zero in zip((first, second), ZEROS):
                 each.fill_(zero if absmax else 0.0)
-            for each in absmax:
-                each.zero_()
-            return
-        first.copy_(moments.exp_avg)  # which may be this very memory: a state that is loaded where it was saved
-        second.copy_(moments.exp_avg_sq)
-        if moments.absmax is not None:
-            rows = absmax[0].view(-1, 2)
-            rows[: len(moments.absmax)] = moments.absmax
-            rows[len(moments.absmax) :] = 0.0
+        else:
+            first.copy_(moments.exp_avg)  # which may be this very memory: a state that is loaded where it was saved
+            second.copy_(moments.exp_avg_sq)
+        for each in absmax:
+            rows = each.view(-1, 2)
+            if moments is not None and moments.absmax is not None:
+                blocks = len(moments.absmax)
+                rows[:blocks] = moments.absmax
+            rows[blocks:] = 0.0
+            if (last := self.marks[index]) is not None:
+                rows[-1] = last
 
     def step(self, work: Work, numbers: Sequence[tuple[float, ...]], skipped: Tensor, scale: Tensor | None) -> None:
         """Update these parameters, chunk after chunk; numbers of a group: lr, beta1, beta2, eps, weight_decay."""

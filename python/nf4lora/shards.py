@@ -48,13 +48,25 @@ def shard_of(value: Any, like: Any) -> Any:
 
 
 def absmax_blocks(p: Any) -> int:
-    """Rows of absmax: those of the largest shard, so that every process has as many and together they are a DTensor."""
+    """Rows of absmax: one a block.
+
+    A shard has those of the largest, so that every process has as many and together they are a DTensor; and one more,
+    for `mark`, since blocks follow the shards, and scales of others would fit in number.
+    """
+    if not is_shard(p):
+        return blocks_of(p.numel())
     sizes = list(p.shape)
-    if is_shard(p):
-        for parts, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-            if placement.is_shard():
-                sizes[placement.dim] = -(-sizes[placement.dim] // parts)
-    return blocks_of(math.prod(sizes))
+    for parts, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+        if placement.is_shard():
+            sizes[placement.dim] = -(-sizes[placement.dim] // parts)
+    return blocks_of(math.prod(sizes)) + 1
+
+
+def mark(p: Any) -> Tensor | None:
+    """The last row of absmax of a shard, which tells how many values it has: [2] float32, each exact."""
+    if not is_shard(p):
+        return None
+    return torch.tensor(divmod(local(p).numel(), 1 << 20), dtype=torch.float32)
 
 
 def gradient_of(p: Any, grad: Any) -> Tensor:
