@@ -11,12 +11,14 @@ inline constexpr int kBuckets = 23 << 7;
 
 // What a map holds above zero, by position: value[k] for k = 1 ... top, and what lies half way to the next.
 // Nearest is the number of thresholds below a magnitude, plus one. Magnitudes of the same exponent and 7 bits of mantissa,
-// from 2^-22 on, are a bucket: no bucket holds two thresholds, so that one look-up and one comparison find the nearest.
+// from 2^-22 on, are a bucket: no bucket holds two thresholds, so that one look-up and one addition find the nearest.
 struct Magnitudes {
   int top;
   float value[257];
-  float threshold[257];       // between k and k + 1; beyond the top nothing is reached
-  uint32_t bucket[kBuckets];  // above, the nearest of its least; below, the lower 16 bits of its threshold, or all ones
+  float threshold[257];  // between k and k + 1; beyond the top nothing is reached
+  // By the upper 16 bits of a magnitude, less kFirstBucket: what to add to its bits for the upper 16 of the sum to be the
+  // position of the nearest. The lower 16 carry over where they are beyond those of the bucket's threshold.
+  uint32_t bucket[kBuckets];
 };
 
 constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
@@ -29,7 +31,8 @@ constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
   for (uint32_t i = 0; i < kBuckets; ++i) {  // smaller magnitudes belong to the first, which has no threshold
     const uint32_t threshold = __builtin_bit_cast(uint32_t, table.threshold[k]);
     const bool here = k < table.top && threshold >> 16 == kFirstBucket + i;
-    table.bucket[i] = static_cast<uint32_t>(k) << 16 | (here ? threshold & 0xFFFF : 0xFFFF);
+    const uint32_t to_carry = 0xFFFF - (here ? threshold & 0xFFFF : 0xFFFF);
+    table.bucket[i] = (static_cast<uint32_t>(k) << 16) + to_carry - ((kFirstBucket + i) << 16);
     k += here;
     const bool second = k < table.top && __builtin_bit_cast(uint32_t, table.threshold[k]) >> 16 <= kFirstBucket + i;
     if (second) throw "a bucket with two thresholds";  // never compiled into anything: the tables are constants

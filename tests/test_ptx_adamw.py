@@ -168,6 +168,37 @@ def test_a_block_of_any_scale(peak):
     Adamw("90a").step([Case(512, grad=grad)], beta1=0.0)
 
 
+MAGNITUDES = [-126, -120, -101, -100, -75, -51, -50, -30, 0, 18, 19, 20, 40, 59, 60, 100, 126]
+BEYOND = [
+    {},
+    {"eps": 0.0},
+    {"eps": 1e-20},
+    {"eps": 1e-30},
+    {"eps": 1e6},
+    {"lr": 0.0},
+    {"lr": 1e-30},
+    {"lr": 1e20, "eps": 1e-20},
+]
+
+
+@pytest.mark.parametrize("numbers", BEYOND, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_magnitudes_at_which_a_root_or_a_quotient_needs_care(dtype, numbers):
+    # on either side of where the kernel may do without branches, and zeros of both signs
+    first = torch.tensor(MAGNITUDES)
+    cases = []
+    for second in (2 * first, first.roll(-5)):
+        grad = torch.randn(len(first), 256) * torch.exp2(first)[:, None]
+        grad[:, ::5] = 0.0
+        grad[:, ::10] = -0.0
+        case = Case(grad.numel(), dtype, grad=grad.reshape(-1))
+        case.param[::3] = -0.0
+        case.moments[0][::2], case.moments[1][1::3] = 127, 0
+        case.moments[2] = torch.rand(len(first), 2) * torch.exp2(torch.stack([first, second], 1).clamp(max=126))
+        cases.append(case)
+    Adamw("90a").step(cases, dtype, **numbers)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_more_tensors_than_one_launch_takes(bits):
     ops = Adamw("90a")

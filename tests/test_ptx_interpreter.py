@@ -195,9 +195,23 @@ def test_comparison_with_nan():
         assert out.numpy().tolist() == [expected], comparison
 
 
-@pytest.mark.parametrize("instruction", ["div.approx.f32", "add.rn.ftz.f32", "sin.approx.f32", "mul.rz.f32"])
+def test_seeds_of_roots_and_quotients_are_the_nearest():
+    x = f32(4, 3, 2.0**-126, 2.0**126)
+    np.testing.assert_array_equal(
+        evaluate("rsqrt.approx.ftz.f32", np.float32, x), np.float32(1 / np.sqrt(np.float64(x)))
+    )
+    np.testing.assert_array_equal(evaluate("rcp.approx.ftz.f32", np.float32, x), np.float32(1 / np.float64(x)))
+    for extreme in (0, 2.0**-127, np.inf, np.nan, -1):
+        with pytest.raises(PtxError, match="beyond the normal"):
+            evaluate("rsqrt.approx.ftz.f32", np.float32, f32(extreme))
+
+
+INEXACT = ["div.approx.f32", "add.rn.ftz.f32", "sin.approx.f32", "mul.rz.f32", "sqrt.approx.ftz.f32", "rcp.approx.f32"]
+
+
+@pytest.mark.parametrize("instruction", [*INEXACT, "rsqrt.approx.f32"])
 def test_inexact_and_unknown_instructions_are_refused(instruction):
-    operands = [f32(1)] * (1 if instruction.startswith("sin") else 2)
+    operands = [f32(1)] * (2 if instruction[:3] in ("div", "add", "mul") else 1)
     with pytest.raises(PtxError, match="unsupported"):
         evaluate(instruction, np.float32, *operands)
 

@@ -2,9 +2,10 @@
 //
 // ../adamw.h has the arithmetic, ../format.h the maps of the 8-bit moments. Least traffic per value of a float32
 // parameter: 28 bytes with float32 moments, 16.1 with 8 bits (parameter and moments both ways, gradient one).
-#include "../moment.h"
-#include "codes.cuh"
+#include <algorithm>
+
 #include "launch.h"
+#include "moment.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPiece = 8192;  // values of a block of threads: they pay for its copy of the tables
+constexpr int kPiece = 8192;  // values
 constexpr int kMostTensors = 64;
 constexpr int64_t kMostPieces = (int64_t{1} << 30);  // of a launch
 constexpr float kMostFloat = 3.402823466e+38f;
@@ -31,18 +32,18 @@ struct Place {
   int64_t begin, end;  // values
   bool aligned;
 };
-__device__ __forceinline__ Place place_of(const Batch& batch) {
+__device__ __forceinline__ Place place_of(const Batch& batch, int piece) {
   int low = 0, high = batch.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (batch.first_piece[middle] <= static_cast<int>(blockIdx.x)) {
+    if (batch.first_piece[middle] <= piece) {
       low = middle;
     } else {
       high = middle;
     }
   }
   const AdamWTensor tensor = batch.tensor[low];
-  const int64_t begin = static_cast<int64_t>(static_cast<int>(blockIdx.x) - batch.first_piece[low]) * kPiece;
+  const int64_t begin = static_cast<int64_t>(piece - batch.first_piece[low]) * kPiece;
   const auto addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
                          reinterpret_cast<uintptr_t>(tensor.exp_avg) | reinterpret_cast<uintptr_t>(tensor.exp_avg_sq);
   return {tensor, begin, min(tensor.count, begin + kPiece), addresses % 16 == 0};
@@ -56,13 +57,66 @@ __device__ __forceinline__ Moments moments_of(const AdamW& step, float g, Moment
   return {__fmaf_rn(step.weight, __fsub_rn(g, before.first), step.from_gradient ? g : before.first),
           __fmaf_rn(__fmul_rn(step.square_weight, g), g, __fmul_rn(before.second, step.beta2))};
 }
+// sqrt.rn and div.rn, and for numbers within Ordinary what nvcc makes of the two, on every architecture, between its
+// branches: a seed and its corrections. Without the branches, the values of a lane overlap.
+struct Exact {
+  __device__ __forceinline__ static float root(float x) { return __fsqrt_rn(x); }
+  __device__ __forceinline__ static float quotient(float n, float d) { return __fdiv_rn(n, d); }
+};
+struct Branchless {
+  __device__ __forceinline__ static float root(float x) {
+    float seed;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(seed) : "f"(fmaxf(x, 0x1p-101f)));  // zero has a finite seed too
+    const float s = __fmul_rn(x, seed);
+    return __fmaf_rn(__fmaf_rn(-s, s, x), __fmul_rn(seed, 0.5f), s);
+  }
+  __device__ __forceinline__ static float quotient(float n, float d) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+    y = __fmaf_rn(y, __fmaf_rn(-d, y, 1.0f), y);
+    const float q = __fmul_rn(n, y);
+    return __fmaf_rn(-__fmaf_rn(d, q, -n), y, q);  // of the two signs, that which keeps a zero's
+  }
+};
+template <class Arithmetic>
 __device__ __forceinline__ float param_of(const AdamW& step, float p, Moments moments) {
-  const float root = __fsqrt_rn(moments.second);
+  const float root = Arithmetic::root(moments.second);
   float q = __fmul_rn(root, step.inverse_correction);
   q = __fmaf_rn(__fmaf_rn(-q, step.correction, root), step.inverse_correction, q);
   const float denominator = __fadd_rn(root < INFINITY ? q : root, step.eps);
-  return __fadd_rn(__fmul_rn(p, step.decay), __fdiv_rn(__fmul_rn(step.negative_step, moments.first), denominator));
+  return __fadd_rn(__fmul_rn(p, step.decay),
+                   Arithmetic::quotient(__fmul_rn(step.negative_step, moments.first), denominator));
 }
+
+// How far the moments of some values reach. The bits of magnitudes order as they do; zero, less one, is above all.
+struct Extent {
+  float first_most = 0.0f, second_most = 0.0f;
+  uint32_t first_least = ~0u, second_least = ~0u;
+
+  __device__ __forceinline__ void take(Moments moments) {
+    first_most = fmaxf(first_most, fabsf(moments.first));
+    second_most = fmaxf(second_most, moments.second);
+    first_least = min(first_least, 2 * __float_as_uint(moments.first) - 1);
+    second_least = min(second_least, __float_as_uint(moments.second) - 1);
+  }
+};
+// Moments for which Branchless is exact, nothing on the way being subnormal or infinite: roots of 2^-101 and more,
+// dividends zero or 2^-100 to 2^40, divisors 2^-80 to 2^20.
+struct Ordinary {
+  float first_most, second_most;
+  uint32_t first_least;
+
+  __device__ __forceinline__ static Ordinary of(const AdamW& step) {
+    const float size = fabsf(step.negative_step), inverse = step.inverse_correction;
+    const float least = size > 0.0f ? fmaxf(0x1p-100f / size, 0x1p-120f) : 0x1p-120f;
+    const bool some = step.eps >= 0x1p-80f && step.eps <= 0x1p19f;
+    return {some ? 0x1p40f / size : -1.0f, 0x1p38f / (inverse * inverse), 2 * __float_as_uint(least) - 1};
+  }
+  __device__ __forceinline__ bool holds(const Extent& extent) const {
+    return extent.first_most <= first_most && extent.second_most <= second_most && extent.first_least >= first_least &&
+           extent.second_least >= __float_as_uint(0x1p-101f) - 1;
+  }
+};
 
 __device__ __forceinline__ void round_to(float value, float* to) { *to = value; }
 __device__ __forceinline__ void round_to(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
@@ -85,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
     adamw_kernel(const __grid_constant__ Batch batch, const __grid_constant__ AdamW step,
                  const float* __restrict__ scale,  // [1] or null
                  int64_t* __restrict__ skipped) {  // [1]
-  const Place place = place_of(batch);
+  const Place place = place_of(batch, blockIdx.x);
   const float factor = scale ? *scale : 1.0f;
   auto* const params = static_cast<T*>(place.tensor.param);
   const auto* const grads = static_cast<const T*>(place.tensor.grad);
@@ -101,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
     const Moments moments = moments_of(step, scaled, {*first, *second});
     *first = moments.first;
     *second = moments.second;
-    round_to(param_of(step, to_float(*param), moments), param);
+    round_to(param_of<Exact>(step, to_float(*param), moments), param);
   };
   for (int64_t at = place.begin + threadIdx.x * 4; at < place.end; at += kThreads * 4) {
     if (at + 4 <= place.end) {
@@ -118,59 +172,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   add_skipped(refused, skipped);
-}
-
-// The tables of the 8-bit moments where lanes can look up different entries at a time.
-struct Tables {
-  float signed_value[256], unsigned_value[256];
-  uint32_t signed_bucket[kBuckets], unsigned_bucket[kBuckets];
-};
-__device__ constexpr NestedCode kDeviceSquares = kSquareCode;
-__device__ constexpr Magnitudes kDeviceSigned = magnitudes(kNestedCode, kNestedZero);
-__device__ constexpr Magnitudes kDeviceUnsigned = magnitudes(kSquareCode, 0);
-
-__device__ __forceinline__ void copy_tables(Tables& tables) {
-  const int i = threadIdx.x;
-  tables.signed_value[i] = kDeviceMap.value[i];
-  tables.unsigned_value[i] = kDeviceSquares.value[i];
-  for (int j = i; j < kBuckets; j += kThreads) {
-    tables.signed_bucket[j] = kDeviceSigned.bucket[j];
-    tables.unsigned_bucket[j] = kDeviceUnsigned.bucket[j];
-  }
-}
-
-// |value| / absmax, correctly rounded: by the inverse and what its product leaves (Markstein) where absmax allows it,
-// else by division (a subnormal inverse, an infinite one, the mantissa for which the method is off by one).
-struct Quotient {
-  float absmax, inverse;
-  bool divides;
-
-  __device__ __forceinline__ static Quotient of(float most) {
-    const bool divides =
-        most > 0.0f && (most < 0x1p-100f || most > 0x1p100f || (__float_as_uint(most) & 0x7FFFFF) == 0x7FFFFF);
-    return {most, most > 0.0f ? __frcp_rn(most) : 0.0f, divides};
-  }
-  __device__ __forceinline__ float operator()(float value) const {
-    const float size = fabsf(value);
-    if (divides) return __fdiv_rn(size, absmax);
-    const float q = __fmul_rn(size, inverse);
-    return __fmaf_rn(__fmaf_rn(-q, absmax, size), inverse, q);
-  }
-};
-
-// Position of the value of a map that is nearest to x in [0, 1].
-__device__ __forceinline__ int nearest(const uint32_t* bucket, float x) {
-  const uint32_t bits = __float_as_uint(x);
-  const uint32_t entry = bucket[max(bits >> 16, kFirstBucket) - kFirstBucket];
-  return static_cast<int>((entry >> 16) + ((bits & 0xFFFF) > (entry & 0xFFFF)));
-}
-__device__ __forceinline__ uint8_t encode_signed(const Tables& tables, float value, const Quotient& quotient) {
-  const int k = nearest(tables.signed_bucket, quotient(value));
-  const int moved = value > 0.0f ? k : -min(k, kNestedZero);
-  return static_cast<uint8_t>(kNestedZero + (value == 0.0f ? 0 : moved));
-}
-__device__ __forceinline__ uint8_t encode_unsigned(const Tables& tables, float value, const Quotient& quotient) {
-  return static_cast<uint8_t>(value == 0.0f ? 0 : nearest(tables.unsigned_bucket, quotient(value)));
 }
 
 __device__ __forceinline__ float largest_of_warp(float value) {
@@ -218,24 +219,56 @@ __device__ __forceinline__ void store_lane(T* to, int count, bool aligned, const
   }
 }
 
+// The eight codes of a lane, as two words.
+struct Codes {
+  uint32_t word[kPerLane / 4];
+
+  __device__ __forceinline__ uint32_t operator[](int i) const { return word[i / 4] >> i % 4 * 8 & 255; }
+};
+__device__ __forceinline__ Codes load_codes(const uint8_t* from, int count, bool aligned, uint8_t nothing) {
+  if (aligned && count == kPerLane) {
+    const auto words = *reinterpret_cast<const Vector<uint32_t, 2>*>(from);
+    return {words.value[0], words.value[1]};
+  }
+  Codes codes{};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    codes.word[i / 4] |= static_cast<uint32_t>(i < count ? from[i] : nothing) << i % 4 * 8;
+  }
+  return codes;
+}
+__device__ __forceinline__ void store_codes(uint8_t* to, int count, bool aligned, const Codes& codes) {
+  if (aligned && count == kPerLane) {
+    *reinterpret_cast<Vector<uint32_t, 2>*>(to) = {{codes.word[0], codes.word[1]}};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i < count) to[i] = static_cast<uint8_t>(codes[i]);
+  }
+}
+
 // Formula   adamw.h with moments decoded from 8 bits, and rounded to the nearest value of their map again
-// Threads   one warp per block of 256 values, eight neighbours a lane; four blocks a warp
+// Threads   one warp per block of 256 values, eight neighbours a lane; blocks of threads stay for one piece after the
+//           other, so that they copy the tables once
 // Assumes   a tensor, or a part of one, that begins with a block; the last block may be short
-// Bound     memory: 16.1 bytes a value (10.1 for 16-bit parameters), with the look-ups close behind
+// Bound     instructions, about 80 a value, and four look-ups; memory, 16.1 bytes a value (10.1 for 16-bit parameters),
+//           is close behind
+constexpr int kBlocksAtOnce = 3;  // of threads on a multiprocessor
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     adamw_8bit_kernel(const __grid_constant__ Batch batch, const __grid_constant__ AdamW step,
                       const float* __restrict__ scale,  // [1] or null
                       int64_t* __restrict__ skipped) {  // [1]
   __shared__ Tables tables;
   copy_tables(tables);
   __syncthreads();
-  const Place place = place_of(batch);
   const float factor = scale ? *scale : 1.0f;
+  const Ordinary ordinary = Ordinary::of(step);
   const int lane = threadIdx.x % kWarp;
   int refused = 0;
-  for (int64_t block = place.begin + threadIdx.x / kWarp * kMomentBlocksize; block < place.end;
-       block += kWarps * kMomentBlocksize) {
+
+  const auto step_block = [&](const Place& place, int64_t block) {
     const int64_t at = block + lane * kPerLane;
     const int count = static_cast<int>(max(min(place.end - at, static_cast<int64_t>(kPerLane)), int64_t{0}));
     T* const params = static_cast<T*>(place.tensor.param) + at;
@@ -243,46 +276,80 @@ __global__ void __launch_bounds__(kThreads, 3)
     auto* const seconds = static_cast<uint8_t*>(place.tensor.exp_avg_sq) + at;
     float* const absmax = place.tensor.absmax + block / kMomentBlocksize * 2;
     T p[kPerLane], g[kPerLane];
-    uint8_t first_code[kPerLane], second_code[kPerLane];
     load_lane(params, count, place.aligned, T(0.0f), p);
     load_lane(static_cast<const T*>(place.tensor.grad) + at, count, place.aligned, T(0.0f), g);
-    load_lane(firsts, count, place.aligned, static_cast<uint8_t>(kNestedZero), first_code);
-    load_lane(seconds, count, place.aligned, static_cast<uint8_t>(0), second_code);
+    Codes first_codes = load_codes(firsts, count, place.aligned, kNestedZero);
+    Codes second_codes = load_codes(seconds, count, place.aligned, 0);
     const float first_absmax = absmax[0], second_absmax = absmax[1];
 
+    float gradient[kPerLane];
     Moments moments[kPerLane];
-    float first_peak = 0.0f, second_peak = 0.0f;
+    bool small = fmaxf(first_absmax, second_absmax) < 0x1p100f;  // nothing can become infinite
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      moments[i] = {__fmul_rn(tables.signed_value[first_code[i]], first_absmax),
-                    __fmul_rn(tables.unsigned_value[second_code[i]], second_absmax)};
-      const float scaled = __fmul_rn(to_float(g[i]), factor);
-      if (fabsf(scaled) < INFINITY) {
-        moments[i] = moments_of(step, scaled, moments[i]);
-        moments[i].first = fmaxf(fminf(moments[i].first, kMostFloat), -kMostFloat);  // an infinite absmax is none
-        moments[i].second = fminf(moments[i].second, kMostFloat);
-        round_to(param_of(step, to_float(p[i]), moments[i]), &p[i]);
-      } else if (i < count) {
-        ++refused;
+      gradient[i] = __fmul_rn(to_float(g[i]), factor);
+      small = small && fabsf(gradient[i]) < 0x1p60f;
+      moments[i] = {__fmul_rn(tables.signed_value[first_codes[i]], first_absmax),
+                    __fmul_rn(tables.unsigned_value[second_codes[i]], second_absmax)};
+    }
+    uint32_t stay = 0;  // a bit for each value whose gradient is not finite
+    if (small) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) moments[i] = moments_of(step, gradient[i], moments[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (fabsf(gradient[i]) < INFINITY) {
+          moments[i] = moments_of(step, gradient[i], moments[i]);
+          moments[i].first = fmaxf(fminf(moments[i].first, kMostFloat), -kMostFloat);  // an infinite absmax is none
+          moments[i].second = fminf(moments[i].second, kMostFloat);
+        } else {
+          stay |= 1u << i;
+          refused += i < count;
+        }
       }
-      first_peak = fmaxf(first_peak, fabsf(moments[i].first));
-      second_peak = fmaxf(second_peak, moments[i].second);
+    }
+
+    Extent extent;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) extent.take(moments[i]);
+    const float first_peak = largest_of_warp(extent.first_most), second_peak = largest_of_warp(extent.second_most);
+    const Quotient first_quotient = Quotient::of(first_peak), second_quotient = Quotient::of(second_peak);
+    uint32_t first[kPerLane], second[kPerLane];
+    if (stay == 0 && ordinary.holds(extent) && !first_quotient.divides && !second_quotient.divides) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        round_to(param_of<Branchless>(step, to_float(p[i]), moments[i]), &p[i]);
+        first[i] = encode_signed_normal(tables, moments[i].first, first_quotient);
+        second[i] = encode_unsigned_normal(tables, moments[i].second, second_quotient);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (!(stay >> i & 1)) round_to(param_of<Exact>(step, to_float(p[i]), moments[i]), &p[i]);
+        first[i] = encode_signed(tables, moments[i].first, first_quotient);
+        second[i] = encode_unsigned(tables, moments[i].second, second_quotient);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 4) {
+      first_codes.word[i / 4] = pack_codes(first + i);
+      second_codes.word[i / 4] = pack_codes(second + i);
     }
     store_lane(params, count, place.aligned, p);
-    first_peak = largest_of_warp(first_peak);
-    second_peak = largest_of_warp(second_peak);
-    const Quotient first_quotient = Quotient::of(first_peak), second_quotient = Quotient::of(second_peak);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      first_code[i] = encode_signed(tables, moments[i].first, first_quotient);
-      second_code[i] = encode_unsigned(tables, moments[i].second, second_quotient);
-    }
-    store_lane(firsts, count, place.aligned, first_code);
-    store_lane(seconds, count, place.aligned, second_code);
+    store_codes(firsts, count, place.aligned, first_codes);
+    store_codes(seconds, count, place.aligned, second_codes);
     __syncwarp();  // every lane has read the old ones
     if (lane == 0) {
       absmax[0] = first_peak;
       absmax[1] = second_peak;
+    }
+  };
+  for (int piece = blockIdx.x; piece < batch.first_piece[batch.count]; piece += gridDim.x) {
+    const Place place = place_of(batch, piece);
+    for (int64_t block = place.begin + threadIdx.x / kWarp * kMomentBlocksize; block < place.end;
+         block += kWarps * kMomentBlocksize) {
+      step_block(place, block);
     }
   }
   add_skipped(refused, skipped);
@@ -291,12 +358,16 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <typename T>
 void launch(const Batch& batch, bool eight_bits, const AdamW& numbers, const float* scale, int64_t* skipped,
             cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(batch.first_piece[batch.count]);
-  if (eight_bits) {
-    adamw_8bit_kernel<T><<<grid, kThreads, 0, stream>>>(batch, numbers, scale, skipped);
-  } else {
-    adamw_kernel<T><<<grid, kThreads, 0, stream>>>(batch, numbers, scale, skipped);
+  const int pieces = batch.first_piece[batch.count];
+  if (!eight_bits) {
+    adamw_kernel<T><<<static_cast<unsigned>(pieces), kThreads, 0, stream>>>(batch, numbers, scale, skipped);
+    return;
   }
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const auto grid = static_cast<unsigned>(std::min(pieces, multiprocessors * kBlocksAtOnce));
+  adamw_8bit_kernel<T><<<grid, kThreads, 0, stream>>>(batch, numbers, scale, skipped);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-"""What instructions compute. Only IEEE forms exist here: .approx and .ftz are refused, as the contract does.
+"""What instructions compute. Only IEEE forms exist here: .approx and .ftz are refused, as the contract does. The seeds
+of a root and of a quotient are the exception: what a kernel corrects is exact again.
 
 An instruction that a new kernel needs is a few lines more; until then the interpreter names it and stops.
 """
@@ -53,11 +54,22 @@ def binary(grid: Grid, instruction: Instruction) -> None:
     grid.write(to, BINARY[instruction.opcode](x, y))
 
 
-@operation(*UNARY)
+# The card's are within an ulp of these. A kernel may use them for what nvcc makes of sqrt.rn and div.rn, which is
+# correctly rounded with the card's seeds, whichever card it is, and with these.
+SEEDS = {"rcp": lambda x: 1 / x, "rsqrt": lambda x: 1 / np.sqrt(x)}
+
+
+@operation(*UNARY, "rsqrt")
 def unary(grid: Grid, instruction: Instruction) -> None:
-    require_known(instruction)
     to, operand = instruction.operands
-    grid.write(to, UNARY[instruction.opcode](grid.read(operand, instruction.type)))
+    value = grid.read(operand, instruction.type)
+    if instruction.opcode in SEEDS and instruction.modifiers == ("approx", "ftz", "f32"):
+        if not ((value >= 2.0**-126) & (value <= 2.0**126)).all():
+            raise PtxError(f"a seed of {instruction.opcode} beyond the normal numbers")
+        grid.write(to, SEEDS[instruction.opcode](value.astype(np.float64)).astype(np.float32))
+        return
+    require_known(instruction)
+    grid.write(to, UNARY[instruction.opcode](value))
 
 
 def _product(instruction: Instruction, x: np.ndarray, y: np.ndarray) -> np.ndarray:

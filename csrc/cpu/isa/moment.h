@@ -10,9 +10,8 @@ alignas(64) inline constexpr Magnitudes kSigned = magnitudes(kNestedCode, kNeste
 alignas(64) inline constexpr Magnitudes kUnsigned = magnitudes(kSquareCode, 0);
 
 NF4LORA_INLINE int nearest(const Magnitudes& table, float x) {
-  const uint32_t bits = bits_of(x), high = bits >> 16;
-  const uint32_t entry = table.bucket[high > kFirstBucket ? high - kFirstBucket : 0];
-  return static_cast<int>((entry >> 16) + ((bits & 0xFFFF) > (entry & 0xFFFF)));
+  const uint32_t least = kFirstBucket << 16, bits = bits_of(x) > least ? bits_of(x) : least;
+  return static_cast<int>((table.bucket[(bits >> 16) - kFirstBucket] + bits) >> 16);
 }
 
 #if defined(__AVX512F__)
