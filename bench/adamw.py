@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from nf4lora import ops, reference
+from nf4lora import _C, ops, reference
 
 from . import paging
-from .case import Settings, check_equal
+from .case import Settings, check_equal, installed, without
 from .table import Table
 from .timing import alternate
 
@@ -18,59 +18,112 @@ NUMBERS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay"
 def run(settings: Settings) -> list[Table]:
     count = 1 << 16 if settings.quick else 20_000_000 if settings.device == "cpu" else 100_000_000
     rows = [row(count, dtype, settings) for dtype in (torch.float32, torch.bfloat16)]
-    return [
-        Table(
-            f"One step of AdamW, {count / 1e6:.3g} M values",
-            rows,
-            [
-                "fused / ours: torch.optim.AdamW(fused=True), moments in the parameter's dtype, over ours",
-                "GB/s: of parameter and moments read and written, gradient read",
-                "state: bytes of moments per value",
-            ],
-        ),
-        *([paging.on_disk(count, settings)] if settings.device == "cpu" else paging.on_card(count, settings)),
-    ]
+    step = Table(
+        f"One step of AdamW, {count / 1e6:.3g} M values",
+        rows,
+        [
+            "fused / ours: torch.optim.AdamW(fused=True), moments in the parameter's dtype, over ours",
+            "bitsandbytes / ours: its AdamW8bit over our 8 bits",
+            "GB/s: of parameter and moments read and written, gradient read",
+            "state: bytes of moments per value",
+            *without("bitsandbytes"),
+        ],
+        targets(rows) if settings.device == "cpu" and not settings.quick else [],
+    )
+    if settings.device == "cuda":
+        return [step, *paging.on_card(count, settings)]
+    return [step, by_instruction_set(count, settings), paging.on_disk(count, settings)]
+
+
+def targets(rows: list[dict]) -> list[tuple[str, bool]]:
+    """What the case holds a CPU to."""
+    found = []
+    for each in rows:
+        for bits, most in ((32, 1.0), (8, 1.2)):
+            ratio = 1 / each[f"{bits} bits, fused / ours"]["median"]
+            claim = f"{each['dtype']}, {bits} bits: at most {most} of the time of torch's fused, got {ratio:.2f}"
+            found.append((claim, ratio <= most))
+    most = max(each["8 bits, state"] for each in rows)
+    return [*found, (f"8 bits: at most 2.05 bytes of state per value, got {most:.2f}", most <= 2.05)]
+
+
+class Contenders:
+    """The same parameters and gradients, stepped by each."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: str) -> None:
+        param, grad = torch.randn(count).to(device, dtype), torch.randn(count).to(device, dtype)
+        check(param, grad)
+        skipped = torch.zeros(1, dtype=torch.int64, device=device)
+        wide = [torch.zeros(count, device=device) for _ in range(2)]
+        narrow = [torch.full((count,), zero, dtype=torch.uint8, device=device) for zero in (127, 0)]
+        absmax = torch.zeros(-(-count // 256), 2, device=device)
+        mine = torch.nn.Parameter(param.clone())
+        mine.grad = grad
+        self.state = {"32": 8.0, "8": sum(t.nbytes for t in (*narrow, absmax)) / count}
+        self.moved = {bits: count * (3 * param.element_size() + 2 * held) for bits, held in self.state.items()}
+        self.calls = {
+            "32": lambda: ops.adamw_step_([param], [grad], [wide[0]], [wide[1]], [], skipped, **NUMBERS),
+            "8": lambda: ops.adamw_step_([param], [grad], [narrow[0]], [narrow[1]], [absmax], skipped, **NUMBERS),
+            "fused": torch.optim.AdamW([mine], lr=1e-3, fused=True).step,
+        }
+        if installed("bitsandbytes"):
+            from bitsandbytes.optim import AdamW8bit
+
+            self.calls["bitsandbytes"] = AdamW8bit([mine], lr=1e-3).step
 
 
 def row(count: int, dtype: torch.dtype, settings: Settings) -> dict:
-    device = settings.device
-    param, grad = torch.randn(count).to(device, dtype), torch.randn(count).to(device, dtype)
-    skipped = torch.zeros(1, dtype=torch.int64, device=device)
-    wide = [torch.zeros(count, device=device) for _ in range(2)]
-    narrow = [torch.full((count,), zero, dtype=torch.uint8, device=device) for zero in (127, 0)]
-    absmax = torch.zeros(-(-count // 256), 2, device=device)
-    check(param, grad)
-    mine = torch.nn.Parameter(param.clone())
-    mine.grad = grad
-    fused = torch.optim.AdamW([mine], lr=1e-3, fused=True)
-    times = alternate(
-        {
-            "32": lambda: ops.adamw_step_([param], [grad], [wide[0]], [wide[1]], [], skipped, **NUMBERS),
-            "8": lambda: ops.adamw_step_([param], [grad], [narrow[0]], [narrow[1]], [absmax], skipped, **NUMBERS),
-            "fused": fused.step,
-        },
-        seconds=0.1 if settings.quick else 2.0,
-        device=device,
-    )
-    moments = {"32": 8.0, "8": sum(t.nbytes for t in (*narrow, absmax)) / count}
+    contenders = Contenders(count, dtype, settings.device)
+    times = alternate(contenders.calls, seconds=0.1 if settings.quick else 4.0, device=settings.device)
     result: dict = {"dtype": str(dtype).removeprefix("torch."), "fused, ms": times["fused"].spread()}
-    for bits, held in moments.items():
-        moved = count * (3 * param.element_size() + 2 * held)
+    for bits, held in contenders.state.items():
         result |= {
             f"{bits} bits, ms": times[bits].spread(),
             f"{bits} bits, fused / ours": times["fused"].over(times[bits]),
-            f"{bits} bits, GB/s": moved / times[bits].median / 1e9,
+            f"{bits} bits, GB/s": contenders.moved[bits] / times[bits].median / 1e9,
             f"{bits} bits, state": held,
         }
-    return result
+    rival = times.get("bitsandbytes")
+    return result | {"bitsandbytes / ours": rival.over(times["8"]) if rival else None}
+
+
+def by_instruction_set(count: int, settings: Settings) -> Table:
+    """What older processors would take; torch keeps this one's instructions, for its step is bound by memory."""
+    rows = []
+    calls = Contenders(count, torch.float32, "cpu").calls
+    for name in _C.cpu_instruction_sets():
+        _C.force_cpu_instruction_set(name)
+        try:
+            mine = {bits: calls[bits] for bits in ("32", "8", "fused")}
+            times = alternate(mine, seconds=0.1 if settings.quick else 1.0)
+        finally:
+            _C.force_cpu_instruction_set("")
+        found: dict = {"instruction set": name}
+        for bits in ("32", "8"):
+            found[f"{bits} bits, ms"] = times[bits].spread()
+            found[f"{bits} bits, fused / ours"] = times["fused"].over(times[bits])
+        rows.append(found)
+    return Table(
+        "The same in float32, held to an instruction set",
+        rows,
+        [
+            "fused: torch's, which keeps all that this processor has: it waits for memory",
+            "scalar: without fused multiply-add, which libm plays",
+        ],
+    )
 
 
 def check(param: torch.Tensor, grad: torch.Tensor) -> None:
-    """A step of the first values is that of the reference."""
-    some, g = param[:5000].clone(), grad[:5000]
-    state = [torch.zeros(5000, device=some.device) for _ in range(2)]
-    want = reference.adamw_step(some.cpu(), g.cpu(), *(t.cpu() for t in state), **NUMBERS)
-    skipped = torch.zeros(1, dtype=torch.int64, device=some.device)
-    ops.adamw_step_([some], [g], [state[0]], [state[1]], [], skipped, **NUMBERS)
-    for name, got, expected in zip(("param", "exp_avg", "exp_avg_sq"), (some, *state), want, strict=False):
-        check_equal(f"adamw_step_, {name}", got.cpu(), expected)
+    """A step of the first values is that of the reference, in 32 and in 8 bits."""
+    g, device = grad[:5000], param.device
+    zeros, blocks = torch.zeros(5000), torch.zeros(20, 2)
+    codes = [torch.full((5000,), zero, dtype=torch.uint8) for zero in (127, 0)]
+    for moments in ([zeros, zeros.clone()], [*codes, blocks]):
+        want = reference.adamw_step(param[:5000].cpu(), g.cpu(), *(t.clone() for t in moments), **NUMBERS)
+        some, state = param[:5000].clone(), [t.to(device, copy=True) for t in moments]
+        skipped = torch.zeros(1, dtype=torch.int64, device=device)
+        ops.adamw_step_([some], [g], [state[0]], [state[1]], state[2:], skipped, **NUMBERS)
+        for name, got, expected in zip(
+            ("param", "exp_avg", "exp_avg_sq", "absmax"), (some, *state), want, strict=False
+        ):
+            check_equal(f"adamw_step_, {name}", got.cpu(), expected)

@@ -21,7 +21,8 @@ std::vector<Candidate> candidates() {
   return {{loops_scalar, true},
           {loops_avx2, avx2},
           {loops_avx512, avx512},
-          {loops_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")}};
+          // VBMI is in all processors with BF16 but the first, Cooper Lake.
+          {loops_avx512bf16, avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")}};
 #else
   return {{loops_scalar, true}};
 #endif

@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
     float gradient[kPerLane];
     Moments moments[kPerLane];
-    bool small = fmaxf(first_absmax, second_absmax) < 0x1p100f;  // nothing can become infinite
+    bool small = first_absmax < 0x1p100f && second_absmax < 0x1p100f;  // nothing can become infinite
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       gradient[i] = __fmul_rn(to_float(g[i]), factor);

@@ -60,11 +60,12 @@ __device__ __forceinline__ uint32_t with_sign(uint32_t position, float value) {
   const int up = (kNestedZero << 16) + at, down = ((kNestedZero + 1) << 16) - 1 - at;
   return static_cast<uint32_t>(value < 0.0f ? max(down, 0) : up);
 }
+// fminf: of a state that was damaged, NaN must not lead beyond the table.
 __device__ __forceinline__ uint32_t encode_signed(const Tables& tables, float value, const Quotient& quotient) {
-  return with_sign(value == 0.0f ? 0 : nearest(tables.signed_bucket, quotient(value)), value);
+  return with_sign(value == 0.0f ? 0 : nearest(tables.signed_bucket, fminf(quotient(value), 1.0f)), value);
 }
 __device__ __forceinline__ uint32_t encode_unsigned(const Tables& tables, float value, const Quotient& quotient) {
-  return value == 0.0f ? 0 : nearest(tables.unsigned_bucket, quotient(value));
+  return value == 0.0f ? 0 : nearest(tables.unsigned_bucket, fminf(quotient(value), 1.0f));
 }
 
 // The same for values that are zero or normal, with a quotient that does not divide: the bits of a normal value are more

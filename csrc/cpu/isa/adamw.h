@@ -37,12 +37,23 @@ NF4LORA_INLINE Moments moments_of(const Step& step, Float g, Float first, Float 
 }
 // sqrt / correction by the inverse and what its product leaves (Markstein): a division less. It is rounded as the
 // division is, but for two mantissas in 2^24 of the one correction whose own mantissa is all ones.
+template <bool kFinite>  // the second moment is
 NF4LORA_INLINE Float param_of(const Step& step, Float p, const Moments& moments) {
   const Float root = square_root(moments.second), infinity = broadcast(__builtin_inff());
   Float q = multiply(root, step.inverse_correction);
   q = fused(fused(multiply(q, broadcast(-1.0f)), step.correction, root), step.inverse_correction, q);
-  const Float denominator = add(select(below(root, infinity), q, root), step.eps);
+  const Float denominator = add(kFinite ? q : select(below(root, infinity), q, root), step.eps);
   return add(multiply(p, step.decay), divide(multiply(step.negative_step, moments.first), denominator));
+}
+
+// Lines of memory that are wanted kAhead values later: the processor's own prefetching falls behind where four arrays
+// are read and three of them written (bench: adamw). There may be no such memory, hence no pointer.
+template <int kAhead, class Element>
+NF4LORA_INLINE void prefetch(const Element* from, int count) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + kAhead * sizeof *from;
+  for (size_t i = 0; i < static_cast<size_t>(count) * sizeof *from; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + i));
+  }
 }
 
 // Values [0, count) of tensors that are float32 moments. Returns how many gradients were not finite.
@@ -52,6 +63,10 @@ NF4LORA_INLINE int64_t adamw_run(const Step& step, typename T::Element* param, c
   const Float infinity = broadcast(__builtin_inff());
   int64_t skipped = 0;
   for (int64_t i = 0; i + kLanes <= size; i += kLanes) {
+    prefetch<1024>(param + i, kLanes);
+    prefetch<1024>(grad + i, kLanes);
+    prefetch<1024>(exp_avg + i, kLanes);
+    prefetch<1024>(exp_avg_sq + i, kLanes);
     const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
     const Float first = load(exp_avg + i), second = load(exp_avg_sq + i);
     const Moments moments = moments_of(step, g, first, second);
@@ -59,7 +74,7 @@ NF4LORA_INLINE int64_t adamw_run(const Step& step, typename T::Element* param, c
     skipped += kLanes - count(kept);
     store(exp_avg + i, select(kept, moments.first, first));
     store(exp_avg_sq + i, select(kept, moments.second, second));
-    T::store(param + i, select(kept, param_of(step, p, moments), p));
+    T::store(param + i, select(kept, param_of<false>(step, p, moments), p));
   }
   return skipped;
 }
@@ -90,6 +105,14 @@ static int64_t adamw_values(const Step& step, typename T::Element* param, const 
   return skipped;
 }
 
+// kMomentGroup moments as |value| / absmax.
+NF4LORA_INLINE void divided(const Quotient& quotient, const float* from, Float* value, Float* x) {
+  for (int v = 0; v < kMomentVectors; ++v) {
+    value[v] = load(from + v * kLanes);
+    x[v] = quotient(value[v]);
+  }
+}
+
 // One block of 256 values in 8 bits; absmax [2].
 template <class T>
 NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param, const typename T::Element* grad,
@@ -98,40 +121,55 @@ NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param,
   const Float infinity = broadcast(__builtin_inff()), most = broadcast(__FLT_MAX__);
   const Float least = multiply(most, broadcast(-1.0f));
   const Float first_absmax = broadcast(absmax[0]), second_absmax = broadcast(absmax[1]);
+  // Gradients below it make nothing infinite.
+  const Float small = broadcast(absmax[0] < 0x1p100f && absmax[1] < 0x1p100f ? 0x1p60f : 0.0f);
   Float first_peak = broadcast(0.0f), second_peak = broadcast(0.0f);
   int64_t skipped = 0;
-  for (int i = 0; i < kMomentBlocksize; i += kLanes) {
-    const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
-    const Moments before{multiply(decode_signed(exp_avg + i), first_absmax),
-                         multiply(decode_unsigned(exp_avg_sq + i), second_absmax)};
-    Moments moments = moments_of(step, g, before.first, before.second);
-    moments = {larger(lesser(moments.first, most), least), lesser(moments.second, most)};  // an infinite absmax is none
-    const Mask kept = below(magnitude(g), infinity);
-    skipped += kLanes - count(kept);
-    T::store(param + i, select(kept, param_of(step, p, moments), p));
-    const Float first = select(kept, moments.first, before.first);
-    const Float second = select(kept, moments.second, before.second);
-    store(firsts + i, first);
-    store(seconds + i, second);
-    first_peak = larger(first_peak, magnitude(first));
-    second_peak = larger(second_peak, second);
+  for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
+    prefetch<kMomentBlocksize>(param + group, kMomentGroup);
+    prefetch<kMomentBlocksize>(grad + group, kMomentGroup);
+    prefetch<kMomentBlocksize>(exp_avg + group, kMomentGroup);
+    prefetch<kMomentBlocksize>(exp_avg_sq + group, kMomentGroup);
+    Float first[kMomentVectors], second[kMomentVectors];
+    decode_signed(exp_avg + group, first);
+    decode_unsigned(exp_avg_sq + group, second);
+    for (int v = 0; v < kMomentVectors; ++v) {
+      const int i = group + v * kLanes;
+      const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
+      const Moments before{multiply(first[v], first_absmax), multiply(second[v], second_absmax)};
+      Moments moments = moments_of(step, g, before.first, before.second);
+      if (__builtin_expect(count(below(magnitude(g), small)) == kLanes, 1)) {
+        T::store(param + i, param_of<true>(step, p, moments));
+      } else {
+        moments = {larger(lesser(moments.first, most), least), lesser(moments.second, most)};  // an absmax is finite
+        const Mask kept = below(magnitude(g), infinity);
+        skipped += kLanes - count(kept);
+        T::store(param + i, select(kept, param_of<false>(step, p, moments), p));
+        moments = {select(kept, moments.first, before.first), select(kept, moments.second, before.second)};
+      }
+      store(firsts + i, moments.first);
+      store(seconds + i, moments.second);
+      first_peak = larger(first_peak, magnitude(moments.first));
+      second_peak = larger(second_peak, moments.second);
+    }
   }
   absmax[0] = largest_lane(first_peak);
   absmax[1] = largest_lane(second_peak);
+  Float value[kMomentVectors], x[kMomentVectors];
   if (absmax[0] > 0.0f) {
     const Quotient quotient = Quotient::of(absmax[0]);
-    for (int i = 0; i < kMomentBlocksize; i += kLanes) {
-      const Float first = load(firsts + i);
-      encode_signed(exp_avg + i, first, quotient(first));
+    for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
+      divided(quotient, firsts + group, value, x);
+      encode_signed(exp_avg + group, value, x);
     }
   } else {
     std::memset(exp_avg, kNestedZero, kMomentBlocksize);
   }
   if (absmax[1] > 0.0f) {
     const Quotient quotient = Quotient::of(absmax[1]);
-    for (int i = 0; i < kMomentBlocksize; i += kLanes) {
-      const Float second = load(seconds + i);
-      encode_unsigned(exp_avg_sq + i, second, quotient(second));
+    for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
+      divided(quotient, seconds + group, value, x);
+      encode_unsigned(exp_avg_sq + group, value, x);
     }
   } else {
     std::memset(exp_avg_sq, 0, kMomentBlocksize);

@@ -1,4 +1,6 @@
-// The optimizer's moments in 8 bits: blocks of 256 values to floats and back. format.h says what the bytes mean.
+// The optimizer's moments in 8 bits: codes to floats and back. format.h says what the bytes mean.
+//
+// All here works on kMomentGroup values: an array of kMomentGroup / kLanes vectors, and as many codes in memory.
 #pragma once
 
 #include "../../moment.h"
@@ -9,16 +11,23 @@ namespace nf4lora::NF4LORA_ISA {
 alignas(64) inline constexpr Magnitudes kSigned = magnitudes(kNestedCode, kNestedZero);
 alignas(64) inline constexpr Magnitudes kUnsigned = magnitudes(kSquareCode, 0);
 
-NF4LORA_INLINE int nearest(const Magnitudes& table, float x) {
-  const uint32_t least = kFirstBucket << 16, bits = bits_of(x) > least ? bits_of(x) : least;
-  return static_cast<int>((table.bucket[(bits >> 16) - kFirstBucket] + bits) >> 16);
+// The bits of a magnitude, as near as the buckets of Magnitudes reach.
+inline constexpr int32_t kFirst = kFirstBucket;
+NF4LORA_INLINE int32_t in_buckets(float x) {
+  constexpr int32_t kLeast = kFirst << 16, kMost = __builtin_bit_cast(int32_t, 1.0f);
+  const auto bits = static_cast<int32_t>(bits_of(x));
+  return bits < kLeast ? kLeast : bits > kMost ? kMost : bits;  // NaN, of a state that was damaged, is above
 }
 
 #if defined(__AVX512F__)
 
-// The position of the nearest value in closed form. Between two powers of two lies at most one border of levels; with
-// the vector's exponent, one more above such a border, come a level's line (position = slope * x + start, rounded down)
-// and its last position. Where a position is so near a whole number that rounding may have decided, `nearest` does.
+inline constexpr int kMomentGroup = 64;  // codes of one vector
+inline constexpr int kMomentVectors = kMomentGroup / kLanes;
+
+// The position of the nearest value in closed form, and kFraction bits of what lies between positions. Between two
+// powers of two lies at most one border of levels; with the vector's exponent, one more above such a border, come a
+// level's line (slope * x + start, rounded down) and the middle of its last position.
+inline constexpr int kFraction = 11;
 struct Lines {
   float border[32];  // by exponent + 31: above it the next entry holds
   float slope[32];
@@ -35,6 +44,7 @@ constexpr Lines lines(const Magnitudes& table, int parts_of_first) {
     border[level] = table.threshold[k - 1];
   }
   first[7] = table.top;
+  constexpr float kOne = 1 << kFraction;
   int level = 0;
   for (int i = 0; i < 32; ++i) {
     float bottom = 1.0f;
@@ -45,18 +55,149 @@ constexpr Lines lines(const Magnitudes& table, int parts_of_first) {
     float power = 1.0f;
     for (int l = level; l < 6; ++l) power *= 10.0f;
     const auto parts = static_cast<float>(parts_of_first << level);
-    line.slope[i] = level < 7 ? power * parts / 0.9f : 0.0f;
-    line.start[i] = level < 7 ? static_cast<float>(first[level]) - parts / 9.0f : static_cast<float>(first[7]) + 0.5f;
-    line.last[i] = level < 7 ? first[level + 1] - 1 : table.top;
+    const bool flat = level == 7 || bottom < 0x1p-22f;  // one value is nearest to all
+    line.slope[i] = flat ? 0.0f : power * parts / 0.9f * kOne;
+    line.start[i] = (static_cast<float>(first[level]) + (flat ? 0.5f : -parts / 9.0f)) * kOne + 1.0f;
+    line.last[i] = ((level < 7 ? first[level + 1] - 1 : table.top) << kFraction) + (1 << (kFraction - 1));
   }
   return line;
 }
 alignas(64) inline constexpr Lines kSignedLines = lines(kSigned, 1);
 alignas(64) inline constexpr Lines kUnsignedLines = lines(kUnsigned, 2);
 
+NF4LORA_INLINE Int of_32(const int32_t* table, Int index) {
+  return _mm512_permutex2var_epi32(_mm512_load_si512(table), index, _mm512_load_si512(table + 16));
+}
 NF4LORA_INLINE Float of_32(const float* table, Int index) {
   return _mm512_permutex2var_ps(load(table), index, load(table + 16));
 }
+
+// x: |value| / absmax -> position of the nearest; of a value that is zero, 0.
+NF4LORA_INLINE void nearest(const Magnitudes& table, const Lines& line, const Float* x, const Float* value, Int* k) {
+  __mmask16 doubtful[kMomentVectors], any = 0;
+  for (int i = 0; i < kMomentVectors; ++i) {
+    Int at = _mm512_srli_epi32(_mm512_castps_si512(larger(x[i], broadcast(0x1p-31f))), 23);  // its lower 5 bits count
+    const __mmask16 above = _mm512_cmp_ps_mask(x[i], of_32(line.border, at), _CMP_GT_OQ);
+    at = _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(1));
+    Int position = _mm512_cvttps_epi32(fma(x[i], of_32(line.slope, at), of_32(line.start, at)));
+    position = _mm512_min_epi32(position, of_32(line.last, at));
+    const __mmask16 some = _mm512_test_epi32_mask(_mm512_castps_si512(value[i]), _mm512_set1_epi32(0x7FFFFFFF));
+    k[i] = _mm512_maskz_srli_epi32(some, position, kFraction);
+    // A line begins one too high, so that beside a whole number the fraction is 0 or 1: rounding may have decided there.
+    doubtful[i] = _mm512_testn_epi32_mask(position, _mm512_set1_epi32((1 << kFraction) - 2));
+    any |= doubtful[i];
+  }
+  if (__builtin_expect(any == 0, 1)) return;
+  for (int i = 0; i < kMomentVectors; ++i) {
+    alignas(64) int32_t lanes[kLanes];
+    float magnitude[kLanes];
+    _mm512_store_si512(lanes, k[i]);
+    store(magnitude, x[i]);
+    for (__mmask16 left = doubtful[i]; left; left &= static_cast<__mmask16>(left - 1)) {
+      const int lane = __builtin_ctz(left);
+      const int32_t bits = in_buckets(magnitude[lane]);
+      lanes[lane] = (bits + static_cast<int32_t>(table.bucket[(bits >> 16) - kFirst])) >> 16;
+    }
+    k[i] = _mm512_load_si512(lanes);
+  }
+}
+
+// Bytes: four times sixteen become sixteen times four, and those four times sixteen again.
+NF4LORA_INLINE Int transposed(Int v) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+}
+
+NF4LORA_INLINE void encode_signed(uint8_t* codes, const Float* value, const Float* x) {
+  Int k[kMomentVectors];
+  nearest(kSigned, kSignedLines, x, value, k);
+  for (int i = 0; i < kMomentVectors; ++i) {
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(value[i]));
+    k[i] = _mm512_mask_sub_epi32(k[i], negative, _mm512_setzero_si512(), k[i]);
+  }
+  const Int zero = _mm512_set1_epi16(kNestedZero);
+  const Int low = _mm512_add_epi16(_mm512_packs_epi32(k[0], k[1]), zero);
+  const Int high = _mm512_add_epi16(_mm512_packs_epi32(k[2], k[3]), zero);
+  // The map has one value less below zero than above; saturation makes the last of what would be the one before.
+  _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+}
+NF4LORA_INLINE void encode_unsigned(uint8_t* codes, const Float* value, const Float* x) {
+  Int k[kMomentVectors];
+  nearest(kUnsigned, kUnsignedLines, x, value, k);
+  const Int low = _mm512_packus_epi32(k[0], k[1]), high = _mm512_packus_epi32(k[2], k[3]);
+  _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+}
+
+#else  // loop by loop, so that the compiler makes vectors of all but the look-ups
+
+inline constexpr int kMomentGroup = 128;  // 64 and 256 are slower
+inline constexpr int kMomentVectors = kMomentGroup / kLanes;
+
+NF4LORA_INLINE void nearest(const Magnitudes& table, const Float* x, const float* values, int32_t* k) {
+  const auto* const magnitudes = reinterpret_cast<const float*>(x);
+  int32_t bits[kMomentGroup], to_add[kMomentGroup];
+  for (int i = 0; i < kMomentGroup; ++i) {
+    bits[i] = in_buckets(magnitudes[i]);
+    k[i] = (bits[i] >> 16) - kFirst;
+  }
+  for (int i = 0; i < kMomentGroup; ++i) to_add[i] = static_cast<int32_t>(table.bucket[k[i]]);
+  for (int i = 0; i < kMomentGroup; ++i) k[i] = values[i] == 0.0f ? 0 : (to_add[i] + bits[i]) >> 16;
+}
+NF4LORA_INLINE void encode_signed(uint8_t* codes, const Float* value, const Float* x) {
+  const auto* const values = reinterpret_cast<const float*>(value);
+  int32_t k[kMomentGroup];
+  nearest(kSigned, x, values, k);
+  for (int i = 0; i < kMomentGroup; ++i) {
+    const int32_t sign = static_cast<int32_t>(bits_of(values[i])) >> 31, moved = (k[i] ^ sign) - sign;
+    codes[i] = static_cast<uint8_t>(kNestedZero + (moved > -kNestedZero ? moved : -kNestedZero));
+  }
+}
+NF4LORA_INLINE void encode_unsigned(uint8_t* codes, const Float* value, const Float* x) {
+  int32_t k[kMomentGroup];
+  nearest(kUnsigned, x, reinterpret_cast<const float*>(value), k);
+  for (int i = 0; i < kMomentGroup; ++i) codes[i] = static_cast<uint8_t>(k[i]);
+}
+
+#endif
+
+#if defined(__AVX512VBMI__)
+
+// The bytes of a map's values, by significance.
+struct Planes {
+  uint8_t byte[4][256];
+};
+constexpr Planes planes(const float* values) {
+  Planes map{};
+  for (int i = 0; i < 256; ++i) {
+    const auto bits = __builtin_bit_cast(uint32_t, values[i]);
+    for (int j = 0; j < 4; ++j) map.byte[j][i] = static_cast<uint8_t>(bits >> 8 * j);
+  }
+  return map;
+}
+alignas(64) inline constexpr Planes kSignedPlanes = planes(kNestedCode.value);
+alignas(64) inline constexpr Planes kUnsignedPlanes = planes(kSquareCode.value);
+
+NF4LORA_INLINE void decode(const Planes& map, const uint8_t* codes, Float* value) {
+  const Int code = transposed(_mm512_loadu_si512(codes));
+  const __mmask64 upper = _mm512_movepi8_mask(code);
+  Int byte[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t* table = map.byte[i];
+    const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+    const Int high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), code, _mm512_load_si512(table + 192));
+    byte[i] = _mm512_mask_blend_epi8(upper, low, high);
+  }
+  const Int low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
+  const Int low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+  value[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
+  value[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
+  value[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
+  value[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+}
+NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode(kSignedPlanes, codes, value); }
+NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode(kUnsignedPlanes, codes, value); }
+
+#elif defined(__AVX512F__)
+
 NF4LORA_INLINE Float of_64(const float* table, Int index) {
   const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
   return _mm512_mask_blend_ps(upper, of_32(table, index), of_32(table + 32, index));
@@ -65,96 +206,36 @@ NF4LORA_INLINE Float of_128(const float* table, Int index) {
   const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
   return _mm512_mask_blend_ps(upper, of_64(table, index), of_64(table + 64, index));
 }
-
-// Positions of magnitudes in [0, 1].
-NF4LORA_INLINE Int nearest(const Magnitudes& table, const Lines& line, Float x) {
-  Int at = _mm512_srli_epi32(_mm512_castps_si512(x), 23);
-  at = _mm512_max_epi32(_mm512_sub_epi32(at, _mm512_set1_epi32(127 - 31)), _mm512_setzero_si512());
-  const __mmask16 above = _mm512_cmp_ps_mask(x, of_32(line.border, at), _CMP_GT_OQ);
-  at = _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(1));
-  const Float position = fma(x, of_32(line.slope, at), of_32(line.start, at));
-  const Int last = _mm512_permutex2var_epi32(_mm512_load_si512(line.last), at, _mm512_load_si512(line.last + 16));
-  Int k = _mm512_min_epi32(_mm512_max_epi32(_mm512_cvttps_epi32(position), _mm512_set1_epi32(1)), last);
-  const Float distance = magnitude(_mm512_sub_ps(position, _mm512_roundscale_ps(position, 0)));
-  __mmask16 doubtful = _mm512_cmp_ps_mask(distance, broadcast(0x1p-11f), _CMP_LT_OQ);
-  doubtful &= _mm512_cmplt_epi32_mask(_mm512_setzero_si512(), at);  // the first line is flat
-  if (__builtin_expect(doubtful != 0, 0)) {
-    alignas(64) int32_t lanes[kLanes];
-    float values[kLanes];
-    _mm512_store_si512(lanes, k);
-    store(values, x);
-    for (; doubtful; doubtful &= static_cast<__mmask16>(doubtful - 1)) {
-      const int lane = __builtin_ctz(doubtful);
-      lanes[lane] = nearest(table, values[lane]);
-    }
-    k = _mm512_load_si512(lanes);
-  }
-  return k;
-}
-
 NF4LORA_INLINE Int load_codes(const uint8_t* codes) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
-NF4LORA_INLINE void store_codes(uint8_t* codes, Int code) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
-}
-
-NF4LORA_INLINE Float decode_signed(const uint8_t* codes) {
-  const Int distance = _mm512_sub_epi32(load_codes(codes), _mm512_set1_epi32(kNestedZero));
-  const Int k = _mm512_abs_epi32(distance);
-  // Of 128 and more only the one is left; it wraps to entry 0.
-  const Float value = _mm512_mask_blend_ps(_mm512_test_epi32_mask(k, _mm512_set1_epi32(128)), of_128(kSigned.value, k),
-                                           broadcast(1.0f));
-  const Int sign = _mm512_and_epi32(distance, _mm512_set1_epi32(static_cast<int>(0x80000000)));
-  return _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(value), sign));
-}
-NF4LORA_INLINE Float decode_unsigned(const uint8_t* codes) {
-  const Int k = load_codes(codes);
-  return _mm512_mask_blend_ps(_mm512_test_epi32_mask(k, _mm512_set1_epi32(128)), of_128(kUnsigned.value, k),
-                              of_128(kUnsigned.value + 128, k));
-}
-// value: what x = |value| / absmax came from.
-NF4LORA_INLINE void encode_signed(uint8_t* codes, Float value, Float x) {
-  const Int k = nearest(kSigned, kSignedLines, x), zero = _mm512_set1_epi32(kNestedZero);
-  const __mmask16 negative = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_LT_OQ);
-  const __mmask16 some = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-  const Int moved = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, k), negative, zero, _mm512_min_epi32(k, zero));
-  store_codes(codes, _mm512_mask_blend_epi32(some, zero, moved));
-}
-NF4LORA_INLINE void encode_unsigned(uint8_t* codes, Float value, Float x) {
-  const __mmask16 some = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-  store_codes(codes, _mm512_maskz_mov_epi32(some, nearest(kUnsigned, kUnsignedLines, x)));
-}
-
-#else  // value by value
-
-NF4LORA_INLINE Float decode_signed(const uint8_t* codes) {
-  float values[kLanes];
-  for (int i = 0; i < kLanes; ++i) values[i] = kNestedTable.value[codes[i]];
-  return load(values);
-}
-NF4LORA_INLINE Float decode_unsigned(const uint8_t* codes) {
-  float values[kLanes];
-  for (int i = 0; i < kLanes; ++i) values[i] = kUnsigned.value[codes[i]];
-  return load(values);
-}
-NF4LORA_INLINE void encode_signed(uint8_t* codes, Float value, Float x) {
-  float values[kLanes], magnitudes[kLanes];
-  store(values, value);
-  store(magnitudes, x);
-  for (int i = 0; i < kLanes; ++i) {
-    const int k = nearest(kSigned, magnitudes[i]), down = k < kNestedZero ? k : kNestedZero;
-    codes[i] = static_cast<uint8_t>(kNestedZero + (values[i] > 0.0f ? k : values[i] < 0.0f ? -down : 0));
+NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) {
+  for (int i = 0; i < kMomentVectors; ++i) {
+    const Int distance = _mm512_sub_epi32(load_codes(codes + i * kLanes), _mm512_set1_epi32(kNestedZero));
+    const Int k = _mm512_abs_epi32(distance);
+    // Of 128 and more only the one is left; it wraps to entry 0.
+    const __mmask16 one = _mm512_test_epi32_mask(k, _mm512_set1_epi32(128));
+    const Float size = _mm512_mask_blend_ps(one, of_128(kSigned.value, k), broadcast(1.0f));
+    const Int sign = _mm512_and_epi32(distance, _mm512_set1_epi32(static_cast<int>(0x80000000)));
+    value[i] = _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(size), sign));
   }
 }
-NF4LORA_INLINE void encode_unsigned(uint8_t* codes, Float value, Float x) {
-  float values[kLanes], magnitudes[kLanes];
-  store(values, value);
-  store(magnitudes, x);
-  for (int i = 0; i < kLanes; ++i) {
-    codes[i] = static_cast<uint8_t>(values[i] != 0.0f ? nearest(kUnsigned, magnitudes[i]) : 0);
+NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) {
+  for (int i = 0; i < kMomentVectors; ++i) {
+    const Int k = load_codes(codes + i * kLanes);
+    const __mmask16 upper = _mm512_test_epi32_mask(k, _mm512_set1_epi32(128));
+    value[i] = _mm512_mask_blend_ps(upper, of_128(kUnsigned.value, k), of_128(kUnsigned.value + 128, k));
   }
 }
+
+#else
+
+NF4LORA_INLINE void decode(const float* map, const uint8_t* codes, Float* value) {
+  auto* const values = reinterpret_cast<float*>(value);
+  for (int i = 0; i < kMomentGroup; ++i) values[i] = map[codes[i]];
+}
+NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode(kNestedTable.value, codes, value); }
+NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode(kUnsigned.value, codes, value); }
 
 #endif
 
