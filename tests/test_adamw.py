@@ -276,6 +276,25 @@ def test_a_scale_that_is_not_finite_skips_everything(device):
     assert torch.equal(state.param, before)
 
 
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -1.0])
+def test_a_damaged_scale_harms_its_own_block_only(device, instruction_set, damage):
+    state, sound = State(1024, bits=8, device=device), State(1024, bits=8, device=device)
+    sound.param.copy_(state.param)
+    for each in (state, sound):
+        both(each, state.grads[0])
+    state.absmax[1] = damage
+    grad = state.grads[1].clone()
+    grad[300] = math.inf  # keeps a moment that may be no number
+    skipped = torch.zeros(1, dtype=torch.int64, device=device)
+    for each in (state, sound):
+        moments = [each.exp_avg], [each.exp_avg_sq], [each.absmax]
+        ops.adamw_step_([each.param], [grad], *moments, skipped, **NUMBERS, step=2)
+    assert skipped == 2
+    for got, want in zip(state.tensors(), sound.tensors(), strict=True):
+        for block in (0, 2, 3):
+            assert torch.equal(got.view(4, -1)[block], want.view(4, -1)[block])
+
+
 # ---- many tensors
 
 

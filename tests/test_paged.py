@@ -156,6 +156,26 @@ def test_a_file_changes_no_bit(tmp_path, small_chunks, bits):
             assert torch.equal(file.state[p][name], value), name
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_what_is_in_the_page_cache_is_visited_at_once_and_the_rest_is_asked_for(tmp_path, monkeypatch, bits):
+    slots, size = lay_out([(4 << 20, 4 << 12 if bits == 8 else None)])
+    arena = File(size, tmp_path)
+    arena.plan(slots)
+    first = arena.chunks[0].pieces[0]
+    assert 900_000 < first.end - first.begin <= 1 << 20
+    chunks, asked = list(range(len(arena.chunks))), []
+    monkeypatch.setattr(arena, "_advise", lambda chunk, advice: asked.append(chunk))
+    monkeypatch.setattr(arena, "resident", lambda: size)
+    assert arena.visits(chunks) == [chunks]
+    assert asked == []
+    monkeypatch.setattr(arena, "resident", lambda: size - 4096)
+    assert arena.visits(chunks) == [[chunk] for chunk in chunks]
+    assert asked == chunks[: File.ahead]
+    for chunk in chunks:
+        arena.acquire([chunk], 0)
+    assert asked == chunks
+
+
 def test_nothing_is_seen_in_the_folder(tmp_path):
     params = parameters()
     optimizer = PagedAdamW(params, page_to=tmp_path)

@@ -95,7 +95,7 @@ struct Extent {
 
   __device__ __forceinline__ void take(Moments moments) {
     first_most = fmaxf(first_most, fabsf(moments.first));
-    second_most = fmaxf(second_most, moments.second);
+    second_most = fmaxf(second_most, fabsf(moments.second));
     first_least = min(first_least, 2 * __float_as_uint(moments.first) - 1);
     second_least = min(second_least, __float_as_uint(moments.second) - 1);
   }
