@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from nf4lora import _C, ops, reference
+from nf4lora import _C, PagedAdamW, ops, reference
 
 from . import paging
 from .case import Settings, check_equal, installed, without
+from .machine import peak_bandwidth
 from .table import Table
 from .timing import alternate
 
@@ -24,18 +25,18 @@ def run(settings: Settings) -> list[Table]:
         [
             "fused / ours: torch.optim.AdamW(fused=True), moments in the parameter's dtype, over ours",
             "bitsandbytes / ours: its AdamW8bit over our 8 bits",
-            "GB/s: of parameter and moments read and written, gradient read",
+            "GB/s: of parameter and moments read and written, gradient read; of copy_, of what it reads and writes",
             "state: bytes of moments per value",
             *without("bitsandbytes"),
         ],
-        targets(rows) if settings.device == "cpu" and not settings.quick else [],
+        [] if settings.quick else card_targets(rows) if settings.device == "cuda" else cpu_targets(rows),
     )
     if settings.device == "cuda":
-        return [step, *paging.on_card(count, settings)]
-    return [step, by_instruction_set(count, settings), paging.on_disk(count, settings)]
+        return [step, small_tensors(settings), *paging.on_card(count, settings)]
+    return [step, by_instruction_set(count, settings), small_tensors(settings), paging.on_disk(count, settings)]
 
 
-def targets(rows: list[dict]) -> list[tuple[str, bool]]:
+def cpu_targets(rows: list[dict]) -> list[tuple[str, bool]]:
     """What the case holds a CPU to."""
     found = []
     for each in rows:
@@ -45,6 +46,20 @@ def targets(rows: list[dict]) -> list[tuple[str, bool]]:
             found.append((claim, ratio <= most))
     most = max(each["8 bits, state"] for each in rows)
     return [*found, (f"8 bits: at most 2.05 bytes of state per value, got {most:.2f}", most <= 2.05)]
+
+
+def card_targets(rows: list[dict]) -> list[tuple[str, bool]]:
+    """What it holds a card to."""
+    peak = peak_bandwidth(torch.cuda.get_device_properties(torch.cuda.current_device()))
+    if peak is None:
+        return []
+    found = []
+    for each in rows:
+        for bits in (32, 8):
+            share = each[f"{bits} bits, GB/s"] * 1e9 / peak
+            claim = f"{each['dtype']}, {bits} bits: at least 85 % of {peak / 1e12:.2f} TB/s, got {share:.1%}"
+            found.append((claim, share >= 0.85))
+    return found
 
 
 class Contenders:
@@ -65,6 +80,7 @@ class Contenders:
             "32": lambda: ops.adamw_step_([param], [grad], [wide[0]], [wide[1]], [], skipped, **NUMBERS),
             "8": lambda: ops.adamw_step_([param], [grad], [narrow[0]], [narrow[1]], [absmax], skipped, **NUMBERS),
             "fused": torch.optim.AdamW([mine], lr=1e-3, fused=True).step,
+            "copy": lambda: wide[0].copy_(wide[1]),
         }
         if installed("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
@@ -84,7 +100,10 @@ def row(count: int, dtype: torch.dtype, settings: Settings) -> dict:
             f"{bits} bits, state": held,
         }
     rival = times.get("bitsandbytes")
-    return result | {"bitsandbytes / ours": rival.over(times["8"]) if rival else None}
+    return result | {
+        "copy_, GB/s": 8 * count / times["copy"].median / 1e9,
+        "bitsandbytes / ours": rival.over(times["8"]) if rival else None,
+    }
 
 
 def by_instruction_set(count: int, settings: Settings) -> Table:
@@ -110,6 +129,39 @@ def by_instruction_set(count: int, settings: Settings) -> Table:
             "fused: torch's, which keeps all that this processor has: it waits for memory",
             "scalar: without fused multiply-add, which libm plays",
         ],
+    )
+
+
+def small_tensors(settings: Settings) -> Table:
+    """What a step costs where there is next to nothing to update: calls and Python."""
+    rows = []
+    for count in (1, 64, 420):  # 420: two of rank 16 for each linear layer of SmolLM2-135M
+        params = [torch.nn.Parameter(torch.randn(64, device=settings.device)) for _ in range(count)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        ours = PagedAdamW(params, bits=8)
+        ours.step()
+        calls = {
+            "ours": ours.step,
+            "op": paging.unpaged(ours),
+            "fused": torch.optim.AdamW(params, fused=True).step,
+            "foreach": torch.optim.AdamW(params, foreach=True).step,
+        }
+        times = alternate(calls, seconds=0.05 if settings.quick else 0.5, device=settings.device)
+        rows.append(
+            {
+                "tensors": count,
+                "PagedAdamW, ms": times["ours"].spread(),
+                "the op alone, ms": times["op"].spread(),
+                "fused, ms": times["fused"].spread(),
+                "fused / ours": times["fused"].over(times["ours"]),
+                "foreach / ours": times["foreach"].over(times["ours"]),
+            }
+        )
+    return Table(
+        "A step of tensors of 64 values each",
+        rows,
+        ["PagedAdamW: 8 bits, all in one call of the op", "fused, foreach: those of torch.optim.AdamW"],
     )
 
 

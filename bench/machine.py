@@ -90,3 +90,14 @@ def bandwidth(device: str, mebibytes: int = 256) -> dict[str, float]:
     )
     size = source.nbytes
     return {name: (2 if name == "copy" else 1) * size / timing.median for name, timing in took.items()}
+
+
+def peak_bandwidth(properties: object) -> float | None:
+    """Bytes a second of a card's memory by its clock and the width of its bus; None where torch does not tell them.
+
+    >>> from types import SimpleNamespace
+    >>> peak_bandwidth(SimpleNamespace(memory_clock_rate=3_201_000, memory_bus_width=6144)) / 1e12  # kHz, bits: an H200
+    4.916736
+    """
+    clock, width = (getattr(properties, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    return 2 * clock * 1e3 * width / 8 if clock and width else None

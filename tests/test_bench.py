@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it i
 from bench import (  # noqa: E402
     __main__,
     absmax,
+    adamw,
     contenders,
     converge,
     layers,
@@ -27,6 +29,7 @@ from bench import (  # noqa: E402
     lora,
     nf4,
     optimizers,
+    paging,
     perplexity,
     prose,
     results,
@@ -37,7 +40,7 @@ from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: 
 from bench.process import Process  # noqa: E402
 from bench.shapes import SHAPES, named  # noqa: E402
 from bench.table import Table, number, shown  # noqa: E402
-from nf4lora import cuda, reference  # noqa: E402
+from nf4lora import _C, cuda, reference  # noqa: E402
 
 QUICK = Settings(quick=True)
 
@@ -540,6 +543,48 @@ def test_optimizers_begin_alike(tiny, monkeypatch):
     assert [row["optimizer"] for row in table.rows] == list(converge.OPTIMIZERS)
     assert len({row["held-out loss at 1"] for row in table.rows}) == 1  # no moment has been rounded yet
     assert not table.targets
+
+
+def test_adamw_without_bitsandbytes_and_against_a_wrong_answer(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adamw, "installed", lambda package: False)
+    step, sets, small, disk = adamw.run(QUICK)
+    assert [row["bitsandbytes / ours"] for row in step.rows] == [None, None]
+    assert [row["instruction set"] for row in sets.rows] == _C.cpu_instruction_sets()
+    assert [row["tensors"] for row in small.rows] == [1, 64, 420]
+    assert not step.targets + disk.targets  # quick sizes promise nothing
+    monkeypatch.setattr(adamw.reference, "adamw_step", lambda *given, **numbers: given)
+    with pytest.raises(WrongAnswer, match="adamw_step_, param: 5000 of 5000 values differ"):
+        adamw.run(QUICK)
+
+
+def test_what_adamw_is_held_to(monkeypatch):
+    def row(ratio32, ratio8, rate32, rate8, state):
+        found = {"dtype": "float32", "8 bits, state": state, "32 bits, GB/s": rate32, "8 bits, GB/s": rate8}
+        return found | {f"{b} bits, fused / ours": {"median": r} for b, r in ((32, ratio32), (8, ratio8))}
+
+    assert adamw.cpu_targets([row(1.0, 0.84, 0, 0, 2.05)]) == [
+        ("float32, 32 bits: at most 1.0 of the time of torch's fused, got 1.00", True),
+        ("float32, 8 bits: at most 1.2 of the time of torch's fused, got 1.19", True),
+        ("8 bits: at most 2.05 bytes of state per value, got 2.05", True),
+    ]
+    assert [met for _, met in adamw.cpu_targets([row(0.99, 0.83, 0, 0, 2.06)])] == [False] * 3
+
+    card = SimpleNamespace(memory_clock_rate=2_500_000, memory_bus_width=8 * 1000)  # 5 TB/s
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert adamw.card_targets([row(1, 1, 4250, 4240, 2)]) == [
+        ("float32, 32 bits: at least 85 % of 5.00 TB/s, got 85.0%", True),
+        ("float32, 8 bits: at least 85 % of 5.00 TB/s, got 84.8%", False),
+    ]
+    del card.memory_bus_width  # an older torch does not tell
+    assert adamw.card_targets([row(1, 1, 4250, 4240, 2)]) == []
+
+
+def test_what_a_file_is_held_to():
+    met, missed = ({"bits": 8, "plain / ours": {"median": ratio}} for ratio in (1.0, 0.99))
+    assert paging.of_disk(met) == ("8 bits: at least the speed of plain write and read, got 1.00", True)
+    assert paging.of_disk(missed) == ("8 bits: at least the speed of plain write and read, got 0.99", False)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ chunk while the present one is updated. Offsets and sizes are bytes of the arena
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import errno
@@ -125,7 +126,7 @@ def cut(slots: Sequence[Slot], chunk_bytes: int) -> list[Chunk]:
     return chunks
 
 
-class Arena:
+class Arena(abc.ABC):
     """Memory for slots on one device, cut into the chunks in which a step visits it."""
 
     mode: str
@@ -135,11 +136,10 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.bytes = size
-        self.peak = 0  # most bytes that were seen resident
 
+    @abc.abstractmethod
     def tensor(self, part: Range, dtype: torch.dtype) -> Tensor:
         """[bytes / itemsize] of dtype, with a storage of its own, so that it is saved without its neighbours."""
-        raise NotImplementedError
 
     def tensors(self, slot: Slot) -> Tensors:
         """All of a slot: exp_avg, exp_avg_sq and, in 8 bits, absmax."""
@@ -157,27 +157,25 @@ class Arena:
         """Begins a step over these chunks: which of them to acquire together."""
         return [[chunk] for chunk in chunks]
 
+    @abc.abstractmethod
     def acquire(self, chunks: list[int], following: int) -> None:
         """What these chunks hold is close by until they are released; begins to bring the one that follows."""
 
+    @abc.abstractmethod
     def release(self, chunks: list[int]) -> None:
         """What was acquired is updated."""
 
+    @abc.abstractmethod
     def wait(self) -> None:
         """Until the arena itself holds what was updated; what is written there then is brought anew."""
 
+    @abc.abstractmethod
     def evict(self) -> int:
         """Move everything away from where it is used; returns the bytes freed there."""
-        return 0
 
-    def resident(self) -> int:
-        """Bytes close to where they are used."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def stats(self) -> dict[str, int]:
-        resident = self.resident()
-        self.peak = max(self.peak, resident)
-        return {"resident": resident, "paged": self.bytes - resident, "peak": self.peak}
+        """Bytes close to where they are used (resident), elsewhere (paged), and most that were seen close (peak)."""
 
 
 class Ram(Arena):
@@ -188,6 +186,7 @@ class Ram(Arena):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
+        self.peak = 0
         self.memory = self._map(size + HUGE_PAGE)
         self.start = -ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) % HUGE_PAGE
 
@@ -209,7 +208,25 @@ class Ram(Arena):
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self.memory, dtype=dtype, count=size // dtype.itemsize, offset=self.start + offset)
 
+    def acquire(self, chunks: list[int], following: int) -> None:
+        """Nothing: all is close by."""
+
+    def release(self, chunks: list[int]) -> None:
+        """Nothing: the arena itself was updated."""
+
+    def wait(self) -> None:
+        """Nothing, for the same reason."""
+
+    def evict(self) -> int:
+        return 0  # there is no elsewhere
+
+    def stats(self) -> dict[str, int]:
+        resident = self.resident()
+        self.peak = max(self.peak, resident)
+        return {"resident": resident, "paged": self.bytes - resident, "peak": self.peak}
+
     def resident(self) -> int:
+        """Bytes that are in RAM, by what the system says of the pages."""
         pages = -(-self.bytes // mmap.PAGESIZE)
         found = (ctypes.c_uint8 * pages)()
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + self.start

@@ -7,7 +7,8 @@
 
 What a GPU would leave silent is an error here: an access out of bounds or misaligned, a read of memory that nobody
 wrote, two threads on one byte without a barrier between them, a barrier or a shuffle that some lanes never reach, an
-approximate instruction. What it cannot see: ptxas, weak memory order, timing, occupancy.
+approximate instruction (but for the seeds of a root and of a quotient, which a kernel corrects). What it cannot see:
+ptxas, weak memory order, timing, occupancy.
 
 `Launchers` (cudart.py) goes one step further and runs the real host code of the launchers, on a runtime of our own
 that hands every launch to the interpreter; so grid sizes and arguments are those that ship.
