@@ -105,11 +105,21 @@ static int64_t adamw_values(const Step& step, typename T::Element* param, const 
   return skipped;
 }
 
-// kMomentGroup moments as |value| / absmax.
-NF4LORA_INLINE void divided(const Quotient& quotient, const float* from, Float* value, Float* x) {
-  for (int v = 0; v < kMomentVectors; ++v) {
-    value[v] = load(from + v * kLanes);
-    x[v] = quotient(value[v]);
+// The moments of a block as codes, by their largest magnitude.
+template <void (*kEncode)(uint8_t*, const Float*, const Float*)>
+NF4LORA_INLINE void encode_block(const float* moments, float absmax, uint8_t zero, uint8_t* codes) {
+  if (!(absmax > 0.0f)) {
+    std::memset(codes, zero, kMomentBlocksize);
+    return;
+  }
+  const Quotient quotient = Quotient::of(absmax);
+  for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
+    Float value[kMomentVectors], x[kMomentVectors];
+    for (int v = 0; v < kMomentVectors; ++v) {
+      value[v] = load(moments + group + v * kLanes);
+      x[v] = quotient(value[v]);
+    }
+    kEncode(codes + group, value, x);
   }
 }
 
@@ -155,25 +165,8 @@ NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param,
   }
   absmax[0] = largest_lane(first_peak);
   absmax[1] = largest_lane(second_peak);
-  Float value[kMomentVectors], x[kMomentVectors];
-  if (absmax[0] > 0.0f) {
-    const Quotient quotient = Quotient::of(absmax[0]);
-    for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
-      divided(quotient, firsts + group, value, x);
-      encode_signed(exp_avg + group, value, x);
-    }
-  } else {
-    std::memset(exp_avg, kNestedZero, kMomentBlocksize);
-  }
-  if (absmax[1] > 0.0f) {
-    const Quotient quotient = Quotient::of(absmax[1]);
-    for (int group = 0; group < kMomentBlocksize; group += kMomentGroup) {
-      divided(quotient, seconds + group, value, x);
-      encode_unsigned(exp_avg_sq + group, value, x);
-    }
-  } else {
-    std::memset(exp_avg_sq, 0, kMomentBlocksize);
-  }
+  encode_block<encode_signed>(firsts, absmax[0], kNestedZero, exp_avg);
+  encode_block<encode_unsigned>(seconds, absmax[1], 0, exp_avg_sq);
   return skipped;
 }
 
