@@ -32,6 +32,7 @@ CASES = (
     "load",
     "train",
     "step",
+    "soak",
     "generate",
     "converge",
     "optimizers",
