@@ -56,9 +56,8 @@ def course(settings: Settings, found: dict[str, list[dict]], each: int) -> Table
             row[f"{name}, tokens/s"] = parts[number]["tokens"] / parts[number]["seconds"]
         rows.append(row)
     notes = [
-        f"{settings.model.name}, bf16, LoRA of rank 16 on every linear layer, torch.optim.AdamW, a plain loop; "
-        f"batches of {BATCH} x {SHORTEST} to {LONGEST} tokens, the same for all; {each} steps of each in turn, a process "
-        "each",
+        f"{settings.model.name}, LoRA of rank 16 on every linear layer, torch.optim.AdamW, a plain loop",
+        f"batches of {BATCH} x {SHORTEST} to {LONGEST} tokens, the same for all; {each} steps each in turn",
         "MB: largest resident memory between the steps of a row, Python and its libraries included",
         *without("bitsandbytes"),
     ]
