@@ -144,7 +144,8 @@ def prepare_data(
     Raises:
         RunError: a row without a usable field, an unknown role, an answer that the template hides, nothing to train.
     """
-    notes: list[str] = check_special_tokens(config, tokenizer)
+    check_special_tokens(config, tokenizer)
+    notes: list[str] = []
     parts, choice = [], ""
     for table in tables:
         if table is not None:
@@ -155,7 +156,7 @@ def prepare_data(
     everything: list[Sample] = [sample for part in parts for sample in part.samples]
     if any(sample.messages is not None for sample in everything):
         chosen = choose_chat_template(tokenizer, config.chat_template), install_chat_template(tokenizer)
-        notes += [note for note in chosen if note]
+        notes[:0] = [note for note in chosen if note]
     roles = all(sample.has_roles for sample in parts[0].samples)
     if config.assistant_only_loss is True and not roles:
         raise UsageError("assistant_only_loss needs data with roles or prompts; text has neither")
@@ -195,7 +196,7 @@ def _convert(table: Table, config: TrainConfig) -> tuple[_Part, str, list[str]]:
     return _Part(kept, kind, found.samples, bad), choice, notes
 
 
-def check_special_tokens(config: TrainConfig, tokenizer: Any) -> list[str]:
+def check_special_tokens(config: TrainConfig, tokenizer: Any) -> None:
     """Hold the tokens that a configuration file names against those of the tokenizer, which are the ones used.
 
     Raises:
@@ -208,7 +209,6 @@ def check_special_tokens(config: TrainConfig, tokenizer: Any) -> list[str]:
     for token in config.eot_tokens or []:
         if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
             raise UsageError(f"eot_tokens must be single tokens of the tokenizer, got {token!r}")
-    return []
 
 
 def _tokenise(

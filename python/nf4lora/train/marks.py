@@ -35,31 +35,31 @@ class Place:
 class Marker:
     """Puts marks into texts, and remembers which text each of them stands in."""
 
-    parts: list[tuple[int, str, str]] = field(default_factory=list)  # message, what stands before the mark, behind it
+    parts: list[tuple[int, str, str]] = field(default_factory=list)  # message, the text before the mark and behind it
 
-    def mark(self, index: int, text: str, part: str) -> str:
-        """`text` with a mark in the middle of `part`, which it holds."""
-        part = part.strip()
-        at = text.rfind(part)
-        if not part or at < 0:
+    def mark(self, index: int, text: str) -> str:
+        """`text` with a mark in the middle of its words; white space around them is often trimmed."""
+        words = text.strip()
+        if not words:
             return text
-        middle = at + len(part) // 2
-        self.parts.append((index, part[: middle - at], part[middle - at :]))
+        middle = text.find(words) + len(words) // 2
+        self.parts.append((index, text[:middle], text[middle:]))
         return f"{text[:middle]}{OPEN}{len(self.parts) - 1}{CLOSE}{text[middle:]}"
 
     def message(self, index: int, message: dict) -> dict:
         marked = dict(message)
         for name in REASONING:
             if isinstance(message.get(name), str):
-                marked[name] = self.mark(index, message[name], message[name])
+                marked[name] = self.mark(index, message[name])
         content = message.get("content") or ""
         thought, closing, answer = content.rpartition("</think>")
         if closing:
-            thought = self.mark(index, thought, thought.rpartition("<think>")[2])
-        marked["content"] = thought + closing + self.mark(index, answer, answer)
+            opened = thought.rpartition("<think>")
+            thought = "".join(opened[:2]) + self.mark(index, opened[2])
+        marked["content"] = thought + closing + self.mark(index, answer)
         if message.get("tool_calls"):
             marked["tool_calls"] = [
-                {**call, "function": {**each, "name": self.mark(index, each["name"], each["name"])}}
+                {**call, "function": {**each, "name": self.mark(index, each["name"])}}
                 for call, each in zip(message["tool_calls"], functions(message), strict=True)
             ]
         return marked
@@ -90,12 +90,16 @@ def places(messages: Sequence[dict], render: Callable[..., str | None], whole: s
 
 
 def _grown(whole: str, at: int, before: str, behind: str) -> Place:
-    """The text around a mark, written as it is or as JSON writes it; else the mark alone."""
-    for form in (str, lambda text: json.dumps(text, ensure_ascii=False)[1:-1]):
-        left, right = form(before), form(behind)
+    """The text around a mark, written as it is or as JSON writes it, with the white space around it or without; else
+    the mark alone."""
+    for left, right in ((before, behind), (before.lstrip(), behind.rstrip()), (_json(before), _json(behind))):
         if whole.endswith(left, 0, at) and whole.startswith(right, at):
             return Place(at - len(left), at + len(right))
     return Place(at, at)
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 @dataclass
@@ -112,7 +116,7 @@ class Shortcuts:
     def find(self, index: int) -> tuple[int, int] | None:
         """The answer at `index`, if the text around it has been seen before."""
         own, following = self.places[index], self._place(index + 1)
-        if own is None or following is None:
+        if own is None or following is None or self._holds_special(own):
             return None
         start = self._recognised(self.starts.get(self._key(index - 1)), own)
         end = self._recognised(self.ends.get(self._key(index)), following)
@@ -124,15 +128,20 @@ class Shortcuts:
     def learn(self, index: int, start: int, end: int) -> None:
         """Remember what stands around an answer that was found by rendering."""
         own, before, following = self.places[index], self._place(index - 1), self._place(index + 1)
-        if own is None or before is None or following is None:
+        if own is None or before is None or following is None or self._holds_special(own):
             return
         if before.end <= start <= own.start:
             self.starts[self._key(index - 1)] = self._text(before.end, start, own.start)
         if own.end <= end <= following.start:
-            self.ends[self._key(index)] = self._text(own.end, end, following.start)
+            low = end if self.messages[index].get("tool_calls") else own.end  # arguments differ from call to call
+            self.ends[self._key(index)] = self._text(own.end, end, following.start, low)
 
     def _place(self, index: int) -> Place | None:
         return self.places[index] if 0 <= index < len(self.places) else None
+
+    def _holds_special(self, place: Place) -> bool:
+        """An answer that quotes the template's own tokens tells nothing about others."""
+        return any(self.whole.find(token, place.start, place.end) >= 0 for token in self.special)
 
     def _key(self, index: int) -> tuple:
         """What the text between two messages can depend on: their roles, and which parts they have."""
@@ -140,10 +149,13 @@ class Shortcuts:
         return tuple((each["role"], *(bool(each.get(name)) for name in ("content", "tool_calls", *REASONING)),
                       "</think>" in (each.get("content") or "")) for each in pair)  # fmt: skip
 
-    def _text(self, low: int, at: int, high: int) -> tuple[str, int]:
-        """The template's text up to `high`, from the special token before `at` on, and the distance of `at`."""
+    def _text(self, low: int, at: int, high: int, otherwise: int | None = None) -> tuple[str, int]:
+        """The template's text up to `high`, from the last special token before `at` on, and the distance of `at`.
+
+        Without such a token it begins at `otherwise`, or at `low`.
+        """
         tokens = [self.whole.rfind(token, low, at) for token in self.special]
-        begin = max([found for found in tokens if found >= 0], default=at)
+        begin = max([found for found in tokens if found >= 0], default=low if otherwise is None else otherwise)
         return self.whole[begin:high], high - at
 
     def _recognised(self, known: tuple[str, int] | None, place: Place) -> int | None:
