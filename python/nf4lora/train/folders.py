@@ -115,8 +115,11 @@ def _split(path: Path, file: Path) -> str:
 
 
 def _splits(path: Path) -> dict[str, list[Path]]:
+    """Splits and their files. Where the folder itself holds train files, the folders in it are something else."""
     splits: dict[str, list[Path]] = {}
-    for file in _data_files(path):
+    files = _data_files(path)
+    here = [each for each in files if each.parent == path]
+    for file in here if any(_split(path, each).lower() in TRAIN for each in here) else files:
         splits.setdefault(_split(path, file), []).append(file)
     return splits
 

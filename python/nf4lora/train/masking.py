@@ -50,11 +50,13 @@ def choose_chat_template(tokenizer: Any, wanted: str | None) -> str:
     if wanted is None:
         return ""
     if wanted == "chatml":
+        before = _specimen(tokenizer) if own else None
         tokenizer.chat_template = None
         note = install_chat_template(tokenizer)
-        if own == tokenizer.chat_template:
+        if before is not None and before == _specimen(tokenizer):
+            tokenizer.chat_template = own
             return ""
-        return note if not own else "chat_template chatml takes the place of the tokenizer's own"
+        return "chat_template chatml takes the place of the tokenizer's own" if own else note
     if "{{" in wanted or "{%" in wanted:
         tokenizer.chat_template = wanted
         return "the chat template is the one written in the options"
@@ -77,6 +79,15 @@ def choose_chat_template(tokenizer: Any, wanted: str | None) -> str:
             "or drop the line to use what the tokenizer has"
         )
     return f"chat_template {wanted}: the tokenizer's own template, which writes the same turns, is used"
+
+
+def _specimen(tokenizer: Any) -> str | None:
+    """What the template makes of a short conversation."""
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise anything
+        return None
 
 
 FAMILIES = (  # names of templates in other tools' files, and what their turns are known by

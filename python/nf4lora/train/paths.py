@@ -25,8 +25,15 @@ def _close(name: str) -> str:
         there = [each.name for each in path.parent.iterdir()] if "/" in name else []
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.85)
-    return str(path.parent / close[0]) if close and _digits(close[0]) == _digits(path.name) else ""
+    close = _like(path.name, there, 0.85)
+    return str(path.parent / close) if close and _digits(close) == _digits(path.name) else ""
+
+
+def _like(name: str, others: list[str], cutoff: float) -> str:
+    """That of the others which is most like a name, capitals aside; nothing where none is."""
+    folded = {each.casefold(): each for each in others}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[close[0]] if close else ""
 
 
 def _digits(name: str) -> list[str]:
@@ -42,8 +49,8 @@ def nearby(name: str) -> str:
     if parent != path.parent:
         return f" ({parent} holds no {path.relative_to(parent).parts[0]})"
     there = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
-    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.6)
+    close = _like(path.name, there, 0.6)
     if close:
-        return f"; did you mean {parent / close[0]}?"
+        return f"; did you mean {parent / close}?"
     more = f" and {len(there) - 5} more" if len(there) > 5 else ""
     return f" ({parent} holds {', '.join(there[:5])}{more})" if there and parent != Path(".") else ""
