@@ -14,7 +14,7 @@ from typing import Any
 
 from nf4lora.train.errors import UsageError
 from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
-from nf4lora.train.options import ALIASES, OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
 from nf4lora.train.together import Together, together
 from nf4lora.train.values import boolean, boolean_or_auto, checkpointing
@@ -134,7 +134,7 @@ def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
     left_aside: dict[str, list[str]] = {}
     for name, value in settled.items:
         shown = f"{source}: {name}" if source else f"--{name}"
-        if value is None and not getattr(_parser(name), "takes_null", False):
+        if value is None and name not in NULLABLE:
             continue
         try:
             found = _meaning(name, value, left_aside)
@@ -150,11 +150,6 @@ def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
             settings.values[canonical] = (item, shown)
     settings.notes += [f"not used: {', '.join(names)} ({why})" for why, names in left_aside.items()]
     return settings
-
-
-def _parser(name: str) -> Any:
-    each = OPTIONS.get(ALIASES.get(name, name))
-    return each.metadata["parse"] if each else None
 
 
 def _meaning(name: str, value: Any, left_aside: dict[str, list[str]]) -> dict[str, Any]:

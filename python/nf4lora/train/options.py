@@ -144,6 +144,7 @@ class TrainConfig:
 OPTIONS: dict[str, Field] = {each.name: each for each in fields(TrainConfig) if "section" in each.metadata}
 ALIASES: dict[str, str] = {alias: name for name, each in OPTIONS.items() for alias in each.metadata["aliases"]}
 PER_CALL = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")  # of one call, not of the run
+NULLABLE = ("save_total_limit",)  # null in a file is a value of these; elsewhere it means that nothing is given
 
 
 def default(name: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import RunError, UsageError
+from nf4lora.train.paths import nearby
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COLUMNS = frozenset((
@@ -254,7 +255,7 @@ def read_hub(name: str, config: str | None, split: str) -> Table:
     except Exception as error:  # datasets raises its own, huggingface_hub's, httpx's and fsspec's
         reason = str(error).strip().splitlines()
         raise RunError(
-            f"{name}: no such file or directory here, and not readable as a data set from the Hub "
+            f"{name}: no such file or directory here{nearby(name)}, and not readable as a data set from the Hub "
             f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
         ) from error
     if len(rows) == 0:

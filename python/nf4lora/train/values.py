@@ -84,7 +84,8 @@ def text(value: Any) -> str:
 
 def one_of(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
-        value = "no" if value is False or value == "false" else value  # YAML 1.1 reads a bare no as false
+        if "no" in choices and value in (False, "false", "off"):
+            value = "no"
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return value
