@@ -89,7 +89,11 @@ def test_rows_that_cannot_be_used_are_all_counted_or_left_out(tmp_path):
     assert any("2 of 5 rows" in note and "left out" in note and "line 2" in note for note in data.notes)
     with open(path, "a") as file:
         file.write("{broken\n")
+    with pytest.raises(RunError, match="3 of 6 rows cannot be used"):
+        prepared(path)
     assert any("3 of 6 rows" in note for note in prepared(path, "--skip_bad_rows").notes)
+    parts = hold_out(Table("d", [{"i": i} for i in range(4)], range(4), bad=["line 9"]), 1, seed=1)
+    assert [part.bad for part in parts] == [["line 9"], []]  # counted once
     with pytest.raises(RunError, match="cannot be used"):
         prepared(file_of(tmp_path, {"messages": 3}, {"messages": 4}), "--skip_bad_rows")
 

@@ -42,7 +42,7 @@ def prepared(folder, rows, template, *arguments):
         ("r1", {"messages": [ASK, THOUGHT, ASK, PLAIN]}, "the reasoning of earlier answers"),
         ("chatml", {"messages": [ASK, KEYED]}, "the reasoning of the last answer"),
         ("phi4", {"messages": [ASK, KEYED, ASK, PLAIN]}, "the reasoning of earlier answers"),
-        ("phi4", {"messages": [ASK, PLAIN], "tools": [TOOL]}, "the tools of a row"),
+        ("phi4", {"messages": [ASK, PLAIN], "tools": [TOOL]}, "the tools"),
         ("smollm3", {"messages": [ASK, {"role": "system", "content": "Be kind."}, ASK, PLAIN]}, "system messages"),
     ],
 )

@@ -1,6 +1,7 @@
 """Configuration files as people have them: every key is followed, left aside aloud, or refused with a reason."""
 
 import json
+import re
 
 import pytest
 
@@ -275,8 +276,6 @@ def test_no_key_is_followed_and_left_aside_at_once():
     ],
 )
 def test_setting_that_changes_the_result_is_refused(tmp_path, text, words):
-    import re
-
     assert re.search(words, refused(tmp_path, f"base_model: m\n{text}\n"))
 
 
@@ -319,12 +318,12 @@ def test_evaluations_per_epoch_are_a_wish(tmp_path):
     [
         ("finetuning_type: lora", "would keep the base in 16 bits"),
         ("micro_batch_size: 1\nsequence_len: 64", "Axolotl would train all weights"),
-        ("wandb_project: x", "nothing is sent to Weights & Biases"),
+        ("wandb_project: x", "not used: wandb_project .*report_to tensorboard or wandb adds those"),
         ("max_steps: 3\nnum_epochs: 1", "num_epochs has no effect"),
     ],
 )
 def test_what_another_tool_would_do_differently_is_said(tmp_path, text, words):
-    assert words in "\n".join(parsed(tmp_path, f"base_model: m\ndata: d\n{text}\n").notes)
+    assert re.search(words, "\n".join(parsed(tmp_path, f"base_model: m\ndata: d\n{text}\n").notes))
 
 
 @pytest.mark.parametrize(
@@ -407,6 +406,4 @@ def test_merge_keys_are_followed(tmp_path):
     ],
 )
 def test_yaml_that_is_no_list_of_options_is_refused(tmp_path, text, words):
-    import re
-
     assert re.search(words, refused(tmp_path, text))

@@ -6,7 +6,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +87,12 @@ def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
     split = config.dataset_train_split if "dataset_train_split" in config.given else None
     if path.is_dir():
         train, evaluation, note = read_directory(
-            path, config.dataset_config, split, config.dataset_test_split, config.skip_bad_rows
+            path, config.dataset_config, split, config.dataset_test_split, skip_bad=True
         )
         notes += [note] if note else []
     elif path.is_file():
         _only_hub(config, source)
-        train = read_file(path, config.skip_bad_rows)
+        train = read_file(path, skip_bad=True)  # bad lines are counted with the bad rows, in prepare_data
     elif path.suffix.lower() in ENDINGS or not_here(source):
         raise UsageError(f"{source}: no such file or directory{nearby(source)}")
     else:
@@ -102,7 +102,7 @@ def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
     if evaluation is not None and (config.eval_file or config.val_size):
         raise UsageError(f"{source} holds evaluation rows already ({evaluation.name}); drop eval_file and val_size")
     if config.eval_file:
-        evaluation = read_file(Path(config.eval_file).expanduser(), config.skip_bad_rows)
+        evaluation = read_file(Path(config.eval_file).expanduser(), skip_bad=True)
     if config.max_samples:
         train = train.select(range(min(config.max_samples, len(train.rows))))
         evaluation = evaluation and evaluation.select(range(min(config.max_samples, len(evaluation.rows))))
@@ -127,7 +127,7 @@ def hold_out(table: Table, size: float, seed: int) -> tuple[Table, Table]:
         raise UsageError(f"val_size {size} would hold out {count} of {total} rows; at least one must be on each side")
     chosen = set(random.Random(seed).sample(range(total), count))
     keep = [i for i in range(total) if i not in chosen]
-    return table.select(keep), table.select(sorted(chosen))
+    return table.select(keep), replace(table.select(sorted(chosen)), bad=[])
 
 
 def prepare_data(

@@ -14,7 +14,7 @@ ROLE = {
 }  # fmt: skip
 LAST_REASONING = "the reasoning of the last answer"
 CALLS = "tool calls, or their arguments"
-TOOLS = "the tools of a row"
+TOOLS = "the tools"
 
 
 class Shown:

@@ -166,5 +166,3 @@ def _say_what_differs(given: dict, result: Together) -> None:
             "type alpaca: rows are read as a conversation in the model's chat template; Axolotl writes them into "
             "a prompt of its own"
         )
-    if given.get("wandb_project") and "report_to" not in given:
-        result.notes.append("wandb_project: nothing is sent to Weights & Biases unless report_to says wandb")
