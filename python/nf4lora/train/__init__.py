@@ -7,7 +7,7 @@ A run passes through the files in this order, and nothing heavy is imported befo
     foreign.py    what other tools' keys mean here                  together.py  keys that need others to be understood
     rows.py       files and Hub data sets to rows                   folders.py   folders of files, by split
     formats.py    rows to samples: chat, prompt, text               keys.py      keys that decide what is trained
-    tools.py      tool calls and schemas in one form                turns.py     where the answers stand in the rendering
+    tools.py      tool calls and schemas in one form                turns.py     where answers stand in the rendering
     marks.py      the same for long conversations                   dropped.py   what a chat template leaves out
     masking.py    samples to tokens and labels                      data.py      all of that for one run
     model.py      tokenizer and model                                trainer.py  what we change in SFTTrainer
