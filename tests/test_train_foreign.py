@@ -295,6 +295,7 @@ def test_setting_that_changes_the_result_is_refused(tmp_path, text, words):
         ("data: d\nlora_target_modules: [q_proj]\nlora_target_linear: true", "lora_target_modules", "all-linear"),
         ("data: d\ntokenizer_config: m", "data", "d"),
         ("data: d\nevals_per_epoch: 0", "eval_strategy", "no"),
+        ("data: d\nevals_per_epoch: 4\neval_steps:\nmax_steps: 100", "eval_steps", 0.25),
         ("data: d\nsaves_per_epoch: 2\nnum_epochs: 3", "save_steps", 1 / 6),
         ("data: d\nchat_template: jinja\nchat_template_jinja: '{{ messages }}'", "chat_template", "{{ messages }}"),
         ("data: d\nlora-r: 5", "lora_r", 5),
@@ -302,6 +303,12 @@ def test_setting_that_changes_the_result_is_refused(tmp_path, text, words):
 )
 def test_setting_with_an_equivalent_is_followed(tmp_path, text, name, value):
     assert getattr(parsed(tmp_path, f"base_model: m\n{text}\n"), name) == value
+
+
+def test_keys_of_other_tools_may_be_flags():
+    config = parse_arguments(["--model", "m", "--data", "d", "--evals_per_epoch", "2", "--tf32", "--strict", "false"])
+    assert config.eval_steps == 1 / (2 * config.num_train_epochs)
+    assert "tf32" in "".join(config.notes) and "strict" in "".join(config.notes)
 
 
 def test_evaluations_per_epoch_are_a_wish(tmp_path):

@@ -16,7 +16,7 @@ from nf4lora.train.errors import UsageError
 from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
-from nf4lora.train.together import Together, together
+from nf4lora.train.together import together
 from nf4lora.train.values import boolean, boolean_or_auto, checkpointing
 from nf4lora.train.yaml_file import read_yaml
 
@@ -129,7 +129,7 @@ def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
 
     Two names of one option must agree; of a flag given twice the last counts.
     """
-    settled = together((name.replace("-", "_"), value) for name, value in items) if source else Together(list(items))
+    settled = together(((name.replace("-", "_"), value) for name, value in items), in_file=bool(source))
     settings = Settings(errors=settled.errors, notes=settled.notes, wishes=settled.wishes)
     left_aside: dict[str, list[str]] = {}
     for name, value in settled.items:

@@ -98,7 +98,7 @@ def _listed(names: Iterable[Any]) -> str:
 
 def _speaks_roles(turns: Any) -> bool:
     try:
-        turns = parsed(turns)
+        turns = _listed_turns(turns)
     except ValueError:
         return False
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
@@ -211,8 +211,17 @@ def _messages(row: dict) -> Sample:
     return _chat(row, _conversation(given if given is not None else row.get("conversations"), "messages"))
 
 
+def _listed_turns(value: Any) -> Any:
+    """Turns as a list: some readers of data sets give an object of columns, {"role": [...], "content": [...]}."""
+    turns = parsed(value)
+    if isinstance(turns, dict) and turns and all(isinstance(each, list) for each in turns.values()):
+        if len({len(each) for each in turns.values()}) == 1:
+            return [dict(zip(turns, each, strict=True)) for each in zip(*turns.values(), strict=True)]
+    return turns
+
+
 def _conversation(turns: Any, name: str) -> list[tuple[dict, bool]]:
-    turns = parsed(turns)
+    turns = _listed_turns(turns)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{name} must be a list of messages that is not empty")
     return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
@@ -254,7 +263,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _sharegpt(row: dict) -> Sample:
-    turns = parsed(row.get("conversations"))
+    turns = _listed_turns(row.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise ValueError("conversations must be a list of turns that is not empty")
     found = []

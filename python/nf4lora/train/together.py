@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nf4lora.train.options import default
 from nf4lora.train.values import boolean
+
+EPOCHS = ("num_train_epochs", "num_epochs", "epochs")
 
 
 @dataclass
@@ -21,8 +24,11 @@ class Together:
     wishes: set[str] = field(default_factory=set)  # options that nobody misses where they cannot be followed
 
 
-def together(items: Iterable[tuple[str, Any]]) -> Together:
-    """Settle the keys that need others to be understood; the rest passes as it is."""
+def together(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Together:
+    """Settle the keys that need others to be understood; the rest passes as it is.
+
+    In a file max_steps decides over epochs, as it does for Trainer; two flags that say both are a contradiction.
+    """
     given = dict(items)
     result = Together([])
     model = next((given[name] for name in ("base_model", "model_name_or_path", "model") if given.get(name)), None)
@@ -38,9 +44,9 @@ def together(items: Iterable[tuple[str, Any]]) -> Together:
         given["chat_template"] = given.pop("chat_template_jinja")
     if {"batch_size", "micro_batch_size"} <= set(given) and "gradient_accumulation_steps" not in given:
         _share_batch(given, result)
-    epochs = [name for name in ("num_epochs", "num_train_epochs", "epochs") if given.get(name) is not None]
+    epochs = [name for name in EPOCHS if given.get(name) is not None]
     _per_epoch(given, result)
-    if epochs and given.get("max_steps") not in (None, "-1", -1):
+    if in_file and epochs and given.get("max_steps") not in (None, "-1", -1):
         result.notes.append(f"max_steps decides how long the run is; {epochs[0]} has no effect")
         given = {name: value for name, value in given.items() if name not in epochs}
     _data_set_of_llama_factory(given, result)
@@ -69,18 +75,19 @@ def _share_batch(given: dict, result: Together) -> None:
 
 def _per_epoch(given: dict, result: Together) -> None:
     """Axolotl's evaluations and checkpoints per epoch, as shares of all steps."""
+    otherwise = default("num_train_epochs") if given.get("max_steps") is None else 1.0
     for name, what in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
         value = given.pop(name, None)
         if value is None:
             continue
         try:
             times = int(value)
-            epochs = float(given.get("num_epochs") or given.get("num_train_epochs") or 1)
+            epochs = float(next((given[each] for each in EPOCHS if given.get(each) is not None), otherwise))
         except (TypeError, ValueError):
             times, epochs = -1, 1.0
         if times < 0:
             result.errors.append(f"{name} must be a whole number, 0 or more, got {value!r}")
-        elif f"{what}_steps" in given or f"{what}_strategy" in given:
+        elif any(given.get(f"{what}_{each}") is not None for each in ("steps", "strategy")):
             result.errors.append(f"{name} and {what}_steps or {what}_strategy say the same thing twice; keep one")
         elif times in (0, 1) or times * epochs <= 1:
             given[f"{what}_strategy"] = "epoch" if times else "no"
