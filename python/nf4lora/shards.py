@@ -24,17 +24,24 @@ def local(value: Any) -> Any:
 
 
 def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
-    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards."""
+    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards.
+
+    It holds `tensor` itself, wherever that is: from_local would copy the state of a streamed arena, or of a parameter
+    that FSDP2 has offloaded, from the host to the device of p's mesh, and no step would ever reach the copy.
+    """
     if not is_shard(p):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if not by_rows:
-        return DTensor.from_local(
-            tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    likeness = torch.empty_like(tensor, device="meta")  # which from_local leaves where it is
+    if by_rows:
+        placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
+        shown: Any = DTensor.from_local(likeness, p.device_mesh, placements, run_check=False)
+    else:
+        shown = DTensor.from_local(
+            likeness, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
-    placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
-    return DTensor.from_local(tensor, p.device_mesh, placements, run_check=False)
+    return DTensor(tensor, shown._spec, requires_grad=False)
 
 
 def shard_of(value: Any, like: Any) -> Any:
