@@ -99,3 +99,10 @@ def test_it_is_known_before_a_step_that_it_is_not_finite():
     optimizer.step()
     assert all(torch.equal(p, torch.zeros(1)) for p in params)
     assert optimizer.stats()["skipped"] == 3
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    p = torch.nn.Parameter(torch.zeros(4, 2))
+    p.grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="^PagedAdamW: every gradient must be dense, got torch.sparse_coo"):
+        PagedAdamW([p]).grad_norm()

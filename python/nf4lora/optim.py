@@ -94,7 +94,10 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_numbers(self.param_groups[-1])
-            for p in self.param_groups[-1]["params"]:
+            params = self.param_groups[-1]["params"]
+            twice = len(params) - len(set(params))  # torch warns; a step would update it in two threads at once
+            _require(not twice, "every parameter", "given once", f"{twice} more than once in a group")
+            for p in params:
                 if p.requires_grad and p.dtype not in DTYPES:
                     raise TypeError(
                         f"PagedAdamW: every parameter must be float32, bfloat16 or float16, got {_name(p.dtype)}"

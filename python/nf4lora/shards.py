@@ -78,8 +78,7 @@ def mark(p: Any) -> Tensor | None:
 
 def gradient_of(p: Any, grad: Any) -> Tensor:
     """This process's part of p's gradient, in p's dtype and contiguous."""
-    if grad.layout is not torch.strided:
-        raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {grad.layout}")
+    _require_dense(grad)
     if is_shard(grad):
         grad = local(grad if grad.placements == p.placements else grad.redistribute(placements=p.placements))
     if grad.dtype is not p.dtype:
@@ -87,10 +86,16 @@ def gradient_of(p: Any, grad: Any) -> Tensor:
     return grad if grad.is_contiguous() else grad.contiguous()
 
 
+def _require_dense(grad: Any) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {grad.layout}")
+
+
 def total_norm(grads: list[Any]) -> Tensor:
     """The 2-norm of all gradients, over all shards: [] float32, on the device of the first."""
     by_mesh: dict[Any, list[Any]] = {}
     for grad in grads:
+        _require_dense(grad)
         by_mesh.setdefault(grad.device_mesh if is_shard(grad) else None, []).append(grad)
     norms: list[Any] = []
     for mesh, some in by_mesh.items():
