@@ -22,6 +22,7 @@ def load() -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = Path(tempfile.mkdtemp(prefix="nf4lora-")) / "amx.so"
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # those of the sanitizers, in tools/sanitize.sh
     command = [compiler, *flags, f"-I{HERE}", f"-I{CSRC}", str(HERE / "product.cpp"), "-o", str(library)]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # is not the compiler's
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
