@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
-from nf4lora.train.options import ALIASES, OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.folder import moved_from, write_text
+from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.values import boolean, boolean_or_auto
 
 Settings = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
@@ -93,9 +95,11 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     given_flags, files = _read_flags(arguments)
     if len(files) > 1:
         raise UsageError(f"one configuration file, got {', '.join(files)}")
-    file = _settings(_read_yaml(Path(files[0])), files[0]) if files else {}
+    file = _settings(_read_yaml(Path(files[0]).expanduser()), files[0]) if files else {}
     flags = _settings(given_flags, "flags", flag=True)
     _give_way(file, flags)
+    if "output_dir" in file and moved_from(Path(files[0]).expanduser(), file["output_dir"][0]):
+        file["output_dir"] = (str(Path(files[0]).expanduser().parent), files[0])
     values = {name: value for name, (value, _) in {**file, **flags}.items()}
     return check(TrainConfig(**values, given=frozenset(values)))
 
@@ -195,7 +199,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
         raise UsageError(f"{path}: not valid YAML{place} ({getattr(error, 'problem', error)})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must hold `option: value` lines")
-    return [(str(name), value) for name, value in content.items() if value is not None]
+    return [(str(name), value) for name, value in content.items() if value is not None or name in NULLABLE]
 
 
 def _settings(items: list[tuple[str, Any]], source: str, flag: bool = False) -> Settings:
@@ -283,5 +287,5 @@ def write(config: TrainConfig, path: Path) -> None:
     if not config.load_in_4bit:
         values = {name: value for name, value in values.items() if not name.startswith("bnb_4bit")}
     values["report_to"] = config.report_to or "none"
-    head = f"# written by nf4lora {__version__}; run again with: nf4lora train {path}\n"
-    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    head = f"# written by nf4lora {__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
