@@ -1,6 +1,13 @@
 """The output folder: what may be written there, what is removed, who may use it."""
 
 # ruff: noqa: F811  (a package may be missing; fixtures are imported)
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+
 import pytest
 
 pytest.importorskip("trl")
@@ -129,7 +136,7 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(base, data, tmp_pat
             late.begin()
         (out / "checkpoint-3").mkdir()
         first.close()
-        with pytest.raises(UsageError, match=r"holds a run \(checkpoint-3\)"):
+        with pytest.raises(UsageError, match=r"holds a run; .*found checkpoint-3"):
             late.begin()
 
 

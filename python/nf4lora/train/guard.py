@@ -15,20 +15,16 @@ if TYPE_CHECKING:
 
 
 class Guard(TrainerCallback):
-    """Refuses to step without a gradient; resumes the token count; sees to it that what is worth reading is logged."""
+    """Resumes the token count, knows when weights are between two steps, logs what is worth reading."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.checked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = int(counted[-1]) if counted else 0  # TRL starts again from 0
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.checked:
-            self.checked = True
-            check_gradients([(name, each) for name, each in model.named_parameters() if each.requires_grad])
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.in_step = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -80,8 +80,8 @@ class Output:
             if config.resume_from_checkpoint == "auto":
                 go_on = "there is no checkpoint to go on from; "
             raise UsageError(
-                f"output_dir {folder} holds a run ({found}); {go_on}start anew with --overwrite_output_dir, or name "
-                "another folder"
+                f"output_dir {folder} holds a run; {go_on}start anew with --overwrite_output_dir, or name another "
+                f"folder (found {found})"
             )
         if others := foreign(folder, checkpoint if goes_on else None):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""

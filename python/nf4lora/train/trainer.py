@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from nf4lora.loss import has_plain_head, score
 from nf4lora.train import folder as files
 from nf4lora.train.errors import RunError
-from nf4lora.train.guard import Guard
+from nf4lora.train.guard import Guard, check_gradients
 from nf4lora.train.output import writing
 
 
@@ -61,6 +61,7 @@ class Trainer(SFTTrainer):
         self.record, self.keep, self.stop = record, keep, stop
         self.saved: Path | None = None  # the last checkpoint that was written, or the one gone on from
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
+        self._checked = False  # whether the first step's gradients have arrived
         self.in_step = False  # whether the weights are between two steps' values
         self._sums: Tensor | None = None  # loss and tokens of this step, on the device: reading them waits for it
         self._eval_sums: Tensor | None = None
@@ -86,6 +87,8 @@ class Trainer(SFTTrainer):
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = (result[0] if return_outputs else result).detach().double()
+        if loss.device.type == "cpu":  # where reading waits for nothing; elsewhere it is read once a step
+            check_finite(loss.item(), f"step {self.state.global_step + 1}" if model.training else "the evaluation")
         if model.training:
             sums = torch.stack((loss, seen.double()))
             self._sums = sums if self._sums is None else self._sums + sums
@@ -135,6 +138,9 @@ class Trainer(SFTTrainer):
                 f"the gradient of {what} is not finite in step {step}; nothing of this step was kept. "
                 "A smaller learning_rate or dtype float32 may help"
             )
+        if not self._checked:
+            check_gradients([(name, each) for name, each in model.named_parameters() if each.requires_grad])
+            self._checked = True
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
