@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from nf4lora.train import banner, checkpoints, optimizer
 from nf4lora.train.data import Data
-from nf4lora.train.errors import RunError
+from nf4lora.train.errors import RunError, reason
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
 from nf4lora.train.options import TrainConfig
@@ -50,7 +52,7 @@ def fit(setup: Setup) -> int:
         checkpoints.check_base(config, checkpoint, setup.record["base"])
         checkpoints.check_same_tensors(setup.model, checkpoint)
         optimizer.check_state(config, checkpoint)
-    with interrupt:
+    with interrupt, memory_told("before the first step"):
         trainer, progress = make_trainer(setup)
         steps, epochs = plan(trainer)
         finished = checkpoint is not None and checkpoints.step_of(checkpoint) >= steps  # Trainer would take one more
@@ -68,13 +70,8 @@ def fit(setup: Setup) -> int:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # which hold on to the tensors of the step
             tell_saved(setup, trainer, trainer.rescue())
-            if out_of_memory(error):
-                raise RunError(
-                    f"out of memory in step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}); a smaller "
-                    "per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, or "
-                    "gradient_checkpointing true needs less"
-                ) from error
-            raise
+            with memory_told(f"in step {trainer.state.global_step + 1}"):
+                raise
         finally:
             progress.close()
         peak = peak_bytes(setup.device)  # of training; drawing and saving come on top
@@ -175,13 +172,27 @@ def command(setup: Setup) -> str:
     return f"nf4lora train {shlex.quote(str(setup.output.folder / 'config.yaml'))} --resume_from_checkpoint"
 
 
-def out_of_memory(error: BaseException) -> bool:
+@contextlib.contextmanager
+def memory_told(when: str) -> Iterator[None]:
+    """Say in one sentence that memory was too small, and what needs less.
+
+    Raises:
+        RunError: in place of what the device, the system or Python raised.
+    """
     import torch
 
     words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
+            isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+        ):
+            raise
+        raise RunError(
+            f"out of memory {when} ({reason(error)}); a smaller per_device_train_batch_size with more "
+            "gradient_accumulation_steps, a smaller max_length, or gradient_checkpointing true needs less"
+        ) from error
 
 
 def report_stop(setup: Setup, trainer: Any) -> int:

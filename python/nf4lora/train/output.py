@@ -12,7 +12,7 @@ from typing import Any
 from nf4lora.train import config as configuration
 from nf4lora.train import folder as files
 from nf4lora.train.checkpoints import check_options, checkpoints, is_whole, lies_in, step_of
-from nf4lora.train.errors import RunError, UsageError
+from nf4lora.train.errors import RunError, UsageError, reason
 from nf4lora.train.options import TrainConfig
 
 RESULTS = (
@@ -214,9 +214,8 @@ def writing(folder: Path, saved: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         there = f"; the last whole checkpoint is {saved}" if saved else "; no checkpoint has been written yet"
-        raise RunError(f"{folder} could not be written to: {reason}{there}") from error
+        raise RunError(f"{folder} could not be written to: {reason(error)}{there}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
+from nf4lora.train.errors import reason
 from nf4lora.train.folder import write_text
 from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
@@ -147,7 +148,7 @@ class Progress(TrainerCallback):
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # the log is no reason to lose a run; a checkpoint that cannot be written will stop it
             if not self.unwritten:
-                self.console.print(f"{self.path} cannot be written ({error.strerror}); going on without it")
+                self.console.print(f"{self.path} cannot be written ({reason(error)}); going on without it")
             self.unwritten = True
 
 

@@ -8,6 +8,7 @@ libraries alike. It also raises UnicodeEncodeError where the encoding of the ter
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import sys
@@ -23,6 +24,7 @@ class Stream:
 
     def __init__(self, inner: Any, hurry: Callable[[], bool]) -> None:
         self.inner, self.hurry = inner, hurry
+        self.gone = False  # whether the reader is, for good
         self.encoding = getattr(inner, "encoding", None) or "utf-8"
         try:
             self.descriptor = inner.fileno()
@@ -34,11 +36,13 @@ class Stream:
 
     def write(self, text: str) -> int:
         data = text.encode(self.encoding, "backslashreplace")
-        with contextlib.suppress(OSError, ValueError):  # the reader is gone, the disk is full, the stream is closed
+        try:
             if self.descriptor is None:
                 self.inner.write(data.decode(self.encoding))
             else:
                 self._send(data)
+        except (OSError, ValueError) as error:  # the reader is gone, the disk is full, the stream is closed
+            self.gone = self.gone or getattr(error, "errno", None) in (errno.EPIPE, errno.EIO)
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -70,21 +74,26 @@ def enduring_output(hurry: Callable[[], bool]) -> Iterator[None]:
     for stream in before:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # None where the descriptor was closed
             stream.flush()
-    sys.stdout, sys.stderr = (stream and Stream(stream, hurry) for stream in before)  # type: ignore[assignment]
+    during = [stream and Stream(stream, hurry) for stream in before]
+    sys.stdout, sys.stderr = during  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        for stream in before:
-            _discard_what_nobody_reads(stream)
+        for stream in during:
+            if isinstance(stream, Stream):
+                _discard_what_nobody_reads(stream)
 
 
-def _discard_what_nobody_reads(stream: Any) -> None:
-    """Python flushes once more at its end and would turn a closed pipe into an error message and exit code 120."""
+def _discard_what_nobody_reads(stream: Stream) -> None:
+    """Where the reader is gone, lead what is printed later into nothing: Python's last flush would fail, and exit with
+    an error message and code 120."""
     try:
-        stream.flush()
+        stream.inner.flush()
     except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        stream.gone = True
+    if stream.gone and stream.descriptor is not None:
+        with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(nowhere, stream.descriptor)
             os.close(nowhere)
