@@ -2,6 +2,9 @@
 # ruff: noqa: F811  (a package may be missing; fixtures are imported)
 
 import json
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -54,11 +57,12 @@ def test_run_learns_and_writes_what_it_promises(base, data, tmp_path, monkeypatc
 
 
 def use(said):
-    """Run the three lines that a run ends with: the model and the tokenizer."""
+    """Run the lines that a run ends with, and nothing beside them: the model and the tokenizer."""
     scope = {}
-    lines = said[said.index("    model = ") :].strip().replace("\n    ", "\n")
-    exec(f"import nf4lora, peft\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{lines}", scope)
-    return scope["model"].eval(), scope["tokenizer"]
+    lines = [line for line in said[said.index("use it") :].splitlines() if line.startswith("    ")]
+    exec("\n".join(line[4:] for line in lines), scope)
+    assert not any(module.training for module in scope["model"].modules())
+    return scope["model"], scope["tokenizer"]
 
 
 def check_use(said):
@@ -345,3 +349,135 @@ def test_state_can_lie_in_a_folder(base, data, tmp_path):
     assert list(pages.iterdir()) == []
     with pytest.raises(UsageError, match="page_to .* is for the CPU"):
         optimizer.choose(parse_arguments(options(base, data, tmp_path, "--page_to", str(pages))), "cuda")
+
+
+def test_a_short_run_shows_its_loss(base, data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nf4lora.train.plot.plot_loss", lambda history, path: drawn.append(history))
+    out = tmp_path / "out"
+    _, said = train(*options(base, data, out, "--max_steps", "3", "--logging_steps", "10"))
+    assert [step for (step,) in losses(out, "step")] == [1, 3]
+    assert "step 1/3" in said and "step 3/3" in said
+    assert [entry["step"] for entry in drawn[0] if "loss" in entry] == [1, 3]
+
+
+def test_every_step_of_a_warm_up_counts(base, data, tmp_path):
+    out = tmp_path / "out"
+    _, said = train(*options(base, data, out, "--max_steps", "4", "--warmup_steps", "3"))
+    rates = [rate for (rate,) in losses(out, "learning_rate")]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert "longer than the run" not in said
+    out = tmp_path / "longer"
+    _, said = train(*options(base, data, out, "--max_steps", "2", "--warmup_steps", "9"))
+    assert "the warm-up of 9 steps is longer than the run: its learning rate only reaches 0.002 of 0.01" in said
+    assert [rate for (rate,) in losses(out, "learning_rate")] == pytest.approx([0.001, 0.002])
+
+
+def test_the_parameter_whose_gradient_is_not_finite_is_the_one_named(base, data, tmp_path, monkeypatch):
+    step, names = Trainer.training_step, []
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        names[:] = [name for name, each in model.named_parameters() if each.requires_grad]
+        dict(model.named_parameters())[names[-1]].grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    for norm in ("1", "0"):
+        with pytest.raises(RunError, match="is not finite in step 1") as raised:
+            train(*options(base, data, tmp_path / "out", "--max_grad_norm", norm))
+        assert f"the gradient of {names[-1]} is" in str(raised.value)
+
+
+@pytest.mark.parametrize("limit", ["1.0", "0"])
+def test_one_norm_of_the_gradients_is_computed_a_step(base, data, tmp_path, monkeypatch, limit):
+    calls = []
+    for name in ("get_total_norm", "clip_grad_norm_"):
+        whole = getattr(torch.nn.utils, name)
+        counted = lambda *a, whole=whole, **k: (calls.append(1), whole(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(torch.nn.utils, name, counted)
+        monkeypatch.setattr(f"nf4lora.train.trainer.{name}", counted, raising=False)
+    train(*options(base, data, tmp_path / "out", "--max_steps", "2", "--max_grad_norm", limit))
+    assert len(calls) == 2
+    assert all(norm > 0 for (norm,) in losses(tmp_path / "out", "grad_norm"))
+
+
+@pytest.mark.parametrize("four_bits", ["true", "false"])
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(base, data, tmp_path, four_bits):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        train(*options(str(broken), data, tmp_path / "out", "--load_in_4bit", four_bits))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("four_bits", ["true", "false"])
+def test_a_target_that_no_layer_has_is_told(base, data, tmp_path, four_bits):
+    more = ("--lora_target_modules", "q_proj,nothing", "--max_steps", "1", "--load_in_4bit", four_bits)
+    _, said = train(*options(base, data, tmp_path / "out", *more))
+    assert "nothing is called nothing, which" in said
+
+
+def test_a_token_beyond_the_embedding_is_named_before_the_model_is_loaded(base, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    other, rows = tmp_path / "other", tmp_path / "rows.jsonl"
+    shutil.copytree(base, other)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    rows.write_text('{"text": "old"}\n{"text": "a <new> one"}\n')
+    monkeypatch.setattr("nf4lora.train.model.load_model", lambda *a: pytest.fail("the model was loaded first"))
+    with pytest.raises(RunError, match=r"rows\.jsonl: line 2: token 259 \('<new>'\) has no place .* has 259 rows"):
+        train(*options(str(other), str(rows), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padding_token_beyond_the_embedding_gives_way(base, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(other)
+    assert train(*options(str(other), data, tmp_path / "out", "--max_steps", "1"))[0] == 0
+
+
+def test_a_tied_head_stays_tied_when_it_is_trained(data, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1, tied=True).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    _, said = train(*options(str(base), data, out, "--modules_to_save", "embed_tokens"))
+    assert "the embedding and the output head are one tensor, and are trained as one" in said
+    model, _ = use(said)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    trained = embedding.modules_to_save["default"].weight
+    assert torch.equal(head.modules_to_save["default"].weight, trained)
+    assert not torch.equal(trained, embedding.original_module.weight)
+
+
+def test_without_matplotlib_a_run_has_no_picture_and_is_told_so(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("nf4lora.train.plot.plot_loss", PLOT_LOSS)
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    _, said = train(*options(base, data, tmp_path / "out", "--max_steps", "1"))
+    assert "loss.png was not drawn" in said and "pip install matplotlib" in said
+    assert cli.main(["train", "--no_such_option", "1"]) == 2
+
+
+def test_a_model_of_another_kind_is_refused_in_one_sentence(base, data, tmp_path):
+    from transformers import T5Config
+
+    folder = tmp_path / "t5"
+    tiny_tokenizer().save_pretrained(folder)
+    T5Config(architectures=["T5ForConditionalGeneration"], vocab_size=259).save_pretrained(folder)
+    with pytest.raises(RunError, match="is a T5ForConditionalGeneration; nf4lora train trains models that") as raised:
+        train(*options(str(folder), data, tmp_path / "out"))
+    assert len(str(raised.value)) < 400

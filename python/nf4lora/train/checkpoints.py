@@ -22,10 +22,7 @@ HARMLESS = {  # options that change nothing in the weights
     *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
     "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file", "page_to",
 }  # fmt: skip
-OF_DATA = (
-    "data", "dataset_name", "dataset_config", "dataset_train_split", "train_file", "val_size", "dataset_format",
-    "max_length", "packing", "assistant_only_loss",
-)  # fmt: skip
+OF_DATA = tuple(name for name, each in OPTIONS.items() if each.metadata["section"] == "Data")
 OF_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 
 
@@ -204,7 +201,7 @@ def changes(config: TrainConfig, checkpoint: Path) -> str:
     if not saved:
         return "; another program wrote it, so that its data and its base cannot be compared with these"
     before = saved.get("options", {})
-    covered = {*HARMLESS, "data", "dataset_name", "train_file", "model_name_or_path"}  # compared by content
+    covered = {*HARMLESS, *OF_DATA, "model_name_or_path"}  # data and base are compared by their content
     differing = [
         f"{name} {getattr(config, name)} (was {before[name]})"
         for name in OPTIONS

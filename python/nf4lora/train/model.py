@@ -44,7 +44,8 @@ def choose_device(wanted: str) -> tuple[str, str]:
         if wanted != "auto":
             raise UsageError(f"device {wanted}: {missing}")
         return "cpu", missing
-    if torch.cuda.device_count() > 1:  # the driver had been asked before
+    if torch.cuda.device_count() > 1:  # the driver had been asked before, and hides nothing any more
+        _set_visible(visible)
         if index >= torch.cuda.device_count():
             raise UsageError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
         torch.cuda.set_device(index)
@@ -103,7 +104,9 @@ def load_tokenizer(config: TrainConfig) -> tuple[Any, list[str], Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
     if not tokenizer.eos_token and not tokenizer.pad_token:
         raise RunError(f"the tokenizer of {name} has neither an end token nor a padding token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padded labels are -100 whatever the token
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if not tokenizer.pad_token or (size and tokenizer.eos_token and tokenizer.pad_token_id >= size):
+        tokenizer.pad_token = tokenizer.eos_token  # padded labels are -100 whatever the token, but it is looked up
     stops: list[str] = []
     with contextlib.suppress(OSError, ValueError):  # many models have no generation_config.json
         ends = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main").eos_token_id
@@ -202,6 +205,10 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
         excluded = as_pattern(names)
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         lines.append(f"text does not pass through {shown}: no adapters there (lora_exclude_modules changes that)")
+    # Where embedding and head are one tensor, training a copy of one would part them without a word.
+    tied = bool(config.modules_to_save and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if tied:
+        lines.append("the embedding and the output head are one tensor, and are trained as one")
     with failures("cannot put adapters on the model"):
         lora = LoraConfig(
             r=config.lora_r,
@@ -211,6 +218,7 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
             exclude_modules=excluded,
             target_parameters=config.lora_target_parameters,
             modules_to_save=config.modules_to_save,
+            ensure_weight_tying=tied,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             task_type="CAUSAL_LM",
