@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811  (a package may be missing; fixtures are imported)
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -12,9 +13,9 @@ import pytest
 
 pytest.importorskip("trl")
 
+from nf4lora.train import checkpoints, output
 from nf4lora.train import config as configuration
 from nf4lora.train import folder as files
-from nf4lora.train import output
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.progress import trim_metrics
@@ -243,3 +244,100 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text().endswith('{"st') and list(tmp_path.iterdir()) == [path]
     assert trim_metrics(path, 1) == 2.5
     assert path.read_text() == '{"step": 1, "elapsed_time": 2.5}\n'
+
+
+CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "open")  # of module os: between these a process may be killed
+
+
+def killed_everywhere(folder, action):
+    """Folders in which a process was killed in the middle of `action`: at its first call of the file system, at its
+    second, and so on, until one was not killed."""
+    for number in itertools.count():
+        copy = folder.with_name(f"killed-{number}")
+        shutil.copytree(folder, copy, copy_function=shutil.copy)
+        child = os.fork()
+        if not child:
+            left = itertools.count(number, -1)
+            for name in CALLS:
+                call = getattr(os, name)
+                dies = lambda *a, call=call, left=left, **k: os._exit(9) if next(left) == 0 else call(*a, **k)  # noqa: E731
+                setattr(os, name, dies)
+            try:
+                action(copy)
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        yield copy
+        if not killed:
+            assert number > 5
+            return
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as a run leaves it, with small files in place of large ones."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for step in (2, 4, 6):
+        place = out / f"checkpoint-{step}"
+        place.mkdir()
+        for name in (*checkpoints.WHOLE, files.CHECKPOINT_RECORD):
+            (place / name).write_text(json.dumps({"global_step": step}))
+    files.note_files(out, ["adapter_model.safetensors", "metrics.jsonl"])
+    for name in ("adapter_model.safetensors", "metrics.jsonl", "mine"):
+        (out / name).write_text(f"old {name}")
+    return out
+
+
+def whole_names(folder):
+    """Names of checkpoints; each must be whole."""
+    found = checkpoints.checkpoint_folders(folder).values()
+    assert all(checkpoints.is_whole(each) and (each / files.CHECKPOINT_RECORD).exists() for each in found)
+    return [each.name for each in found]
+
+
+def test_killed_while_it_clears_the_folder(folder):
+    for place in killed_everywhere(folder, files.clear):
+        whole_names(place)
+        files.clear(place)  # the next run
+        files.sweep(place)
+        assert [path.name for path in place.iterdir()] == ["mine"]
+
+
+def test_killed_while_it_sets_later_work_aside(folder):
+    for place in killed_everywhere(folder, lambda place: files.set_aside(place, 2)):
+        aside = [name for each in place.glob("superseded-*") for name in whole_names(each)]
+        assert sorted(whole_names(place) + aside) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        files.set_aside(place, 2)  # the next run
+        assert whole_names(place) == ["checkpoint-2"]
+        found = [*place.glob("adapter_model.*"), *place.glob("superseded-*/adapter_model.*")]
+        assert [path.read_text() for path in found] == ["old adapter_model.safetensors"]
+
+
+def test_killed_while_it_publishes_results(folder):
+    def publish(place):
+        with files.staging(place) as new:
+            for name in ("adapter_model.safetensors", "train_results.json"):
+                (new / name).write_text("new")
+            files.publish(new, place, ["train_results.json"])
+
+    for place in killed_everywhere(folder, publish):
+        adapter_now = (place / "adapter_model.safetensors").read_text()
+        assert adapter_now in ("old adapter_model.safetensors", "new")
+        assert not (place / "train_results.json").exists() or adapter_now == "new"
+        publish(place)  # the next run
+        files.sweep(place)
+        assert (place / "train_results.json").read_text() == "new" and "train_results.json" in files.own_files(place)
+        assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_resuming_leaves_no_trace_of_what_was_being_written(base, data, tmp_path):
+    out = tmp_path / "out"
+    arguments = options(base, data, out, "--max_steps", "2", "--save_steps", "1")
+    train(*arguments)
+    half = out / files.STAGING / "checkpoint-3"
+    half.mkdir(parents=True)
+    (half / "optimizer.pt").write_text("half")
+    (out / ".checkpoint-1.removed").mkdir()
+    train(*arguments, "--max_steps", "3", "--resume_from_checkpoint")
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]

@@ -160,6 +160,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed was writing, or removing."""
+    remove(folder / STAGING)
+    for each in [*folder.glob(".checkpoint-*.removed"), *folder.glob(".*.part")]:
+        if each.suffix == ".removed":
+            shutil.rmtree(each)
+        elif each.name.removeprefix(".").removesuffix(".part") in (RECORD, *own_files(folder)):
+            each.unlink()
+
+
 def clear(folder: Path) -> None:
     """Remove what earlier runs have written, and nothing else."""
     for each in own_checkpoints(folder).values():

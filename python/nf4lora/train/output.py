@@ -105,7 +105,7 @@ class Output:
                 self._lock()
                 if self._check() != self.checkpoint:
                     raise UsageError(f"output_dir {folder}: another nf4lora train has put a checkpoint there meanwhile")
-            files.remove(folder / files.STAGING)
+            files.sweep(folder)
             if not self.goes_on:
                 files.clear(folder)
             elif config.resume_from_checkpoint != "auto":
