@@ -15,14 +15,15 @@ CSRC = ROOT / "csrc"
 
 # ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
 FLOORS = [
-    {"_C"},
+    {"_C", "whole_files"},
     {"unfused", "choice", "moments", "paged"},
     {"sliced", "shards", "unified"},
     {"cuda"},
     {"ops"},
     {"linear", "doctor", "loss", "region"},
-    {"config", "checkpoint", "optim"},
-    {"bitsandbytes", "adapter"},
+    {"config", "checkpoint", "model_tree", "optim"},
+    {"bitsandbytes", "adapter", "base_identity", "renaming"},
+    {"adapter_folder"},
     {"adapter_files"},
     {"quantizer", "report"},
     {"pack"},

@@ -126,3 +126,19 @@ def describe(tensor: Tensor) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def drawn_parameters(model: Any) -> set[int]:
+    """`id` of each parameter that was drawn at random because the checkpoint that the model was loaded from lacks it.
+
+    Nothing where transformers has marked no parameter: the model was made, or copied, without a checkpoint.
+    """
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    if not any(_was_loaded(parameter) for parameter in parameters):
+        return set()
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    return {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if not _was_loaded(parameter) and not any(pattern.search(name) for pattern in ignored)
+    }

@@ -19,10 +19,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from nf4lora import bitsandbytes
-from nf4lora.adapter_files import base_state_dict
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.model_tree import base_state_dict
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
