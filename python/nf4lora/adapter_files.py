@@ -86,7 +86,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     tensors = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     parameters = other_parameters(model)
     tensors |= {ROOT + key: parameters[key] for key in _only_here(base, parameters, {*map(base_name, tensors)})}
-    with_base = sorted(parameters.keys() & {*map(base_name, tensors)})
+    held = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
+    with_base = sorted(key for key, parameter in parameters.items() if id(parameter) in held)  # tied ones by all names
     about = {
         "format_version": FORMAT_VERSION,
         "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one
@@ -191,7 +192,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         name = _one_adapter("load_adapter", loaded)
         _check_options(folder, loaded.peft_config[name], config)
         expected = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
-        _check_tensors(folder, tensors, expected, other_parameters(loaded))
+        _check_tensors(folder, tensors, expected, _not_trained_in_full(loaded, config))
     elif adapter_names(loaded):
         raise ValueError(
             f"load_adapter: a model with PEFT's layers must come as its PeftModel, got the {type(loaded).__name__} "
@@ -242,11 +243,21 @@ def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping
             bare.config.num_hidden_layers = layers  # type: ignore[union-attr]
         for parameter, required in trainable.items():
             parameter.requires_grad_(required)
-        if wrapped is None and isinstance(error, ValueError):
+        if wrapped is None and isinstance(error, (ValueError, TypeError, AttributeError, KeyError)):
             raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
         raise
     wrapped.peft_config["default"].base_model_name_or_path = base_id
     return wrapped
+
+
+def _not_trained_in_full(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The base's parameters that may stand in a file beside its adapter: those of no module that it trains in full."""
+    ends = tuple(f".{name}." for name in config.modules_to_save or ())
+    return {
+        name: parameter
+        for name, parameter in other_parameters(model).items()
+        if not any(end in f".{name.rpartition('.')[0]}." for end in ends)
+    }
 
 
 def _check_base(
