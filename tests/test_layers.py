@@ -22,7 +22,7 @@ FLOORS = [
     {"ops"},
     {"linear", "doctor", "loss", "region"},
     {"config", "checkpoint", "model_tree", "optim"},
-    {"bitsandbytes", "adapter", "base_identity", "renaming"},
+    {"bitsandbytes", "adapter", "base_identity", "renaming", "quantized_checkpoint"},
     {"adapter_folder"},
     {"adapter_files"},
     {"quantizer", "report"},

@@ -133,7 +133,7 @@ def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]
 
 def _resized(base: Any) -> set[int]:
     """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     folder = getattr(config, "name_or_path", "")
     if not folder or not hasattr(base, "get_input_embeddings"):
         return set()
@@ -190,7 +190,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     loaded: Any = getattr(model, "_orig_mod", model)
     if isinstance(loaded, PeftModel):
         name = _one_adapter("load_adapter", loaded)
-        _check_options(folder, loaded.peft_config[name], config)
+        _check_options(folder, loaded.peft_config[name], config)  # type: ignore[arg-type]
         expected = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
         _check_tensors(folder, tensors, expected, _not_trained_in_full(loaded, config))
     elif adapter_names(loaded):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
+from nf4lora.model_tree import replace_layers
 
 # The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.
 SERIALIZED = [
@@ -79,6 +80,7 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, "must come with one quant_state", f"{len(states)}: the checkpoint is incomplete")
     try:
         meta = json.loads(bytes(next(iter(states.values())).tolist()))
+        _check_meta(name, meta)
         nested = None
         if "weight.nested_absmax" in tensors or "nested_offset" in meta:
             nested = (tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"])
@@ -97,6 +99,21 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, f"must come with {missing.args[0]}", "none: the checkpoint is incomplete") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _error(name, "must have a quant_state that is JSON", str(error)) from None
+
+
+def _check_meta(name: str, meta: Any) -> None:
+    """The JSON of a quant_state: what is there must be of its kind; what is missing is told when it is read."""
+    if not isinstance(meta, dict):
+        raise _error(name, "must have a quant_state that is a JSON object", type(meta).__name__)
+    kinds: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
+    for key in kinds.keys() & meta.keys():
+        if not isinstance(meta[key], kinds[key]):
+            raise _error(name, f"must have {key} of another kind in its quant_state", repr(meta[key]))
+    if not all(isinstance(size, int) for size in meta.get("shape", [])):
+        raise _error(name, "must have a shape of whole numbers", f"{meta['shape']}")
+    if not isinstance(getattr(torch, meta.get("dtype", "float32"), None), torch.dtype):
+        raise _error(name, "must have a dtype that torch knows", repr(meta["dtype"]))
 
 
 def from_layer(name: str, layer: nn.Module) -> PackedWeight:
@@ -156,17 +173,18 @@ def adopt(model: nn.Module) -> dict[str, str]:
     packed = {name: from_layer(name, model.get_submodule(name)) for name in names}
     head = _output_head(model)
     reasons: dict[str, str] = {}
-    blocksizes, double_quant = [64], False
-    for name in names:
+    blocksizes = [64]
+
+    def adopted(name: str, layer: Any) -> nn.Module:
         weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
-        layer = model.get_submodule(name)
         if weight.straddles or layer is head:
             reasons[_base_name(name)] = HEAD if layer is head else STRADDLES
-            replace_layer(model, name, _dequantized_layer(layer, weight))
-        else:
-            blocksizes.append(weight.blocksize)
-            double_quant |= weight.nested is not None
-            replace_layer(model, name, _packed_layer(layer, weight))
+            return _dequantized_layer(layer, weight)
+        blocksizes.append(weight.blocksize)
+        return _packed_layer(layer, weight)
+
+    double_quant = any(weight.nested is not None and not weight.straddles for weight in packed.values())
+    replace_layers(model, names, adopted)
     if names:
         _take_over(model, double_quant, blocksizes[-1], reasons)
     return reasons

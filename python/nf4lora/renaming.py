@@ -96,7 +96,7 @@ def renamed_config(config: LoraConfig, tensors: Iterable[str], prefixes: Prefixe
     config = copy.copy(config)
     layers = {module_of(key) for key in tensors if ".lora_" in key and ".base_layer." not in key}
     if layers and not config.target_parameters:
-        config.target_modules = layers
+        config.target_modules = layers  # type: ignore[assignment]  # PEFT takes a set too
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
         value = getattr(config, option)
