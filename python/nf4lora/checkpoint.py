@@ -30,11 +30,12 @@ def check_files(files: list[str], packed_file: bool) -> None:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
+            whole = size >= 8 and start <= size
             try:
-                header = json.loads(file.read(start - 8)) if start <= size else None
+                header = json.loads(file.read(start - 8)) if whole else {}
             except (ValueError, RecursionError):
-                header = None
-        if header is None:
+                whole = False
+        if not whole:
             raise ValueError(
                 f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
             )
