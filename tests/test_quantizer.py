@@ -17,6 +17,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 from nf4lora import reference
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+from nf4lora.model_tree import replace_layers
 from nf4lora.quantizer import NF4Quantizer, layers_to_pack
 
 from adapted import packed_llama
@@ -329,6 +330,42 @@ def test_a_checkpoint_of_another_quantisation_is_told_the_way(saved, foreign, ma
 
 
 # ---- a layer at several places ----
+
+
+PARTS = ("up_proj", "gate_proj", "down_proj")
+
+
+class Sharing(transformers.LlamaForCausalLM):
+    """Two blocks with one feed-forward part."""
+
+    _tied_weights_keys = {  # noqa: RUF012  # transformers' own way to say it
+        **transformers.LlamaForCausalLM._tied_weights_keys,
+        **{
+            f"model.layers.1.mlp.{n}_proj.weight": f"model.layers.0.mlp.{n}_proj.weight" for n in ("up", "gate", "down")
+        },
+    }
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp = self.model.layers[0].mlp
+
+
+def test_a_layer_at_several_places_is_packed_at_all_of_them_while_loading(saved):
+    original = Sharing(tiny_llama().config).eval()
+    model = load(saved(original), NF4Config(), Sharing)
+    assert model.model.layers[1].mlp is model.model.layers[0].mlp
+    assert len(packed_layers(model)) == PROJECTIONS - 3
+    assert not [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta]
+    assert torch.equal(logits(load(saved(model), cls=Sharing)), logits(model))
+
+
+def test_a_layer_that_is_shared_by_itself_is_replaced_at_all_places():
+    shared, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared, other), "c": other})
+    replace_layers(model, ["a", "b.0", "c"], lambda name, old: torch.nn.Bilinear(1, 1, 1))
+    assert model["a"] is model["b"][0] and model["c"] is model["b"][1]
+    assert model["a"] is not model["c"]
+    assert {type(module) for module in (model["a"], model["c"])} == {torch.nn.Bilinear}
 
 
 def test_a_layer_at_several_places_is_dequantised_at_all_of_them():
