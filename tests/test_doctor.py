@@ -107,7 +107,7 @@ def run_python(*arguments, **environment):
     )
 
 
-def command(environment, before=""):
+def command(environment, before="pass"):
     code = f"import sys; {before}; from nf4lora.cli import main; sys.exit(main(['doctor']))"
     return run_python("-c", code, **environment)
 

@@ -54,7 +54,6 @@ _MODULES = {  # where each public name is
     "save_adapter": "adapter_files",
 }
 _failure: ImportError | None = None  # why the library could not be loaded
-_loading = False
 
 
 class _Package(ModuleType):
@@ -71,13 +70,12 @@ def _load() -> None:
     Raises:
         ImportError: the compiled module, or a package that it needs, cannot be imported.
     """
-    global _failure, _loading
+    global _failure
     if "__version__" in globals():
         return
     if _failure is not None:
         raise ImportError(str(_failure)) from _failure
     what, cure = "torch cannot be imported", "pip install 'torch>=2.11'"
-    _loading = True
     try:
         import torch
 
@@ -94,13 +92,11 @@ def _load() -> None:
     except Exception as error:  # a broken installation raises anything, OSError and RuntimeError included
         _failure = ImportError(f"nf4lora: {what}: {error}; {cure}")
         raise _failure from error
-    finally:
-        _loading = False
     globals().update(found, __version__=compiled.__version__)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__ and not _loading:
+    if name in _MODULES or name == "__version__" or (name == "ops" and _failure is not None):
         _load()
         return globals()[name]
     if not name.startswith("__") and find_spec(f"nf4lora.{name}") is not None:
