@@ -32,6 +32,7 @@ CASES = (
     "load",
     "train",
     "step",
+    "eval",
     "generate",
     "converge",
     "optimizers",
