@@ -25,7 +25,7 @@ from nf4lora.linear import NF4Linear
 from nf4lora.model_tree import adapter_names, base_name, base_of, nf4_layers
 
 SUMS = 4
-CHUNK = 1 << 20  # values that are summed at a time, so that no float32 copy of an embedding is made
+ROW, ROWS = 1 << 14, 64  # values of a row, and rows that are summed at a time: no float32 copy of an embedding is made
 # What two equal tensors may differ by, as a share of their root mean square. A 16-bit weight: one rounding to bfloat16
 # (2^-9), and one to float16 after it. Scales: half a percent of them off by one step of the 8-bit map, 1.4 % of the
 # largest; that is 0.1 % of the largest. A weight that was drawn anew differs by 1.4, scales of another weight by 0.1.
@@ -75,11 +75,13 @@ def identity(model: nn.Module, left_out: Container[str] = ()) -> dict[str, Any]:
         }
         for name, layer in packed_layers(model).items()
     }
-    weights = {
-        name: {"shape": list(parameter.shape), "sums": sums(parameter)}
-        for name, parameter in other_parameters(model).items()
-        if name not in left_out and not parameter.is_meta
-    }
+    of_tensor: dict[int, list[float]] = {}  # tied parameters have several names
+    weights = {}
+    for name, parameter in other_parameters(model).items():
+        if name not in left_out and not parameter.is_meta:
+            if id(parameter) not in of_tensor:
+                of_tensor[id(parameter)] = sums(parameter)
+            weights[name] = {"shape": list(parameter.shape), "sums": of_tensor[id(parameter)]}
     return {"packed": packed, "weights": weights}
 
 
@@ -205,12 +207,17 @@ def sums(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
     squares = torch.zeros((), dtype=torch.float64, device=flat.device)
     found = torch.zeros(SUMS, dtype=torch.float64, device=flat.device)
-    for number, chunk in enumerate(flat.split(CHUNK)):
+    signs = _signs(0, ROW, flat.device)
+    for number, chunk in enumerate(flat.split(ROW * ROWS)):
         values = chunk.float()
-        squares += values.square().sum(dtype=torch.float64)
-        # The signs of a chunk are those of the first, all of them turned where the chunk's own sign is -1.
-        signs = _signs(CHUNK)[:, : values.numel()].to(values.device)
-        found += (signs @ values).double() * _signs(1 + number)[:, number].double().to(values.device)
+        squares += torch.linalg.vector_norm(values).double().square()
+        # The signs of a row of values are those of the first one, all turned where the row's own sign is -1: a product
+        # with a small matrix, which stays in the cache.
+        whole = values.numel() // ROW
+        rows = values[: whole * ROW].view(whole, ROW) @ signs.T
+        if rest := values.numel() - whole * ROW:
+            rows = torch.cat([rows, (signs[:, :rest] @ values[whole * ROW :])[None]])
+        found += (rows.double() * _signs(number * ROWS, len(rows), flat.device).T.double()).sum(0)
     count = max(flat.numel(), 1)
     numbers = [math.sqrt(squares.item() / count), *(found / math.sqrt(count)).tolist()]
     return [float(f"{number:.6g}") for number in numbers]
@@ -226,16 +233,16 @@ def close(one: list[float], other: list[float]) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _signs(length: int) -> Tensor:
-    """[SUMS, length] of +1 and -1, the same everywhere: a bit of each index, hashed by multiplications."""
-    index = torch.arange(length, dtype=torch.int64)
+def _signs(first: int, length: int, device: torch.device) -> Tensor:
+    """[SUMS, length] of +1 and -1 from an index on, the same everywhere: a bit of each index, hashed by products."""
+    index = torch.arange(first, first + length, dtype=torch.int64)
     rows = []
     for row in range(SUMS):
         mixed = (index * 2654435761 + row * 40503 + 12345) & 0xFFFFFFFF
         for factor in (2246822519, 3266489917):
             mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF  # an overflow keeps the low 32 bits
         rows.append(1.0 - 2.0 * ((mixed >> 16) & 1).float())
-    return torch.stack(rows)
+    return torch.stack(rows).to(device)
 
 
 def _tensors(layer: NF4Linear) -> list[Tensor]:

@@ -72,11 +72,9 @@ def _is_entry(tensor: Any) -> bool:
     """Whether this is what a safetensors header says of one tensor."""
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return False
-    numbers = [tensor.get("shape"), tensor.get("data_offsets")]
-    return (
-        all(isinstance(each, list) and all(isinstance(n, int) for n in each) for each in numbers)
-        and len(numbers[1]) == 2
-    )
+    shape, offsets = tensor.get("shape"), tensor.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    return lists and all(isinstance(number, int) for number in [*shape, *offsets])
 
 
 def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -> None:
