@@ -20,7 +20,7 @@ FLOORS = [
     {"sliced", "shards", "unified"},
     {"cuda"},
     {"ops"},
-    {"linear", "doctor", "loss", "region", "model_tree", "weight_readers", "task"},
+    {"linear", "doctor", "loss", "region", "replacing", "weight_readers", "task"},
     {"config", "new_weights", "optim"},
     {"bitsandbytes", "adapter", "checkpoint"},
     {"adapter_files"},

@@ -210,7 +210,7 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
         )
     rows = grown_vocabulary(base)
     if rows is not None and config.trainable_token_indices is None:
-        embedding = _token_layers(base)[0] if _token_layers(base) else None
+        embedding: Any = next(iter(_token_layers(base)), None)
         name = next((base_name(n) for n, module in base.named_modules() if module is embedding), "")
         if embedding is not None and not any(name.endswith(ending) for ending in config.modules_to_save or []):
             now = embedding.weight.shape[0]

@@ -17,7 +17,7 @@ from torch import nn
 
 from nf4lora import bitsandbytes
 from nf4lora.linear import NF4Linear
-from nf4lora.model_tree import Places
+from nf4lora.replacing import Places
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -38,7 +38,7 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
     for name, module in list(copied.named_modules()):
         linear: Any = module
         if name in blocksizes:
-            layer = NF4Linear(
+            packed = NF4Linear(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
@@ -47,10 +47,10 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
                 device="meta",
                 dtype=linear.weight.dtype,
             )
-            places.replace(linear, layer)
+            places.replace(linear, packed)
         elif bitsandbytes.is_linear4bit(linear):  # adopted, or dequantised: PEFT takes a linear layer either way
-            layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-            places.replace(linear, layer)
+            dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            places.replace(linear, dense)
     copied.__dict__.pop("is_loaded_in_4bit", None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says it again when it meets the model

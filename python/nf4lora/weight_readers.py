@@ -63,8 +63,9 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
 
 def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
     if not chain:
-        while (wrapped := module._modules.get("base_layer")) is not None:  # PEFT's layer shows its base's weight
-            module = wrapped
+        inner: nn.Module | None = module
+        while inner is not None:  # PEFT's layer shows its base's weight as its own
+            module, inner = inner, inner._modules.get("base_layer")
         yield module
     elif chain[0] == EACH:
         for child in module.children():
@@ -74,7 +75,7 @@ def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
 
 
 @functools.cache
-def chains_read(cls: type[nn.Module]) -> dict[Chain, bool]:
+def chains_read(cls: Any) -> dict[Chain, bool]:
     """The descendants whose `weight` the forward of a class reads, and whether it reads more than the dtype."""
     found: dict[Chain, bool] = {}
     for base in cls.__mro__:  # a forward may call that of its base class

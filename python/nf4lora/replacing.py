@@ -1,4 +1,4 @@
-"""Finding and replacing modules of a model, at every place where they stand.
+"""Replacing modules of a model at every place where they stand, and undoing what was changed in it.
 
 A module may stand at several places: a layer that two blocks share, or a block that is applied twice. `named_modules`
 names each module once; replacing it under that name alone would leave the old one at its other places.
