@@ -13,12 +13,13 @@ T5 = {"vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, 
 T5 |= {"decoder_start_token_id": 0}
 BART = {"vocab_size": 99, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
 BART |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, **TOKENS}
+BART |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 BART |= {"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None}
 IMAGE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 IMAGE |= {"image_size": 16, "patch_size": 8}
 SPEECH = {**IMAGE, "conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 8), "vocab_size": 32}
 SPEECH |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-SPEECH |= {"pad_token_id": 0, "classifier_proj_size": 32, "apply_spec_augment": False}
+SPEECH |= {"pad_token_id": 0, "classifier_proj_size": 32, "apply_spec_augment": False, "layerdrop": 0.0}
 MAMBA = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8, **TOKENS}
 
 # class of the model: what its configuration differs in from the defaults

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
-from nf4lora.replacing import Places
 from nf4lora.new_weights import marked_as, task_heads
+from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
 
 # The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.

@@ -21,9 +21,9 @@ from nf4lora import bitsandbytes
 from nf4lora.adapter_files import adapter_names, base_name, nf4_layers
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
-from nf4lora.replacing import Places
 from nf4lora.new_weights import marked_as
 from nf4lora.quantizer import keep_in_16_bits, layers_to_pack
+from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
 
 # How to get a model in 16 bits from a checkpoint that is quantised in another way.

@@ -15,10 +15,10 @@ from transformers import BitsAndBytesConfig
 from nf4lora.adapter_files import base_of
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss
-from nf4lora.replacing import unchanged_on_failure
 from nf4lora.pack import pack
 from nf4lora.plan import Plan, plan_preparation
-from nf4lora.report import report
+from nf4lora.replacing import unchanged_on_failure
+from nf4lora.report import Report, report
 from nf4lora.task import task_type
 
 if TYPE_CHECKING:
@@ -122,9 +122,12 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
         chunked = chunk_loss(base)
         if getattr(base, "is_activation_checkpointing", False):
             base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
-    if not (done or plan.lora or fused or chunked):
-        return prepared
-    about = report(prepared)
+        if done or plan.lora or fused or chunked:
+            _say(plan, done, fused, chunked, report(prepared))
+    return prepared
+
+
+def _say(plan: Plan, done: list[str], fused: int, chunked: bool, about: Report) -> None:
     if plan.packing.blocksizes and about.bits_per_weight:
         done[0] += f" ({about.bits_per_weight:.2f} bits per weight)"
     if plan.lora is not None:
@@ -132,10 +135,9 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
     done += [f"the fused op under the adapters of {fused} layers"] if fused else []
     done += ["a loss that never holds all logits"] if chunked else []
     share = about.trainable / max(about.parameters, 1)
-    print(f"nf4lora: {'; '.join(done)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train")
     if line := about.mostly_unpacked():
-        warnings.warn(f"prepare: {line}", stacklevel=3)
-    return prepared
+        warnings.warn(f"prepare: {line}", stacklevel=4)
+    print(f"nf4lora: {'; '.join(done)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train")
 
 
 def _check_model(model: Any) -> None:

@@ -24,8 +24,8 @@ from nf4lora.adapter_files import base_state_dict
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
-from nf4lora.replacing import Places
 from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
+from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned

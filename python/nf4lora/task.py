@@ -17,7 +17,7 @@ HEADS = (
 )
 CAUSAL = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ("ForCausalLM", "LMHeadModel"))
 SEQ_TO_SEQ = (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, ("ForConditionalGeneration",))
-BARE = ((auto.MODEL_MAPPING_NAMES, ("Model",)), (auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, ("EncoderModel",)))
+BARE = (auto.MODEL_MAPPING_NAMES, ("Model",))
 # Families whose language model answers about images or sound.
 WRAPPERS = {
     **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -44,8 +44,7 @@ def task_type(model: nn.Module) -> str | None:
             return "SEQ_2_SEQ_LM" if _is_one_of(model, *SEQ_TO_SEQ) and len(_modalities(model)) == 1 else None
     elif model.can_generate():
         return "CAUSAL_LM" if _is_one_of(model, *CAUSAL) else None
-    bare = len(_modalities(model)) == 1 and any(_is_one_of(model, *classes) for classes in BARE)
-    return "FEATURE_EXTRACTION" if bare else None
+    return "FEATURE_EXTRACTION" if len(_modalities(model)) == 1 and _is_one_of(model, *BARE) else None
 
 
 def text_part(model: nn.Module) -> str | None:

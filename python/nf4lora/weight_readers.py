@@ -14,9 +14,9 @@ import inspect
 import linecache
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -54,7 +54,9 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
     """
     found: dict[int, Reader] = {}
     for module in model.modules():
-        for chain, numbers in chains_read(type(module)).items():
+        if "base_layer" in module._modules:  # PEFT's
+            continue
+        for chain, numbers in chains_read(cast("Hashable", type(module))).items():
             for layer in _descendants(module, chain):
                 if isinstance(layer, nn.Linear) and (numbers or id(layer) not in found):
                     found[id(layer)] = Reader(type(module).__name__, numbers)
@@ -63,15 +65,14 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
 
 def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
     if not chain:
-        inner: nn.Module | None = module
-        while inner is not None:  # PEFT's layer shows its base's weight as its own
-            module, inner = inner, inner._modules.get("base_layer")
+        while "base_layer" in module._modules:  # PEFT's layer shows its base's weight as its own
+            module = module.get_submodule("base_layer")
         yield module
     elif chain[0] == EACH:
         for child in module.children():
             yield from _descendants(child, chain[1:])
-    elif (child := module._modules.get(chain[0])) is not None:
-        yield from _descendants(child, chain[1:])
+    elif (named := module._modules.get(chain[0])) is not None:
+        yield from _descendants(named, chain[1:])
 
 
 @functools.cache
@@ -209,7 +210,15 @@ class _Search(ast.NodeVisitor):
                 self.follow(getter, {"self": frozenset({()})})  # called here or handed on: searched in any case
         self.generic_visit(node)
 
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if not all(
+            isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops
+        ):  # `weight is None` reads nothing
+            self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            return
         self.generic_visit(node)
         callee: Any = None
         positional: list[ast.AST | None] = list(node.args)
