@@ -1,5 +1,6 @@
 """prepare is all or nothing: what is refused changes nothing, and what is interrupted can be taken up again."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from nf4lora import NF4Config, NF4Linear, prepare, report
 from nf4lora.adapter_files import base_hash
 from nf4lora.plan import plan_preparation
+from nf4lora.replacing import Places, evaluating
 
 from adapted import IDS, layers, step
 from families import tiny
@@ -164,8 +166,6 @@ def test_an_interrupted_prepare_called_again_finishes(plain, config, monkeypatch
 
 def test_an_interrupted_adoption_called_again_finishes(monkeypatch, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from nf4lora.replacing import Places
-
     llama().save_pretrained(tmp_path / "16")
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model, other = (
@@ -255,3 +255,18 @@ def test_a_shared_layer_is_loaded_as_one(tmp_path):
     assert isinstance(model.model.layers[0].mlp.up_proj, NF4Linear)
     assert model.model.layers[0].mlp.up_proj is model.model.layers[1].mlp.up_proj
     assert torch.equal(model(IDS).logits, prepare(apart, r=2)(IDS).logits)
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_look_in_eval_mode_gives_each_module_its_own_mode_back():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(4, 4))).train()
+    model[1].eval()  # a frozen tower
+    modes = [module.training for module in model.modules()]
+    for stops in (False, True):
+        with contextlib.suppress(Stop), evaluating(model):
+            assert not any(module.training for module in model.modules())
+            if stops:
+                raise Stop
+        assert [module.training for module in model.modules()] == modes

@@ -8,6 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -373,13 +374,27 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_packed(value):
     assert not report(model).packed_layers
 
 
-def test_another_quantisation_is_named():
+@pytest.mark.parametrize(
+    ("method", "way_out"),
+    [
+        ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
+        ("fp8", r"FineGrainedFP8Config\(dequantize=True\)"),
+        ("compressed-tensors", r"CompressedTensorsConfig\(run_compressed=False\)"),
+        ("gptq", "load the model that it was made from, in 16 bits"),
+        ("hqq", "load it in 16 bits, without quantization_config"),
+    ],
+)
+def test_another_quantisation_is_named_with_the_way_out(method, way_out):
     model = llama()
     model.hf_quantizer = type(
-        "Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": "gptq"})()}
+        "Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": method})()}
     )()
-    with pytest.raises(ValueError, match="in bitsandbytes' nf4, got one quantised with gptq"):
+    with pytest.raises(ValueError, match=f"in bitsandbytes' nf4, got one quantised with {method}; .*{way_out}"):
         prepare(model)
+    if "Config" in way_out:
+        name, options = way_out.replace("\\", "").removesuffix(")").split("(")
+        key, value = options.split("=")
+        assert getattr(getattr(transformers, name)(**{key: value == "True"}), key) == (value == "True")
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
