@@ -181,6 +181,19 @@ def test_where_nothing_can_carry_an_adapter_it_says_why():
         prepare(tiny_llama(), target_modules=["self_attn"])
 
 
+def test_a_head_that_is_trained_in_full_carries_no_adapter_and_is_not_called_missing(recwarn):
+    model = prepare(tiny("ViTForImageClassification"), r=2, target_modules=["q_proj", "classifier"])
+    assert {name.rpartition(".")[2] for name in adapted_names(model)} == {"q_proj"}
+    assert not [warning for warning in recwarn if "nothing is called" in str(warning.message)]
+    with pytest.raises(ValueError, match=r"got \['classifier'\]; classifier is trained in full already"):
+        prepare(tiny("ViTForImageClassification"), target_modules=["classifier"])
+
+
+def test_a_name_to_train_in_full_that_is_nobodys_is_warned_of():
+    with pytest.warns(UserWarning, match="nothing is called nope, which modules_to_save names"):
+        prepare(tiny_llama(), r=2, modules_to_save=["nope"])
+
+
 # --- what stays in 16 bits is said -----------------------------------------------------------------------------------
 
 

@@ -203,6 +203,11 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
     if targets.idle:
         names = ", ".join(sorted({name.rpartition(".")[2] for name in targets.names}))
         lines.append(f"nothing is called {', '.join(targets.idle)}, which target_modules names; adapters go on {names}")
+    everything = {base_name(name) for name, _ in base.named_modules(remove_duplicate=False)}
+    if missing := [n for n in config.modules_to_save or [] if not any(name.endswith(n) for name in everything)]:
+        lines.append(
+            f"nothing is called {', '.join(missing)}, which modules_to_save names; it is neither trained nor saved"
+        )
     if frozen:
         lines.append(
             f"{', '.join(frozen)} must be trained with the adapter, but stays frozen, since the adapter that the model "

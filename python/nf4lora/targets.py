@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +73,20 @@ def find_targets(base: nn.Module, lora_config: LoraConfig) -> Targets:
         elif (reader := readers.get(id(everything[name]))) and reader.numbers:
             left_out[name] = f"{reader} directly, and would not use an adapter"
     kept -= left_out.keys()
-    linear = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names(base)} - {head}))
+    # A layer that is trained in full carries no adapter, as PEFT has it.
+    in_full = _matched_without_full_training(config, everything) - asked
     if not kept and not config.target_parameters:
-        because = "".join(f"; {reason}" for reason in sorted(set(left_out.values()))[:3])
-        got = plain(lora_config.target_modules)
+        reasons = {*left_out.values(), *(f"{name} is trained in full already" for name in in_full)}
+        linear = sorted({name.rpartition(".")[2] for name in linear_names(base)} - {head})
+        got, because = plain(lora_config.target_modules), "".join(f"; {reason}" for reason in sorted(reasons)[:3])
         raise ValueError(
-            f"prepare: target_modules must match a module, got {got!r}, which matches none{because}; the linear layers "
-            f"are called {linear}"
-            if not left_out
-            else f"prepare: target_modules must match a module that can carry an adapter, got {got!r}{because}; the "
-            f"linear layers are called {linear}"
+            f"prepare: target_modules must match a module{' that can carry an adapter' if reasons else ''}, got {got!r}"
+            f"{because or ', which matches none'}; the linear layers are called {', '.join(linear)}"
         )
     idle: tuple[str, ...] = ()
     if not isinstance(config.target_modules, str) and not all_linear:
-        idle = tuple(target for target in sorted(config.target_modules or ()) if not _hits(target, asked))
+        targets = sorted(config.target_modules or ())
+        idle = tuple(target for target in targets if not _hits(target, asked | in_full))
     confined = part if outside - kept else None
     return Targets(
         names=frozenset(kept),
@@ -116,8 +117,10 @@ def linear_names(base: nn.Module) -> set[str]:
 
 
 def head_name(base: nn.Module) -> str | None:
-    find: Any = getattr(base, "get_output_embeddings", None)
-    head = None if find is None else find()
+    try:
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model without a head says so in these ways
+        head = None
     return next((base_name(name) for name, module in base.named_modules() if head is not None and module is head), None)
 
 
@@ -151,6 +154,12 @@ def is_linear(layer: nn.Linear) -> bool:
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _matched_without_full_training(config: Any, names: Iterable[str]) -> set[str]:
+    alone = copy.copy(config)
+    alone.modules_to_save = None
+    return {name for name in names if matches(alone, name)}
 
 
 def _is_all_linear(config: LoraConfig) -> bool:
