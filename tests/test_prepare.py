@@ -473,6 +473,15 @@ def test_the_line_says_what_changed(capsys):
     assert line.count("\n") == 1
 
 
+def test_the_model_is_walked_once_for_the_line(monkeypatch):
+    calls = []
+    monkeypatch.setitem(prepare.__globals__, "report", lambda model: calls.append(model) or report(model))
+    model = prepare(llama(), r=4)
+    assert calls == [model]
+    prepare(model, r=4)
+    assert calls == [model]
+
+
 def rows():
     datasets = pytest.importorskip("datasets")
     text = [

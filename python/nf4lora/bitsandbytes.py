@@ -156,11 +156,8 @@ def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, 
     Raises:
         ValueError: a layer that from_layer refuses, or one that bitsandbytes holds in 8 bits; always with its name.
     """
-    names = [name for name, module in model.named_modules() if is_linear4bit(module)]
-    for name, module in model.named_modules():
-        if _has_bitsandbytes_base(module, "Linear8bitLt"):
-            raise _error(name, "must be packed in nf4", "8 bits (Linear8bitLt); load with bnb_4bit_quant_type='nf4'")
-    packed = {name: from_layer(name, model.get_submodule(name)) for name in names}
+    packed = packed_weights(model)
+    names = list(packed)
     reasons: dict[str, str] = {}
     wanted = to_dequantize(model) | dict(keep or {})
     blocksizes, double_quant, places = [64], False, Places(model)
@@ -177,6 +174,18 @@ def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, 
     if names:
         _take_over(model, double_quant, blocksizes[-1], reasons)
     return reasons
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """The weights of all 4-bit layers of a live bitsandbytes model, by name, sharing their memory; changes nothing.
+
+    Raises:
+        ValueError: as `adopt`.
+    """
+    for name, module in model.named_modules():
+        if _has_bitsandbytes_base(module, "Linear8bitLt"):
+            raise _error(name, "must be packed in nf4", "8 bits (Linear8bitLt); load with bnb_4bit_quant_type='nf4'")
+    return {name: from_layer(name, module) for name, module in model.named_modules() if is_linear4bit(module)}
 
 
 def to_dequantize(model: nn.Module) -> dict[str, str]:

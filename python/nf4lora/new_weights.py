@@ -106,13 +106,12 @@ def grown_vocabulary(model: nn.Module) -> int | None:
     path, weight = getattr(config, "_name_or_path", None), getattr(embedding, "weight", None)
     if not path or weight is None or not any(map(was_loaded, model.parameters())):
         return None
-    try:
-        saved, _ = type(config).get_config_dict(path, local_files_only=True)  # type: ignore[union-attr]
-    except (OSError, ValueError):
+    try:  # what is on this machine: nobody waits for a network here
+        saved = type(config).from_pretrained(path, local_files_only=True)  # type: ignore[union-attr]
+        rows, now = (each.get_text_config().vocab_size for each in (saved, config))  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
         return None
-    rows = {**saved, **(saved.get("text_config") or {})}.get("vocab_size")
-    now = config.get_text_config().vocab_size  # type: ignore[union-attr]
-    return rows if isinstance(rows, int) and rows != now else None
+    return rows if rows != now else None
 
 
 def _found(find: Any) -> Any:

@@ -73,6 +73,7 @@ def plan_packing(base: nn.Module, config: NF4Config | None, trained: Mapping[str
     config.layout = "native"  # a foreign layout is read from a file, never made
     keep_in_16_bits(config, also)
     if any(bitsandbytes.is_linear4bit(module) for module in base.modules()):
+        bitsandbytes.packed_weights(base)
         keep = {base_name(name): reason for name, reason in _below(base, trained).items()}
         return Packing(config, {}, {}, adopt=True, keep=keep)
     held = {name for name, module in base.named_modules() if isinstance(module, NF4Linear)}

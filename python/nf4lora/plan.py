@@ -11,7 +11,7 @@ from torch import nn
 
 from nf4lora.adapter_files import adapter_names, base_name, base_of
 from nf4lora.config import NF4Config
-from nf4lora.new_weights import grown_vocabulary, modules_of, new_parameters, task_heads
+from nf4lora.new_weights import grown_vocabulary, modules_of, new_parameters, task_heads, was_loaded
 from nf4lora.pack import Packing, check_packable, plan_packing
 from nf4lora.rehearsal import rehearse
 from nf4lora.targets import Targets, find_targets, matched, plain
@@ -64,7 +64,11 @@ def plan_preparation(
         config = model.active_peft_config
         trained = _named_modules(base, _full_names(config), ASKED)
         targets = find_targets(base, asked)
-        frozen = _new_modules(base, asked).keys() - trained.keys()
+        frozen = [
+            name
+            for name in _new_modules(base, asked).keys() - trained.keys()
+            if not all(map(was_loaded, base.get_submodule(name).parameters()))
+        ]
         return Plan(
             base=base,
             packing=plan_packing(base, packing, trained),

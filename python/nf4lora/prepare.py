@@ -70,6 +70,10 @@ def prepare(
     to the trainer. A call with `labels` then computes its loss in chunks, where the model's head allows it
     (`nf4lora.loss.chunk_loss`), and its `logits` only when they are looked at.
 
+    The head of a classifier, and whatever else was in no checkpoint, is trained in full and saved with the adapter. In
+    a multimodal model the text part carries the adapters; the other parts are packed and frozen, unless target_modules
+    names their layers. The printed line says so.
+
     Args:
         lora_config: a `peft.LoraConfig`, in place of single options
         r, lora_alpha, lora_dropout, target_modules, and every other option of `peft.LoraConfig` by its name, such as
@@ -77,13 +81,14 @@ def prepare(
         quantization_config: how to pack a model that is still in 16 or 32 bits
 
     On a model that `prepare` returned, the same options return it as it is, and others are an error; on another
-    PeftModel the options that were given are compared with its adapter.
+    PeftModel the options that were given are compared with its adapter. On a model of which an interrupted `prepare`
+    has packed a part, it packs the rest.
 
     Raises:
         TypeError: an unknown option, or one of the wrong kind; model is no nn.Module.
         ValueError: no module matches target_modules, or the output head does; the model has no linear layer, is merged,
-            carries an adapter with other options, or is quantised in another way; NaN in a weight. The model is then
-            as it was.
+            carries an adapter with other options, or is quantised in another way; NaN in a weight; PEFT refuses. The
+            model is then as it was.
 
     >>> model = prepare(model, r=16, lora_alpha=32)                         # doctest: +SKIP
     nf4lora: 210 layers from bfloat16 to NF4 (4.13 bits per weight); float32 adapters of rank 16 on 210 layers; ...
