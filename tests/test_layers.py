@@ -15,14 +15,15 @@ CSRC = ROOT / "csrc"
 
 # ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
 FLOORS = [
-    {"_C"},
+    {"_C", "whole_files"},
     {"unfused", "choice", "moments", "paged"},
     {"sliced", "shards", "unified"},
     {"cuda"},
     {"ops"},
-    {"linear", "doctor", "loss", "region", "replacing", "weight_readers", "task"},
-    {"config", "new_weights", "optim"},
-    {"bitsandbytes", "adapter", "checkpoint"},
+    {"linear", "doctor", "loss", "region", "weight_readers", "task"},
+    {"config", "model_tree", "new_weights", "optim"},
+    {"bitsandbytes", "adapter", "base_identity", "checkpoint", "renaming", "quantized_checkpoint"},
+    {"adapter_folder"},
     {"adapter_files"},
     {"quantizer", "report", "targets"},
     {"pack", "rehearsal"},

@@ -381,8 +381,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_packed(value):
         ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
         ("fp8", r"FineGrainedFP8Config\(dequantize=True\)"),
         ("compressed-tensors", r"CompressedTensorsConfig\(run_compressed=False\)"),
-        ("gptq", "load the model that it was made from, in 16 bits"),
-        ("hqq", "load it in 16 bits, without quantization_config"),
+        ("gptq", "load the 16-bit checkpoint that it was made from"),
     ],
 )
 def test_another_quantisation_is_named_with_the_way_out(method, way_out):

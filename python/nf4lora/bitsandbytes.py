@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
+from nf4lora.model_tree import replace_layers
 from nf4lora.new_weights import marked_as, task_heads
-from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
 
 # The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.
@@ -83,6 +83,7 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, "must come with one quant_state", f"{len(states)}: the checkpoint is incomplete")
     try:
         meta = json.loads(bytes(next(iter(states.values())).tolist()))
+        _check_meta(name, meta)
         nested = None
         if "weight.nested_absmax" in tensors or "nested_offset" in meta:
             nested = (tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"])
@@ -101,6 +102,21 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, f"must come with {missing.args[0]}", "none: the checkpoint is incomplete") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _error(name, "must have a quant_state that is JSON", str(error)) from None
+
+
+def _check_meta(name: str, meta: Any) -> None:
+    """The JSON of a quant_state: what is there must be of its kind; what is missing is told when it is read."""
+    if not isinstance(meta, dict):
+        raise _error(name, "must have a quant_state that is a JSON object", type(meta).__name__)
+    kinds: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
+    for key in kinds.keys() & meta.keys():
+        if not isinstance(meta[key], kinds[key]):
+            raise _error(name, f"must have {key} of another kind in its quant_state", repr(meta[key]))
+    if not all(isinstance(size, int) for size in meta.get("shape", [])):
+        raise _error(name, "must have a shape of whole numbers", f"{meta['shape']}")
+    if not isinstance(getattr(torch, meta.get("dtype", "float32"), None), torch.dtype):
+        raise _error(name, "must have a dtype that torch knows", repr(meta["dtype"]))
 
 
 def from_layer(name: str, layer: nn.Module) -> PackedWeight:
@@ -157,20 +173,20 @@ def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, 
         ValueError: a layer that from_layer refuses, or one that bitsandbytes holds in 8 bits; always with its name.
     """
     packed = packed_weights(model)
-    names = list(packed)
+    names, wanted = list(packed), to_dequantize(model) | dict(keep or {})
     reasons: dict[str, str] = {}
-    wanted = to_dequantize(model) | dict(keep or {})
-    blocksizes, double_quant, places = [64], False, Places(model)
-    for name in names:
+    blocksizes = [64]
+
+    def adopted(name: str, layer: Any) -> nn.Module:
         weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
-        layer = model.get_submodule(name)
         if reason := wanted.get(_base_name(name)) or (STRADDLES if weight.straddles else ""):
             reasons[_base_name(name)] = reason
-            places.replace(layer, _dequantized_layer(layer, weight))
-        else:
-            blocksizes.append(weight.blocksize)
-            double_quant |= weight.nested is not None
-            places.replace(layer, _packed_layer(layer, weight))
+            return _dequantized_layer(layer, weight)
+        blocksizes.append(weight.blocksize)
+        return _packed_layer(layer, weight)
+
+    double_quant = any(weight.nested is not None and not weight.straddles for weight in packed.values())
+    replace_layers(model, names, adopted)
     if names:
         _take_over(model, double_quant, blocksizes[-1], reasons)
     return reasons
@@ -228,6 +244,16 @@ def _dequantized_layer(layer: Any, weight: PackedWeight) -> nn.Linear:
     result.weight = marked_as(dense, layer.weight)
     result.register_parameter("bias", layer.bias)
     return result.train(layer.training)
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    old = model.get_submodule(name)
+    if hook := getattr(old, "_hf_hook", None):  # accelerate's, where the model is spread over devices
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        add_hook_to_module(layer, hook)
+    model.set_submodule(name, layer)
 
 
 def _take_over(model: nn.Module, double_quant: bool, blocksize: int, reasons: dict[str, str]) -> None:

@@ -32,15 +32,22 @@ def check_files(files: list[str], packed_file: bool) -> None:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
+            whole = size >= 8 and start <= size
             try:
-                header = json.loads(file.read(start - 8)) if start <= size else None
-            except ValueError:
-                header = None
-        if header is None:
+                header = json.loads(file.read(start - 8)) if whole else {}
+            except (ValueError, RecursionError):
+                whole = False
+        if not whole:
             raise ValueError(
                 f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
             )
-        header.pop("__metadata__", None)
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
+            raise ValueError(
+                f"NF4Config: {path} must have a safetensors header, which gives each tensor its dtype, shape and "
+                f"data_offsets, got other JSON; download again"
+            )
         cut = [name for name, tensor in header.items() if start + tensor["data_offsets"][1] > size]
         if cut:
             raise ValueError(
@@ -61,6 +68,17 @@ def check_files(files: list[str], packed_file: bool) -> None:
                 f"NF4Config: {_listed(foreign)} must be in 16 or 32 bits, got {header[foreign[0]]['dtype']} in {path}; "
                 f"the checkpoint is quantised, and its config.json does not say how"
             )
+
+
+def _is_entry(tensor: Any) -> bool:
+    """Whether this is what a safetensors header says of one tensor."""
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return False
+    numbers = [tensor.get("shape"), tensor.get("data_offsets")]
+    return (
+        all(isinstance(each, list) and all(isinstance(n, int) for n in each) for each in numbers)
+        and len(numbers[1]) == 2
+    )
 
 
 def check_loaded(

@@ -21,21 +21,11 @@ from nf4lora import bitsandbytes
 from nf4lora.adapter_files import adapter_names, base_name, nf4_layers
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.model_tree import replace_layers
 from nf4lora.new_weights import marked_as
+from nf4lora.quantized_checkpoint import way_to_16_bits
 from nf4lora.quantizer import keep_in_16_bits, layers_to_pack
-from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
-
-# How to get a model in 16 bits from a checkpoint that is quantised in another way.
-WAYS_OUT = {
-    "mxfp4": "load it with quantization_config=transformers.Mxfp4Config(dequantize=True)",
-    "fp8": "load it with quantization_config=transformers.FineGrainedFP8Config(dequantize=True)",
-    "compressed-tensors": "load it with quantization_config=transformers.CompressedTensorsConfig(run_compressed=False)",
-    "bitsandbytes": "load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'), or without "
-    "quantization_config",
-    "gptq": "load the model that it was made from, in 16 bits",
-    "awq": "load the model that it was made from, in 16 bits",
-}
 
 
 @dataclass(frozen=True)
@@ -47,11 +37,6 @@ class Packing:
     skipped: dict[str, str]  # reason by name of each layer that stays in 16 bits
     adopt: bool = False  # the layers are bitsandbytes'
     keep: dict[str, str] = field(default_factory=dict)  # reason by name of layers that the adapter trains in full
-
-
-def way_out(method: str) -> str:
-    """How to get a model in 16 bits from a checkpoint that is quantised with this method."""
-    return WAYS_OUT.get(method, "load it in 16 bits, without quantization_config")
 
 
 def plan_packing(base: nn.Module, config: NF4Config | None, trained: Mapping[str, str]) -> Packing:
@@ -95,7 +80,7 @@ def plan_packing(base: nn.Module, config: NF4Config | None, trained: Mapping[str
         if weight.dtype not in COMPUTE_DTYPES:
             raise ValueError(
                 f"prepare: {base_name(name)} must be float32, bfloat16 or float16, got {weight.dtype}; "
-                f"{way_out('fp8') if 'float8' in str(weight.dtype) else 'cast the model first'}"
+                f"{way_to_16_bits('fp8') if 'float8' in str(weight.dtype) else 'cast the model first'}"
             )
         if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():  # one pass, no copy
             raise ValueError(f"prepare: {base_name(name)} must be finite, got NaN or Inf in its weight")
@@ -117,15 +102,17 @@ def pack(base: nn.Module, plan: Packing) -> list[str]:
         return []
     base.nf4lora_packing = plan.config  # type: ignore[assignment]  # who finishes a run that was stopped asks for it
     again = any(isinstance(module, NF4Linear) for module in base.modules())
-    places, dtypes = Places(base), set()
-    for name, blocksize in plan.blocksizes.items():
-        linear: Any = base.get_submodule(name)
+    dtypes = set()
+
+    def packed(name: str, linear: Any) -> NF4Linear:
         dtypes.add(str(linear.weight.dtype).removeprefix("torch."))
-        layer = NF4Linear.from_linear(linear, blocksize, plan.config.double_quant, plan.config.compute_dtype)
+        config = plan.config
+        layer = NF4Linear.from_linear(linear, plan.blocksizes[name], config.double_quant, config.compute_dtype)
         for tensor in layer.parameters():
             marked_as(tensor, linear.weight)
-        places.replace(linear, layer)
-        del linear
+        return layer
+
+    replace_layers(base, plan.blocksizes, packed)
     if isinstance(base, PreTrainedModel):
         keep_in_16_bits(plan.config, list(plan.keep))
         _hand_over(base, plan.config, plan.skipped)
@@ -159,7 +146,7 @@ def check_packable(base: nn.Module) -> None:
     if method != METHOD:
         raise ValueError(
             f"prepare: model must be in 16 or 32 bits, in NF4 or in bitsandbytes' nf4, got one quantised with "
-            f"{method}; {way_out(method)}"
+            f"{method}; {way_to_16_bits(method)}"
         )
 
 

@@ -15,9 +15,9 @@ from transformers import BitsAndBytesConfig
 from nf4lora.adapter_files import base_of
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss
+from nf4lora.model_tree import unchanged_on_failure
 from nf4lora.pack import pack
 from nf4lora.plan import Plan, plan_preparation
-from nf4lora.replacing import unchanged_on_failure
 from nf4lora.report import Report, report
 from nf4lora.task import task_type
 

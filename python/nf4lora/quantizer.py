@@ -1,14 +1,16 @@
 """The transformers quantizer behind NF4Config: packs each weight as it is read, and reads packed checkpoints.
 
-transformers catches what a conversion raises and goes on; so the first failure is kept, the rest of the work skipped,
-and `_process_model_after_weight_loading` raises it.
+transformers catches what a conversion raises, goes on, and points to a report that may have been silenced; so the first
+failure, of whatever kind, is kept, the rest of the work skipped, and `_process_model_after_weight_loading` raises it.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import warnings
 from abc import abstractmethod
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,18 +21,19 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from nf4lora import bitsandbytes
-from nf4lora.adapter_files import base_state_dict
+from nf4lora import bitsandbytes, quantized_checkpoint
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.model_tree import base_state_dict, replace_layers
 from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
-from nf4lora.replacing import Places
 from nf4lora.weight_readers import read_weights
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
-__all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack"]
+__all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack", "mostly_16_bits"]
+
+quantized_checkpoint.install()
 
 
 def layers_to_pack(
@@ -99,7 +102,7 @@ class NF4Quantizer(HfQuantizer):
     quantization_config: NF4Config
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # loading writes into it, and it is the caller's
         self.failure: Exception | None = None
         self.shapes: dict[str, torch.Size] = {}
         self.new: set[str] = set()  # parameters that the checkpoint cannot hold
@@ -144,24 +147,27 @@ class NF4Quantizer(HfQuantizer):
                 f"NF4Config: {type(model).__name__} must have a linear layer to pack, got none"
                 + "".join(f"; {reason}" for reason in reasons[:3])
             )
-        places = Places(model)
-        for name, blocksize in packed.items():
-            linear = model.get_submodule(name)
+        if text := mostly_16_bits(model, packed, model.nf4lora_skipped):
+            warnings.warn(f"NF4Config: {text}", stacklevel=2)
+
+        def likeness(name: str, linear: Any) -> NF4Linear:
             layer = NF4Linear(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
-                blocksize=blocksize,
+                blocksize=packed[name],
                 double_quant=config.double_quant,
                 compute_dtype=config.compute_dtype,
                 device="meta",
                 dtype=linear.weight.dtype,
             )
             if not native:  # transformers until 5.22 casts what it reads to the dtype of the parameter
-                likeness = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
-                layer.weight = nn.Parameter(likeness, requires_grad=False)
+                weight = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
             layer._is_hf_initialized = True  # type: ignore[assignment]  # never to be drawn at random
-            places.replace(linear, layer)
+            return layer
+
+        replace_layers(model, packed, likeness)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     # ---- while loading ----
@@ -231,13 +237,8 @@ class NF4Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Every NF4Linear becomes an nn.Linear again, one at a time; works under a PEFT wrapper too."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        places = Places(model)
-        for packed in [module for module in model.modules() if isinstance(module, NF4Linear)]:
-            linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-            weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
-            linear.weight = marked_as(weight, packed.weight)
-            linear.register_parameter("bias", packed.bias)
-            places.replace(packed, linear.train(packed.training))
+        names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+        replace_layers(model, names, lambda _, packed: _dequantized(packed, dtype))
         model.__dict__.pop("_weight_conversions", None)  # so that it saves under the names of a 16-bit file again
         model.__dict__.pop("nf4lora_skipped", None)
         return model
@@ -253,6 +254,34 @@ class NF4Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def mostly_16_bits(model: Any, packed: Iterable[str], skipped: Mapping[str, str]) -> str:
+    """What to warn of where most of a model is not packed, embeddings and output head left aside; else nothing."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    aside = {id(getattr(layer, "weight", None)) for layer in ends}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) not in aside}
+    in_4_bits = sum(model.get_submodule(name).weight.numel() for name in packed)
+    total = sum(sizes.values())
+    if 2 * in_4_bits >= total:
+        return ""
+    reasons: dict[str, int] = {}
+    for name, reason in skipped.items():
+        size = sum(count for key, count in sizes.items() if key == name or key.startswith(f"{name}."))
+        reasons[reason] = reasons.get(reason, 0) + size
+    largest = sorted(reasons.items(), key=lambda item: -item[1])[:2]
+    return (
+        f"most of {type(model).__name__} stays in 16 bits: of {total / 1e6:.1f} M parameters, embeddings and output "
+        f"head left aside, {in_4_bits / 1e6:.1f} M are packed in 4 bits"
+        + "".join(f"; {size / 1e6:.1f} M: {reason}" for reason, size in largest if size)
+    )
+
+
+def _dequantized(packed: NF4Linear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    linear.weight = marked_as(nn.Parameter(packed.dequantize(dtype), requires_grad=False), packed.weight)
+    linear.register_parameter("bias", packed.bias)
+    return linear.train(packed.training)
 
 
 class _LoadOperation(ConversionOps):
@@ -275,7 +304,7 @@ class _LoadOperation(ConversionOps):
         try:
             if self.quantizer.failure is None:
                 return self.load(input_dict, full_layer_name, model)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # out of memory, too; KeyboardInterrupt goes through by itself
             self.quantizer.failure = error
         if missing_keys is not None:
             missing_keys.clear()  # the model is thrown away: nothing is to be drawn at random, no report to be printed

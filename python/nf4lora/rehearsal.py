@@ -17,7 +17,7 @@ from torch import nn
 
 from nf4lora import bitsandbytes
 from nf4lora.linear import NF4Linear
-from nf4lora.replacing import Places
+from nf4lora.model_tree import replace_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,23 +34,25 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
     from peft import get_peft_model
 
     copied = skeleton(base)
-    places = Places(copied)
-    for name, module in list(copied.named_modules()):
-        linear: Any = module
-        if name in blocksizes:
-            packed = NF4Linear(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                blocksize=blocksizes[name],
-                double_quant=double_quant,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
-            places.replace(linear, packed)
-        elif bitsandbytes.is_linear4bit(linear):  # adopted, or dequantised: PEFT takes a linear layer either way
-            dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-            places.replace(linear, dense)
+
+    def packed(name: str, linear: Any) -> NF4Linear:
+        return NF4Linear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            blocksize=blocksizes[name],
+            double_quant=double_quant,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+
+    def dense(_: str, linear: Any) -> nn.Linear:
+        return nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+
+    replace_layers(copied, blocksizes, packed)
+    # Adopted or dequantised: PEFT takes a linear layer either way.
+    of_bnb = [name for name, module in copied.named_modules() if bitsandbytes.is_linear4bit(module)]
+    replace_layers(copied, of_bnb, dense)
     copied.__dict__.pop("is_loaded_in_4bit", None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says it again when it meets the model

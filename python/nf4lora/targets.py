@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from nf4lora import bitsandbytes
 from nf4lora.adapter_files import adapter_names, base_name
 from nf4lora.linear import NF4Linear
-from nf4lora.replacing import evaluating
+from nf4lora.model_tree import evaluating
 from nf4lora.task import text_part
 from nf4lora.weight_readers import read_weights
 
