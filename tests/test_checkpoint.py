@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nf4lora.checkpoint import check_files, drawn_parameters
+from nf4lora.checkpoint import check_files
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+from nf4lora.new_weights import new_parameters
 
 from models import tiny_llama
 
@@ -259,7 +260,7 @@ def test_ctrl_c_while_quantising_ends_the_load_at_once(damaged, monkeypatch):
 
 def test_new_parameters_are_those_that_no_file_held(folders):
     model = AutoModelForCausalLM.from_pretrained(folders / "16-bit", quantization_config=NF4Config())
-    assert not drawn_parameters(model) & {id(parameter) for parameter in model.parameters()}
+    assert not new_parameters(model)
     model.lm_head = torch.nn.Linear(128, 259)
-    assert drawn_parameters(model) == {id(model.lm_head.weight), id(model.lm_head.bias)}
-    assert not drawn_parameters(tiny_llama())  # made without a checkpoint: nothing is known
+    assert new_parameters(model) == {"lm_head.weight", "lm_head.bias"}
+    assert not new_parameters(tiny_llama())  # made without a checkpoint: nothing is known

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from nf4lora import _C  # type: ignore[attr-defined]
 from nf4lora.adapter_folder import BASE_FILE, FORMAT_VERSION, TENSOR_FILE, as_json, read_folder
 from nf4lora.base_identity import base_hash, differences, identity, other_parameters
-from nf4lora.checkpoint import drawn_parameters
-from nf4lora.model_tree import WRAPPED, adapter_names, base_name, base_of, base_state_dict, nf4_layers
+from nf4lora.model_tree import (
+    WRAPPED,
+    adapter_names,
+    base_name,
+    base_of,
+    base_state_dict,
+    nf4_layers,
+    unchanged_on_failure,
+)
+from nf4lora.new_weights import grown_vocabulary, new_parameters
 from nf4lora.renaming import ROOT, Prefixes, find_prefixes, renamed, renamed_config, renamed_tensors
 from nf4lora.whole_files import written_whole
 
@@ -111,7 +119,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]) -> list[str]:
     """Names of the base's parameters that neither its checkpoint nor the adapter's tensors hold."""
-    drawn, resized = drawn_parameters(base), _resized(base)
+    drawn, resized = {id(base.get_parameter(name)) for name in new_parameters(base)}, _resized(base)
     only_here: dict[int, str] = {}
     untrained = []
     for name, parameter in parameters.items():
@@ -133,16 +141,7 @@ def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]
 
 def _resized(base: Any) -> set[int]:
     """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
-    config: Any = getattr(base, "config", None)
-    folder = getattr(config, "name_or_path", "")
-    if not folder or not hasattr(base, "get_input_embeddings"):
-        return set()
-    try:  # what is on this machine: a save must not wait for a network
-        before = type(config).from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
-        now = config.get_text_config().vocab_size
-    except (OSError, ValueError, AttributeError):
-        return set()
-    if now == before:
+    if grown_vocabulary(base) is None:
         return set()
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
     return {id(layer.weight) for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
@@ -222,29 +221,20 @@ def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping
     """A bare model with the adapter's layers in it, of which the tensors are known to fit; else as it was."""
     from peft import get_peft_model, get_peft_model_state_dict
 
-    trainable = {parameter: parameter.requires_grad for parameter in bare.parameters()}
-    children = {module: dict(module._modules) for module in bare.modules()}  # layer_replication changes the lists
-    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)
+    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # which layer_replication changes
     base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
     config.inference_mode = False
-    wrapped = None
     try:
-        wrapped = get_peft_model(bare, config)
-        _check_tensors(
-            folder, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False), other_parameters(wrapped)
-        )
-    except BaseException as error:
-        if wrapped is not None:
-            wrapped.unload()
-        for module, before in children.items():
-            module._modules.clear()
-            module._modules.update(before)
+        with unchanged_on_failure(bare):
+            try:
+                wrapped = get_peft_model(bare, config)
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            _check_tensors(folder, tensors, expected, _not_trained_in_full(wrapped, config))
+    except BaseException:
         if layers is not None:
             bare.config.num_hidden_layers = layers  # type: ignore[union-attr]
-        for parameter, required in trainable.items():
-            parameter.requires_grad_(required)
-        if wrapped is None and isinstance(error, (ValueError, TypeError, AttributeError, KeyError)):
-            raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
         raise
     wrapped.peft_config["default"].base_model_name_or_path = base_id
     return wrapped

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nf4lora.linear import NF4Linear
+from nf4lora.new_weights import task_heads, was_loaded
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -77,11 +79,14 @@ def _is_entry(tensor: Any) -> bool:
     return lists and all(isinstance(number, int) for number in [*shape, *offsets])
 
 
-def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -> None:
+def check_loaded(
+    model: Any, shapes: dict[str, torch.Size], packed_file: bool, new: Container[str] = frozenset()
+) -> None:
     """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
 
     Args:
         shapes: of all parameters that are not packed, as the model's config makes them
+        new: parameters that the checkpoint cannot hold, since it was saved from a model of another class
 
     Raises:
         ValueError: naming the tensors.
@@ -102,7 +107,7 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         for key, expected in likeness.named_parameters():
             name, got = f"{prefix}.{key}", layer.get_parameter(key)
             packed.add(name)
-            if not _was_loaded(got):
+            if not was_loaded(got):
                 wrong[name] = "nothing"
             elif got.shape != expected.shape or (key != "bias" and got.dtype != expected.dtype):
                 wrong[name] = f"{describe(got)} for {describe(expected)}"
@@ -110,14 +115,15 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
             wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    # Only the head of another class than the one that was saved may be new (a classifier on a language model):
-    # transformers draws it and says so.
+    # Only what another class than the one that was saved has, and the head of a task, which may have had another number
+    # of classes, may be new: transformers draws it and says so.
+    heads = tuple(f"{name}." for name in task_heads(model))
     whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
     for name, parameter in model.named_parameters():
-        expected_in_file = whole or name.startswith(f"{model.base_model_prefix}.")
+        expected_in_file = (whole or name.startswith(f"{model.base_model_prefix}.")) and not name.startswith(heads)
         if name in packed:
             continue
-        if expected_in_file and not _was_loaded(parameter):
+        if expected_in_file and name not in new and not was_loaded(parameter):
             if not any(pattern.search(name) for pattern in ignored):
                 wrong[name] = "nothing"
         elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
@@ -131,30 +137,9 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
 
 
-def _was_loaded(parameter: Tensor) -> bool:
-    # transformers marks what it sets from a file; what is on meta is offloaded, and accelerate has it
-    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
-
-
 def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def drawn_parameters(model: Any) -> set[int]:
-    """`id` of each parameter that was drawn at random because the checkpoint that the model was loaded from lacks it.
-
-    Nothing where transformers has marked no parameter: the model was made, or copied, without a checkpoint.
-    """
-    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
-    if not any(_was_loaded(parameter) for parameter in parameters):
-        return set()
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    return {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if not _was_loaded(parameter) and not any(pattern.search(name) for pattern in ignored)
-    }

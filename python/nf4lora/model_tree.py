@@ -1,8 +1,9 @@
-"""A model as a tree of modules: its names without PEFT's wrappers, and how a layer of it is replaced everywhere."""
+"""A model as a tree of modules: its names without PEFT's wrappers, replacing a layer everywhere, undoing changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,3 +84,45 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
         for parent, key in places[id(old)]:
             setattr(parent, key, new)
         done.add(id(new))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run what is inside in eval mode; afterwards each module has the mode that it had, which may differ in one model.
+
+    `model.train(True)` would also switch on the dropout of a part that was frozen in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised inside, Ctrl-C too, leaves the tree of modules and who is trained as they were before.
+
+    Attributes of the model itself come back too; tensors that were written into do not.
+    """
+    modules = [
+        (module, dict(module._modules), dict(module._forward_hooks), module.training) for module in model.modules()
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    own = {key: value for key, value in vars(model).items() if key != "_modules"}
+    try:
+        yield
+    except BaseException:
+        for module, children, hooks, mode in modules:
+            for now, before in ((module._modules, children), (module._forward_hooks, hooks)):
+                now.clear()
+                now.update(before)  # type: ignore[arg-type]
+            module.training = mode
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        for key in vars(model).keys() - own.keys() - {"_modules"}:
+            del vars(model)[key]
+        vars(model).update(own)
+        raise

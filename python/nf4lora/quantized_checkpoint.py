@@ -18,11 +18,12 @@ from nf4lora.config import METHOD, NF4Config
 def way_to_16_bits(method: str) -> str:
     """How to bring a checkpoint of another quantisation to NF4, as an advice at the end of an error."""
     config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    if config is not None and "dequantize" in inspect.signature(config).parameters:
-        return (
-            f"load it in 16 bits with quantization_config=transformers.{config.__name__}(dequantize=True), "
-            f"then call nf4lora.prepare(model)"
-        )
+    for option, value in (("dequantize", True), ("run_compressed", False)):
+        if config is not None and option in inspect.signature(config).parameters:
+            return (
+                f"load it in 16 bits with quantization_config=transformers.{config.__name__}({option}={value}), "
+                f"then call nf4lora.prepare(model)"
+            )
     return "load the 16-bit checkpoint that it was made from"
 
 

@@ -10,7 +10,7 @@ import copy
 import ctypes
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
 from nf4lora.model_tree import base_state_dict, replace_layers
+from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
+from nf4lora.weight_readers import read_weights
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
@@ -34,18 +36,27 @@ __all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack", "mostly_16_bits"]
 quantized_checkpoint.install()
 
 
-def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[str, str]]:
+def layers_to_pack(
+    model: Any, config: NF4Config, new: Container[str] = frozenset()
+) -> tuple[dict[str, int], dict[str, str]]:
     """Which linear layers of a transformers model are packed, and why the others stay in 16 bits.
+
+    Args:
+        new: names of parameters that no checkpoint held; they are trained in full
 
     Returns:
         packed: blocksize by name of the layer
         skipped: reason by name of the layer or weight
     """
-    by_rule = HfQuantizer.get_modules_to_not_convert(model)
+    modules = dict(model.named_modules())
+    # The rule names the last parameter, which may be a bias; meant is its layer.
+    rule = HfQuantizer.get_modules_to_not_convert(model)
+    by_rule = [name if name in modules else name.rpartition(".")[0] for name in rule]
+    heads, readers = task_heads(model), read_weights(model)
     in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or [])
     packed: dict[str, int] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower():
                 skipped[f"{name}.{key}"] = "weights of several experts in one tensor are not packed yet"
@@ -55,10 +66,16 @@ def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[
             skipped[name] = "named in modules_to_not_convert"
         elif not should_convert_module(name, in_float32):
             skipped[name] = "the model keeps it in float32"
+        elif any(name == head or name.startswith(f"{head}.") for head in heads):
+            skipped[name] = bitsandbytes.TASK_HEAD
+        elif f"{name}.weight" in new:
+            skipped[name] = "in no checkpoint, trained in full"
         elif not should_convert_module(name, by_rule):
             skipped[name] = "output head, last layer or tied to one: stays by transformers' rule"
         elif type(module) is not nn.Linear:
             skipped[name] = f"{type(module).__name__} is not torch.nn.Linear itself"
+        elif reader := readers.get(id(module)):
+            skipped[name] = f"{reader} directly"
         elif config.layout == "bitsandbytes" and module.in_features % config.blocksize:
             skipped[name] = bitsandbytes.STRADDLES
         elif blocksize := blocksize_for(module.in_features, config.blocksize):
@@ -66,6 +83,12 @@ def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[
         else:
             skipped[name] = f"in_features {module.in_features} is no multiple of {BLOCKSIZES[0]}"
     return packed, skipped
+
+
+def keep_in_16_bits(config: NF4Config, names: list[str]) -> None:
+    """Have the configuration that is saved with a model say that these layers are not packed."""
+    if more := [name for name in names if name not in (config.modules_to_not_convert or [])]:
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *more]
 
 
 @register_quantizer(METHOD)
@@ -82,6 +105,7 @@ class NF4Quantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # loading writes into it, and it is the caller's
         self.failure: Exception | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self.new: set[str] = set()  # parameters that the checkpoint cannot hold
         self.freed = 0  # bytes of 16-bit weights that are packed, since memory was last returned
 
     # ---- before loading ----
@@ -115,7 +139,8 @@ class NF4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             config.layout = "native"  # a layout is read, never made
         native = self.pre_quantized and config.layout == "native"
-        packed, model.nf4lora_skipped = layers_to_pack(model, config)
+        self.new = set() if self.pre_quantized else not_in_checkpoint(model)
+        packed, model.nf4lora_skipped = layers_to_pack(model, config, self.new)
         if not packed:
             reasons = sorted(set(model.nf4lora_skipped.values()))
             raise ValueError(
@@ -172,13 +197,13 @@ class NF4Quantizer(HfQuantizer):
             raise ValueError(
                 "NF4Config: device_map must not offload to disk, got 'disk'; packed weights stay in memory"
             )
-        check_loaded(model, self.shapes, packed_file=self.pre_quantized)
+        check_loaded(model, self.shapes, packed_file=self.pre_quantized, new=self.new)
+        if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
+            keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them
         if self.quantization_config.layout == "bitsandbytes":
             self.quantization_config.layout = "native"  # what save_pretrained writes
             straddling = [name for name, why in model.nf4lora_skipped.items() if why == bitsandbytes.STRADDLES]
-            if straddling:
-                kept = [*(self.quantization_config.modules_to_not_convert or []), *straddling]
-                self.quantization_config.modules_to_not_convert = kept
+            keep_in_16_bits(self.quantization_config, straddling)
         self.keep_names(model)
         self.return_memory()
         # So that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
@@ -254,7 +279,7 @@ def mostly_16_bits(model: Any, packed: Iterable[str], skipped: Mapping[str, str]
 
 def _dequantized(packed: NF4Linear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
+    linear.weight = marked_as(nn.Parameter(packed.dequantize(dtype), requires_grad=False), packed.weight)
     linear.register_parameter("bias", packed.bias)
     return linear.train(packed.training)
 
