@@ -33,6 +33,7 @@ CASES = (
     "train",
     "step",
     "eval",
+    "soak",
     "generate",
     "converge",
     "optimizers",

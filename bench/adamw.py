@@ -1,4 +1,4 @@
-"""adamw: one step of the optimizer over all parameters, in 32 and in 8 bits, and with its state paged out."""
+"""adamw: a step of the optimizer over all parameters, in 32 and in 8 bits, its state paged out, and many steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from nf4lora import _C, PagedAdamW, ops, reference
 
-from . import paging
+from . import drift, paging
 from .case import Settings, check_equal, installed, without
 from .machine import peak_bandwidth
 from .table import Table
@@ -32,8 +32,9 @@ def run(settings: Settings) -> list[Table]:
         [] if settings.quick else card_targets(rows) if settings.device == "cuda" else cpu_targets(rows),
     )
     if settings.device == "cuda":
-        return [step, small_tensors(settings), *paging.on_card(count, settings)]
-    return [step, by_instruction_set(count, settings), small_tensors(settings), paging.on_disk(count, settings)]
+        return [step, small_tensors(settings), *paging.on_card(count, settings), drift.table(settings)]
+    tables = [step, by_instruction_set(count, settings), small_tensors(settings), paging.on_disk(count, settings)]
+    return [*tables, drift.table(settings)]
 
 
 def cpu_targets(rows: list[dict]) -> list[tuple[str, bool]]:

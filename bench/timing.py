@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TypeVar
@@ -26,6 +27,7 @@ import torch
 
 T = TypeVar("T")
 Spread = dict[str, float]  # median, low (20 %), high (80 %)
+Clock = Callable[[Callable[[], object]], float]
 MOST_COPIES = 256
 
 
@@ -67,9 +69,13 @@ def alternate(
     least: int = 5,
     most: int = 200,
     device: str = "cpu",
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
-    """Call the contenders in turn for about so many seconds, in at least and at most so many rounds."""
-    clock = timed_on_cuda if device == "cuda" else timed
+    """Call the contenders in turn for about so many seconds, in at least and at most so many rounds.
+
+    `clock` times one call: by default one alone, from the host's start to its end; see also CLOCKS.
+    """
+    clock = clock or (timed_on_cuda if device == "cuda" else timed)
     for call in calls.values():  # the first call builds caches and thread pools, the second tells the time
         clock(call)
     once = sum(clock(call) for call in calls.values())
@@ -88,13 +94,39 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed_on_cuda(call: Callable[[], object]) -> float:
+def timed_on_cuda(call: Callable[[], object], calls: int = 1, ahead: bool = False) -> float:
+    """Seconds of a call on the card, of so many that follow each other.
+
+    With `ahead` the card first waits for as long as the host takes to ask for all of them: what is timed is then the
+    card's work alone. Without it a call takes what the slower of host and card takes, and a single one both.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    cycles = 2_000_000  # a millisecond
+    for _ in range(8):
+        if ahead:
+            torch.cuda._sleep(cycles)
+        start.record()
+        for _ in range(calls):
+            call()
+        is_ahead = not start.query()  # the card has not begun when the host is done
+        end.record()
+        end.synchronize()
+        if is_ahead or not ahead:
+            return start.elapsed_time(end) / 1e3 / calls
+        cycles *= 4
+    raise RuntimeError("timing: the host could not get ahead of the card; somebody else seems to be working")
+
+
+# How a call is timed, by device. alone: its latency; in_a_row: what it adds to a step, host or card, whichever takes
+# longer; saturated: the card's work, behind a queue that hides the host. A processor does its own work: all are one.
+CLOCKS: dict[str, dict[str, Clock]] = {
+    "cpu": dict.fromkeys(("alone", "in_a_row", "saturated"), timed),
+    "cuda": {
+        "alone": timed_on_cuda,
+        "in_a_row": partial(timed_on_cuda, calls=20),
+        "saturated": partial(timed_on_cuda, calls=8, ahead=True),
+    },
+}
 
 
 def rotation(make: Callable[[int], T], nbytes: int, device: str = "cpu") -> Iterator[T]:

@@ -6,7 +6,9 @@
 //   exp_avg    = fma(weight, g - exp_avg, from_gradient ? g : exp_avg)      torch's lerp
 //   exp_avg_sq = fma(square_weight * g, g, exp_avg_sq * beta2)
 //   param      = param * decay + (-step_size * exp_avg) / (sqrt(exp_avg_sq) / correction + eps)
-// and where g is not finite, nothing of this value changes.
+// and where g is not finite, nothing of this value changes. With moments of 8 bits, |g| < gone * |exp_avg| before the step
+// and drop that of exp_avg's code (kMomentDrop in format.h), exp_avg is the smaller in magnitude of the above and of
+//   before - drop * absmax
 #pragma once
 
 #include <cmath>
@@ -24,6 +26,7 @@ struct AdamW {
   float correction;     // sqrt(1 - beta2^step)
   float inverse_correction;
   float eps;
+  float gone;  // a gradient below this share of its exp_avg has ended: 4 (1 - beta1), at most a half
 };
 
 // step counts from 1.
@@ -40,7 +43,8 @@ inline AdamW adamw_numbers(double lr, double beta1, double beta2, double eps, do
           -static_cast<float>(lr / (1.0 - std::pow(beta1, t))),
           correction,
           1.0f / correction,
-          static_cast<float>(eps)};
+          static_cast<float>(eps),
+          static_cast<float>(beta1 > 0.875 ? 4.0 * (1.0 - beta1) : 0.5)};
 }
 
 }  // namespace nf4lora

@@ -131,13 +131,20 @@ inline void check_nf4_dequantize_out(const Tensor& qweight, const Tensor& out) {
   check_same_device(op, "out", out, qweight);
 }
 
-// absmax: float32, any shape, finite.
+// absmax: float32, any shape, finite: see check_absmax_quantized.
 inline void check_absmax_quantize(const Tensor& absmax) {
   check_dtype("absmax_quantize", "absmax", absmax, ScalarType::Float);
 }
 
-inline void fail_absmax_quantize_finite() {
-  require_value(false, "absmax_quantize: absmax must be finite, got NaN or Inf");
+// What absmax_quantize has made, [count] on the host, the offset last. Scales that are not finite make an offset that is
+// not; those of both signs may lie so far apart that their distance from the offset is more than a float32 holds.
+inline void check_absmax_quantized(const float* nested, int64_t count) {
+  require_value(std::isfinite(nested[count - 1]), "absmax_quantize: absmax must be finite, got NaN or Inf");
+  for (int64_t block = 0; block + 1 < count; ++block) {
+    require_value(std::isfinite(nested[block]),
+                  "absmax_quantize: absmax must lie within 3.4e38 of its mean, got values further away in block ", block,
+                  " (flat elements from ", block * kNestedBlocksize, ")");
+  }
 }
 
 inline int64_t nested_size(int64_t absmax_count) {

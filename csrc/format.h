@@ -125,9 +125,26 @@ static_assert(kSquareCode.value[0] == 0.0f && kSquareCode.value[254] < 1.0f);
 
 // The optimizer's moments in 8 bits: blocks of 256 values, each of which share one absmax per moment. exp_avg takes the
 // index of the nearest value of the signed map (kNestedCode), exp_avg_sq of the unsigned one (kSquareCode); a tie takes the
-// smaller magnitude, and what is not zero is never stored as zero, so that it keeps its sign and no root of a zero
-// divides a step.
+// smaller magnitude. An exp_avg_sq that is not zero is never stored as zero, so that no root of a zero divides a step.
 inline constexpr int kMomentBlocksize = 256;
+
+// An exp_avg whose gradient has ended shrinks by a factor of beta1 a step. Where two values of the map lie further apart
+// than that, the nearest is the one it had, and it would move its parameter for ever. So adamw.h takes at least this
+// share of absmax away, by code, with the sign of the code's value: half of what lies between it and the next smaller
+// magnitude, and a sixteenth more, so that the smaller one is nearer. Of float32 only the upper 16 bits are used.
+constexpr NestedCode moment_drop() {
+  NestedCode drop{};
+  for (int i = 0; i < 256; ++i) {
+    if (i == kNestedZero) continue;
+    const int smaller = i < kNestedZero ? i + 1 : i - 1;
+    const float half = (kNestedCode.value[i] - kNestedCode.value[smaller]) / 2;
+    const auto bits = __builtin_bit_cast(uint32_t, half * 1.0625f);
+    drop.value[i] = __builtin_bit_cast(float, bits & 0xFFFF0000u);
+  }
+  return drop;
+}
+inline constexpr NestedCode kMomentDrop = moment_drop();
+static_assert(kMomentDrop.value[255] < 1.0f / 256 && kMomentDrop.value[kNestedZero] == 0.0f);
 
 // Dropout keeps element i of a [M, K] matrix (i = row * K + column) when word i of Philox4x32-10 (Salmon et al.,
 // SC'11) is not below the threshold. Word i is word i % 4 of the block with counter (i / 4 as 64 bits, 0, 0) and the

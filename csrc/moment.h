@@ -9,10 +9,11 @@ namespace nf4lora {
 inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;  // upper 16 bits of 2^-22
 inline constexpr int kBuckets = 23 << 7;
 
-// What a map holds above zero, by position: value[k] for k = 1 ... top, and what lies half way to the next.
-// Nearest is the number of thresholds below a magnitude, plus one. Magnitudes of the same exponent and 7 bits of mantissa,
+// What a map holds from zero on, by position: value[k] for k = 0 ... top, and what lies half way to the next.
+// Nearest is the first position that is taken, plus the number of thresholds below a magnitude. Magnitudes of the same exponent and 7 bits of mantissa,
 // from 2^-22 on, are a bucket: no bucket holds two thresholds, so that one look-up and one addition find the nearest.
 struct Magnitudes {
+  int first;  // of the smallest magnitudes: 0, or 1 where only zero itself is stored as zero
   int top;
   float value[257];
   float threshold[257];  // between k and k + 1; beyond the top nothing is reached
@@ -21,13 +22,14 @@ struct Magnitudes {
   uint32_t bucket[kBuckets];
 };
 
-constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
+constexpr Magnitudes magnitudes(const NestedCode& code, int zero, int first) {
   Magnitudes table{};
+  table.first = first;
   table.top = 255 - zero;
   for (int k = 1; k <= table.top; ++k) table.value[k] = code.value[zero + k];
-  for (int k = 1; k < table.top; ++k) table.threshold[k] = (table.value[k] + table.value[k + 1]) / 2;
+  for (int k = first; k < table.top; ++k) table.threshold[k] = (table.value[k] + table.value[k + 1]) / 2;
   table.threshold[table.top] = 2.0f;
-  int k = 1;
+  int k = first;
   for (uint32_t i = 0; i < kBuckets; ++i) {  // smaller magnitudes belong to the first, which has no threshold
     const uint32_t threshold = __builtin_bit_cast(uint32_t, table.threshold[k]);
     const bool here = k < table.top && threshold >> 16 == kFirstBucket + i;
@@ -39,5 +41,7 @@ constexpr Magnitudes magnitudes(const NestedCode& code, int zero) {
   }
   return table;
 }
+constexpr Magnitudes signed_magnitudes() { return magnitudes(kNestedCode, kNestedZero, 0); }  // of exp_avg
+constexpr Magnitudes unsigned_magnitudes() { return magnitudes(kSquareCode, 0, 1); }          // of exp_avg_sq
 
 }  // namespace nf4lora

@@ -13,7 +13,7 @@ settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings 
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")
 
-KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16"]
+KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

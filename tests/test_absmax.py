@@ -134,6 +134,48 @@ def test_what_is_not_finite_is_refused(device, bad):
         ops.absmax_quantize(absmax)
 
 
+HUGE = torch.tensor(3.4e38).item()  # a float32
+
+
+@pytest.mark.parametrize("count", [2, 300, 700])
+def test_scales_too_far_apart_for_float32_are_refused(device, count, instruction_set):
+    """The mean of these is about -1.1e38, from which the positive ones are 4.5e38 away: no float32 holds that."""
+    absmax = torch.full((count,), -HUGE)
+    absmax[1::3] = HUGE
+    absmax[-1] = HUGE
+    absmax[:2] = torch.tensor([-HUGE, HUGE / 2])  # of two, neither lies too far away
+    if count == 2:
+        got, expected = ops.absmax_quantize(absmax.to(device)), reference.absmax_quantize(absmax)
+        assert torch.equal(got[0].cpu(), expected[0]) and torch.equal(got[1].cpu(), expected[1])
+        return
+    with pytest.raises(ValueError) as expected:
+        reference.absmax_quantize(absmax)
+    with pytest.raises(ValueError) as caught:
+        ops.absmax_quantize(absmax.to(device))
+    assert str(caught.value) == str(expected.value)
+    assert str(caught.value).startswith(
+        "absmax_quantize: absmax must lie within 3.4e38 of its mean, got values further"
+    )
+
+
+@given(st.lists(st.floats(-HUGE, HUGE, width=32) | st.sampled_from([-HUGE, HUGE]), min_size=1, max_size=300))
+def test_scales_of_both_signs_are_quantised_or_refused_as_the_reference_does(instruction_set, values):
+    absmax = torch.tensor(values)
+    got, expected = (what_becomes_of(absmax, each) for each in (ops, reference))
+    if isinstance(expected, str):
+        assert got == expected
+    else:
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        assert got[1].isfinite().all()
+
+
+def what_becomes_of(absmax, module):
+    try:
+        return module.absmax_quantize(absmax)
+    except ValueError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

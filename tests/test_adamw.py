@@ -190,7 +190,7 @@ def encoded(device, values):
 
 @pytest.mark.parametrize("map_", ["signed", "unsigned"])
 def test_thresholds_and_their_neighbours_are_rounded_to_the_nearest(device, instruction_set, map_):
-    code = torch.tensor(_C.NESTED_CODE)[128:] if map_ == "signed" else torch.tensor(_C.SQUARE_CODE)[1:]
+    code = torch.tensor(_C.NESTED_CODE)[127:] if map_ == "signed" else torch.tensor(_C.SQUARE_CODE)[1:]
     middle = (code[1:] + code[:-1]) / 2
     values = torch.cat([torch.nextafter(middle, torch.tensor(v)) for v in (0.0, 2.0)] + [middle, code])
     rows = -(-values.numel() // 255)
@@ -205,11 +205,11 @@ def test_thresholds_and_their_neighbours_are_rounded_to_the_nearest(device, inst
             assert_is(state, *both(state, grad.to(device), beta1=0.0, beta2=0.5))
 
 
-def test_what_is_not_zero_is_not_stored_as_zero_and_keeps_its_sign(device):
-    values = torch.tensor([1.0, -1e-9, 1e-9, 0.0, -0.0, -1e-30, 1e-38, -1.0, 1e-45])
+def test_a_second_moment_that_is_not_zero_is_not_stored_as_zero_and_a_first_keeps_its_sign(device):
+    values = torch.tensor([1.0, -1e-9, 1e-9, 0.0, -0.0, -1e-30, 1e-38, -1.0, 1e-45, 1e-6, -1e-6])
     state = encoded(device, values)
     stored = torch.tensor(_C.NESTED_CODE)[state.exp_avg.cpu().long()]
-    assert torch.equal(stored.sign(), values.sign())
+    assert torch.equal(stored.sign(), torch.where(values.abs() < 1e-7, 0.0, values.sign()))
     assert state.exp_avg[7] == 0 and state.exp_avg[0] == 255
     squares = values.square() * (1 - 0.999)
     assert torch.equal(state.exp_avg_sq.cpu() > 0, squares > 0)

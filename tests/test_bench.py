@@ -90,6 +90,55 @@ def test_rounds_fill_the_time_within_bounds(monkeypatch, each, rounds):
     assert len(timing.alternate({"a": int, "b": int}, seconds=1.0)["a"].seconds) == rounds
 
 
+class SlowHost:
+    """A card in simulated time: a call takes the host `host` seconds to ask for, and the card `card` to do."""
+
+    def __init__(self, monkeypatch, host, card):
+        self.now, self.free_at, self.host, self.card = 0.0, 0.0, host, card
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SlowHost.Event(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 2e9))
+
+    def work(self, seconds):
+        self.free_at = max(self.free_at, self.now) + seconds
+
+    def call(self):
+        self.now += self.host
+        self.work(self.card)
+
+    class Event:
+        def __init__(self, machine):
+            self.machine = machine
+
+        def record(self):
+            self.at = max(self.machine.free_at, self.machine.now)
+
+        def query(self):
+            return self.machine.now >= self.at
+
+        def synchronize(self):
+            self.machine.now = max(self.machine.now, self.at)
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize(("host", "card"), [(0.001, 0.0002), (0.0002, 0.001), (0.1, 0.001)])
+def test_clocks_of_a_card(monkeypatch, host, card):
+    found = {}
+    for name, clock in timing.CLOCKS["cuda"].items():
+        found[name] = clock(SlowHost(monkeypatch, host, card).call)
+    assert found["alone"] == pytest.approx(host + card)
+    assert found["in_a_row"] == pytest.approx(max(host, card), rel=0.06)  # of 20 calls the last, or the first
+    assert found["saturated"] == pytest.approx(card)
+
+
+def test_a_host_that_never_gets_ahead_is_an_error(monkeypatch):
+    machine = SlowHost(monkeypatch, 0.001, 0.001)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    with pytest.raises(RuntimeError, match="could not get ahead"):
+        timing.CLOCKS["cuda"]["saturated"](machine.call)
+
+
 def test_a_ratio_is_taken_within_a_round():
     # The machine slowed down threefold halfway: the ratio does not notice, the medians' would.
     ours, theirs = timing.Timing([1.0, 1.0, 3.0]), timing.Timing([2.0, 6.0, 6.0])

@@ -293,3 +293,14 @@ def test_half_a_state_of_8_bits_is_refused():
     message = "state must hold two moments of floats, or two of uint8, got torch.float32 and torch.uint8"
     assert str(caught.value) == f"PagedAdamW: {message}"
     assert_same(params, before)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_given_twice_is_refused():
+    p, q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    with pytest.raises(ValueError, match="^PagedAdamW: every parameter must be given once, got 1 more than once in a"):
+        PagedAdamW([p, q, p])
+    optimizer = PagedAdamW([q])
+    with pytest.raises(ValueError, match="given once"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1

@@ -65,6 +65,14 @@ def test_offset_tells_of_absmax_that_is_not_finite(bad):
     assert not torch.isfinite(Absmax("80").quantize(absmax)[1][-1])
 
 
+def test_nested_tells_of_absmax_too_far_apart():
+    absmax = torch.full((700,), -3.4e38)
+    absmax[300:400] = 3.4e38
+    nested = Absmax("80").quantize(absmax)[1]
+    assert torch.isfinite(nested[-1])
+    assert torch.isinf(nested[:-1]).tolist() == [False, True, False]
+
+
 def test_indices_are_64_bit():
     """The last block of 2^34 values: the pointers are moved back, so that only the end of each tensor is there."""
     ops, count, tail = Absmax("80"), 2**34 + 512, 512

@@ -33,6 +33,7 @@ class Numbers(ctypes.Structure):
         ("correction", ctypes.c_float),
         ("inverse_correction", ctypes.c_float),
         ("eps", ctypes.c_float),
+        ("gone", ctypes.c_float),
     ]
 
 
@@ -42,6 +43,7 @@ def numbers_of(lr, beta1, beta2, eps, weight_decay, step):
     return Numbers(
         weight - np.float32(1) if from_gradient else weight, bool(from_gradient), beta2, 1 - beta2,
         1 - lr * weight_decay, -np.float32(lr / (1 - beta1**step)), correction, np.float32(1) / correction, eps,
+        min(0.5, 4 * (1 - beta1)),
     )  # fmt: skip
 
 
@@ -132,6 +134,17 @@ def adamw(request):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_is_that_of_the_reference_on_every_architecture(adamw, dtype, bits):
     adamw.step([Case(size, dtype, bits) for size in (1, 256, 515)], dtype, bits)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.39, 0.41])
+@pytest.mark.parametrize("beta1", [0.5, 0.9, 0.99])
+def test_a_gradient_that_has_ended_lowers_its_moment(beta1, scale):
+    """Gradients of this share of their moments, of every code: above and below what counts as ended."""
+    codes = torch.arange(1024).remainder(256).to(torch.uint8)
+    grad = reference.moment_decode(codes, torch.ones(4), reference.nested_code()) * scale
+    case = Case(1024, grad=grad)
+    case.moments[0], case.moments[2][:, 0] = codes, 1.0
+    Adamw("90a").step([case], beta1=beta1)
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -228,21 +228,28 @@ def test_reading_what_nobody_wrote_is_found():
         device.empty(1, np.uint32).numpy()
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_reading_beside_a_kernel_that_has_not_ended_is_found(waits):
+@pytest.mark.parametrize(
+    ("waits", "load", "found"),
+    [
+        (True, "ld.global", None),
+        (False, "ld.global", "race: .* without griddepcontrol.wait"),
+        (True, "ld.global.nc", "ld.nc of global memory that the kernel before wrote, beside which this one started"),
+    ],
+)
+def test_reading_beside_a_kernel_that_has_not_ended_is_found(waits, load, found):
     def text(name, body):
         return f""".entry {name}(.param .u64 p0)
         {{ .reg .b64 %a; .reg .b32 %v; ld.param.u64 %a, [p0]; {body} ret; }}"""
 
     wait = "griddepcontrol.wait;" if waits else ""
     writes = "mov.b32 %v, 7; griddepcontrol.launch_dependents; st.global.u32 [%a], %v;"
-    device = Device(text("first", writes), text("second", f"{wait} ld.global.u32 %v, [%a];"))
+    device = Device(text("first", writes), text("second", f"{wait} {load}.u32 %v, [%a];"))
     buffer = device.empty(1, np.uint32)
     device.launch("first", 1, 1, [buffer])
     second = device.kernel("second")
     run = (second, buffer.address.to_bytes(8, "little"), Launch((1, 1, 1), (1, 1, 1), early=True))
-    if waits:
+    if found is None:
         device.run(*run)
     else:
-        with pytest.raises(PtxError, match=r"race: .* without griddepcontrol.wait"):
+        with pytest.raises(PtxError, match=found):
             device.run(*run)

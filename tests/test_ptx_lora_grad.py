@@ -30,7 +30,7 @@ class TallSkinny(ctypes.Structure):
         *[("threshold", ctypes.c_uint32), ("inner_scale", ctypes.c_float), ("outer_scale", ctypes.c_float)],
         *[("P", ctypes.c_void_p), ("G", ctypes.c_void_p), ("dtype_of_G", ctypes.c_int)],
         *[("G_is_transposed", ctypes.c_bool), ("workspace", ctypes.c_void_p)],
-        *((name, ctypes.c_int64) for name in ("M", "D", "R")),
+        *((name, ctypes.c_int64) for name in ("M", "D", "R", "most_inner")),
     ]
 
 
@@ -40,7 +40,19 @@ class Grad:
         self.device.late_copies = late_copies
         self.launchers = Launchers(self.device)
 
-    def run(self, M, D, R, dtype=torch.bfloat16, which="both", dropout=0.0, F=(0, False), G=(0, False), offset=0):
+    def run(
+        self,
+        M,
+        D,
+        R,
+        dtype=torch.bfloat16,
+        which="both",
+        dropout=0.0,
+        F=(0, False),
+        G=(0, False),
+        offset=0,
+        most_inner=64 << 20,
+    ):
         """Checks a product against float64 and returns what was written."""
         draw = torch.Generator().manual_seed(M + D + R)
         Z, L = (torch.randn(M, columns, generator=draw).to(dtype) for columns in (D, R))
@@ -51,14 +63,15 @@ class Grad:
         as_numpy = [np.float32, np.uint16, np.uint16]
         P = self.device.empty(M * R, np.uint16)
         g = self.device.empty(D * R, as_numpy[G[0]])
-        floats = self.launchers.tall_skinny_workspace(M, D, R, int(inner), int(outer), result=ctypes.c_int64)
         arguments = TallSkinny(
             dtype=DTYPES.index(dtype), Z=upload(Z, offset), F=upload(factor.T if F[1] else factor), dtype_of_F=F[0],
             F_is_transposed=F[1], L=upload(L), seed=upload(seed) if dropout else None,
             threshold=int(dropout * 2**32 + 0.5), inner_scale=1.25, outer_scale=0.5, P=P.address if inner else None,
             G=g.address if outer else None, dtype_of_G=G[0], G_is_transposed=G[1],
-            workspace=self.device.empty(floats, np.float32).address, M=M, D=D, R=R,
+            M=M, D=D, R=R, most_inner=most_inner,
         )  # fmt: skip
+        floats = self.launchers.tall_skinny_workspace(ctypes.pointer(arguments), result=ctypes.c_int64)
+        arguments.workspace = self.device.empty(floats, np.float32).address
         said = self.launchers.tall_skinny(ctypes.pointer(arguments), None)
         if said:
             return said
@@ -145,12 +158,31 @@ def test_what_it_cannot_take_is_refused_before_a_launch(case, why):
     assert grad.launchers.launches == []
 
 
-def test_rows_are_as_many_as_the_grid_holds():
-    launchers, most = Grad().launchers, 65535 * 256
-    say = lambda M: launchers.tall_skinny(ctypes.pointer(TallSkinny(dtype=1, M=M, D=8)), None)  # noqa: E731
-    assert say(most) is None  # nothing to do, R = 0, but taken
-    assert say(most + 1) == "more rows than the grid of tall and skinny products holds"
-    assert launchers.launches == []
+@pytest.mark.parametrize("R", [16, 64, 256])
+@pytest.mark.parametrize("D", [576, 4096, 14336])
+def test_work_space_is_small_for_any_number_of_rows(D, R):
+    launchers = Grad().launchers
+    for M in (1, 2048, 32768, 2**20, 2**24):
+        products = TallSkinny(dtype=1, P=16, G=16, M=M, D=D, R=R, most_inner=64 << 20)
+        space = 4 * launchers.tall_skinny_workspace(ctypes.pointer(products), result=ctypes.c_int64)
+        strip = 4 * -(-D // 256) * R * max(256, -(-M // 512) * 16)
+        assert space <= max(64 << 20, strip) + 32 * 4 * D * R
+
+
+@pytest.mark.parametrize("which", ["inner", "both"])
+def test_little_work_space_takes_several_launches(which):
+    M, D, R = 3 * 256 + 40, 264, 5
+    at_once, in_turn = Grad(), Grad()
+    whole = at_once.run(M, D, R, which=which, dropout=0.2)
+    parts = in_turn.run(M, D, R, which=which, dropout=0.2, most_inner=4 * 2 * R * 600)  # two strips of 256 rows
+    assert (len(at_once.launchers.launches), len(in_turn.launchers.launches)) == (2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_strips_grow_with_the_rows():
+    grad = Grad()
+    grad.run(32 * 256 + 40, 8, 3, dropout=0.2)  # strips of 272 rows, of which the last has 72
+    assert len(grad.launchers.launches) == 2
 
 
 def test_launch_error_is_reported():
@@ -174,7 +206,7 @@ def test_indices_are_64_bit():
             device.upload(bits(Z)).address - 2 * (M - rows) * D, device.upload(bits(F)),
             device.upload(bits(L)).address - 2 * (M - rows) * R, device.upload(bits(seed)),
             inner.address - 4 * (5 * M - rows) * R, outer.address - 4 * 65534 * D * R,
-            M, D, R, 0, int(dropout * 2**32 + 0.5), 0, 0,
+            0, M, D, R, 256, 0, int(dropout * 2**32 + 0.5), 0, 0,
         ]),
         Launch((5, 65535, 5), (128, 1, 1), only_last=True),
     )  # fmt: skip

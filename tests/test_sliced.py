@@ -1,9 +1,6 @@
-"""lora_linear with slices of W, called directly on CPU tensors; of a card's streams the order alone is simulated."""
+"""lora_linear with slices of W, called directly on CPU tensors."""
 
-import contextlib
 import math
-from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,13 +125,27 @@ def test_a_part_of_W_is_that_of_nf4_dequantize(blocksize, double_quant):
         assert torch.equal(out, W[2:7, 1056:1152])
 
 
-def test_two_buffers_take_turns():
+def test_slices_share_one_buffer():
     _, _, arguments, _ = layer(torch.bfloat16)
     rectangles = [sliced.Rectangle(slice(n, min(n + 64, N)), slice(0, K)) for n in range(0, N, 64)]
-    parts = sliced.unpacked(packed_of(arguments), rectangles, torch.empty(0, dtype=torch.bfloat16))
-    places = [W.data_ptr() for _, W in parts]
-    assert places[0] == places[2] != places[1] == places[3]
+    parts = list(sliced.unpacked(packed_of(arguments), rectangles, torch.empty(0, dtype=torch.bfloat16)))
+    assert [rectangle for rectangle, _ in parts] == rectangles
+    assert len({W.data_ptr() for _, W in parts}) == 1
     assert list(sliced.unpacked(packed_of(arguments), [], torch.empty(0))) == []
+
+
+@pytest.mark.parametrize(
+    ("N", "K"),
+    [(4096, 14336), (18944, 3584), (11008, 4096), (2048, 5632), (28672, 8192), (8192, 28672), (128256, 2048)],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_layer_of_a_large_model_is_one_slice(N, K, direction):
+    length, other = (N, K) if direction == "forward" else (K, N)
+    assert len(sliced._parts(length, other * 2)) == 1
+
+
+def test_what_is_larger_than_a_slice_is_cut(monkeypatch):
+    assert len(sliced._parts(128256, 8192 * 2)) == 4  # 2.1 GB in 16 bits
 
 
 def test_without_rows_W_is_not_unpacked(monkeypatch):
@@ -213,99 +224,3 @@ def test_arguments_are_checked_in_the_words_of_the_other_kernels():
             sliced.lora_linear(x, bias=bias, **{**arguments, **change})
         with pytest.raises(kind, match=message.replace("lora_linear:", "lora_linear_backward:")):
             sliced.lora_linear_backward(dy, x, x.new_empty(M, R), need_dx=True, **{**arguments, **change})
-
-
-class Stream:
-    """A CUDA stream that runs nothing. Its clock says how much of each stream's work comes before what it gets next."""
-
-    def __init__(self, card):
-        self.card, self.clock = card, Counter()
-
-    def record_event(self):
-        return Counter(self.clock)
-
-    def wait_event(self, event):
-        self.card.waits += 1
-        if self.card.waits != self.card.skip:
-            self.clock |= event  # of each stream the later
-
-    def wait_stream(self, other):
-        self.wait_event(other.clock)
-
-
-class Card:
-    """Two streams, and which of their work touches one place without an order. Wait number `skip` does nothing."""
-
-    def __init__(self, monkeypatch, skip=None):
-        self.current, self.beside = Stream(self), Stream(self)
-        self.running, self.waits, self.skip = self.current, 0, skip
-        self.done, self.races = [], []
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-        monkeypatch.setattr(sliced, "_stream_beside", lambda device: self.beside)
-        monkeypatch.setattr(sliced, "unpack", lambda p, r, out: self.work(f"unpack {r.n.start // 64}", "W", out))
-
-    @contextlib.contextmanager
-    def on(self, stream):
-        before, self.running = self.running, stream
-        yield
-        self.running = before
-
-    def work(self, what, *touched):
-        places = {place if isinstance(place, str) else place.data_ptr() for place in touched}
-        self.races += [(name, what) for name, other, _ in self.done if other & places and not self.is_over(name)]
-        self.running.clock[self.running] += 1
-        self.done.append((what, places, (self.running, self.running.clock[self.running])))
-
-    def is_over(self, what):
-        """Whether it comes before what the stream in use gets next; None if it was not asked for yet."""
-        return next((self.running.clock[s] >= time for name, _, (s, time) in self.done if name == what), None)
-
-    def multiply_slices(self, products=4):
-        """Four slices of W; after so many products the caller fails."""
-        self.work("pack", "W")
-        like = SimpleNamespace(is_cuda=True, device="cuda:0", new_empty=torch.empty)
-        rectangles = [sliced.Rectangle(slice(n, n + 64), slice(0, K)) for n in range(0, 256, 64)]
-        packed = sliced.Packed(torch.empty(256, K // 2), torch.empty(256, K // 64), None, 64)
-        parts, buffers, overlap = sliced.unpacked(packed, rectangles, like), [], []
-        for i, (_, W) in enumerate(parts):
-            buffers.append(W)
-            if i == products:
-                break
-            overlap.append(self.is_over(f"unpack {i + 1}") is False)
-            self.work(f"multiply {i}", W)
-        parts.close()
-        self.work("free", "W", *buffers)
-        return overlap
-
-
-@pytest.mark.parametrize("products", range(5))
-def test_streams_agree_on_the_order_of_what_touches_a_buffer(monkeypatch, products):
-    card = Card(monkeypatch)
-    card.multiply_slices(products)
-    assert card.races == []
-
-
-def test_the_next_slice_is_unpacked_beside_a_product(monkeypatch):
-    assert Card(monkeypatch).multiply_slices() == [True, True, True, False]
-
-
-# The waits of four slices: the fork's, then each product's for its slice, before it that of a slice for the product
-# which had its buffer; after an error the join's, which comes last.
-@pytest.mark.parametrize(
-    ("skip", "products", "race"),
-    [
-        (1, 4, ("pack", "unpack 0")),
-        (2, 4, ("unpack 0", "multiply 0")),
-        (3, 4, ("multiply 0", "unpack 2")),
-        (4, 4, ("unpack 1", "multiply 1")),
-        (5, 4, ("multiply 1", "unpack 3")),
-        (6, 4, ("unpack 2", "multiply 2")),
-        (7, 4, ("unpack 3", "multiply 3")),
-        (5, 1, ("unpack 2", "free")),
-    ],
-)
-def test_no_wait_can_be_left_out(monkeypatch, skip, products, race):
-    card = Card(monkeypatch, skip)
-    card.multiply_slices(products)
-    assert race in card.races

@@ -79,6 +79,44 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path, rows, words):
         prepared(file_of(tmp_path, *rows), "--max_length", "64")
 
 
+def test_rows_that_cannot_be_used_are_all_counted_or_left_out(tmp_path):
+    rows = [chat(), {"text": "x"}, chat(), {"messages": [{"role": "bot", "content": "x"}]}, chat()]
+    path = file_of(tmp_path, *rows)
+    with pytest.raises(RunError, match=r"2 of 5 rows cannot be used:\s.*line 2: .*\s.*line 4: .*role must be"):
+        prepared(path)
+    data = prepared(path, "--skip_bad_rows")
+    assert len(data.train.input_ids) == 3
+    assert any("2 of 5 rows" in note and "left out" in note and "line 2" in note for note in data.notes)
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    with pytest.raises(RunError, match="3 of 6 rows cannot be used"):
+        prepared(path)
+    assert any("3 of 6 rows" in note for note in prepared(path, "--skip_bad_rows").notes)
+    parts = hold_out(Table("d", [{"i": i} for i in range(4)], range(4), bad=["line 9"]), 1, seed=1)
+    assert [part.bad for part in parts] == [["line 9"], []]  # counted once
+    with pytest.raises(RunError, match="cannot be used"):
+        prepared(file_of(tmp_path, {"messages": 3}, {"messages": 4}), "--skip_bad_rows")
+
+
+def test_rows_that_the_template_refuses_are_counted_too(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    long = {"messages": chat()["messages"] * 2}
+    path = file_of(tmp_path, long, chat(), long)
+    with pytest.raises(RunError, match=r"2 of 3 rows cannot be used:\s.*line 1: .*too long.*\s.*line 3"):
+        prepared(path, tokenizer=tokenizer)
+    assert len(prepared(path, "--skip_bad_rows", tokenizer=tokenizer).train.input_ids) == 1
+
+
+def test_tokenising_says_how_far_it_is(tmp_path):
+    config = parse_arguments(["--model", "m", "--data", file_of(tmp_path, *[chat()] * 3)])
+    said = []
+    prepare_data(config, tiny_tokenizer(), read(config)[:2], [], said.append)
+    assert said[0].endswith("d.jsonl: 0 of 3 rows")
+
+
 def test_row_whose_answer_the_template_hides_is_named(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | upper")

@@ -26,6 +26,8 @@ def converted(row, wanted="auto"):
         ({"messages": TURNS}, "messages"),
         ({"messages": json.dumps(TURNS)}, "messages"),
         ({"conversations": TURNS}, "messages"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["hi", "ho"]}}, "messages"),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["hi", "ho"]}}, "sharegpt"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, "sharegpt"),
         ({"instruction": "hi", "output": "ho"}, "alpaca"),
         ({"instruction": "hi", "input": "", "output": "ho"}, "alpaca"),

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.rows import read_directory, read_file, read_hub
+from nf4lora.train.folders import read_directory
+from nf4lora.train.rows import read_file, read_hub
 
 ROWS = [{"text": "one"}, {"text": "zwei ä"}]
 
@@ -32,10 +33,65 @@ def lines(rows):
         ("a.csv", "text\none\nzwei ä\n"),
         ("a.csv", '\ufefftext\r\n"one"\r\nzwei ä\r\n'),
         ("a.txt", "one\n\nzwei ä"),
+        ("a.csv", "id;text\n1;one\n2;zwei ä\n"),
+        ("a.csv", "id\ttext\n1\tone\n2\tzwei ä\n"),
+        ("a.csv", "\ufeffsep=;\r\nid;text\r\n1;one\r\n2;zwei ä\r\n"),
+        ("a.tsv", "text\tid\none\t1\nzwei ä\t2\n"),
+        ("a.json", json.dumps({"text": ["one", "zwei ä"]})),
+        ("a.json", json.dumps({"text": {"0": "one", "1": "zwei ä"}})),
+        ("a.json", json.dumps({"columns": ["text"], "index": [0, 1], "data": [["one"], ["zwei ä"]]})),
+        ("a.json", json.dumps({"rows": [{"row_idx": i, "row": row} for i, row in enumerate(ROWS)]})),
+        ("a.json", json.dumps({"version": 1, "train": ROWS})),
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path, name, content):
-    assert list(read_file(written(tmp_path / name, content)).rows) == ROWS
+    rows = read_file(written(tmp_path / name, content)).rows
+    assert [{"text": row["text"]} for row in rows] == ROWS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}], "tools": []},
+        {"text": "a"},
+    ],
+)
+def test_json_file_of_one_row_is_one_row(tmp_path, row):
+    assert list(read_file(written(tmp_path / "a.json", json.dumps(row))).rows) == [row]
+
+
+def test_columns_of_conversations_become_rows(tmp_path):
+    one, two = ([{"role": "user", "content": each}] for each in "ab")
+    table = read_file(written(tmp_path / "a.json", json.dumps({"messages": [one, two], "id": [1, 2]})))
+    assert list(table.rows) == [{"messages": one, "id": 1}, {"messages": two, "id": 2}]
+    assert table.note == "read by columns"
+
+
+def test_comma_stays_where_the_header_has_one_column(tmp_path):
+    table = read_file(written(tmp_path / "a.csv", 'text\n"a;b"\nc;d\n'))
+    assert [row["text"] for row in table.rows] == ["a;b", "c;d"]
+    assert table.note == ""
+
+
+def test_line_numbers_count_the_line_that_names_the_separator(tmp_path):
+    table = read_file(written(tmp_path / "a.csv", "sep=;\nid;text\n1;one\n"))
+    assert table.where(0).endswith("line 3")
+
+
+def test_all_bad_lines_are_counted_and_the_first_are_shown(tmp_path):
+    content = "".join('{"text": "a"}\n' if i % 2 else "{broken\n" for i in range(20))
+    with pytest.raises(RunError) as error:
+        read_file(written(tmp_path / "a.jsonl", content))
+    said = str(error.value)
+    assert said.startswith("10 of 20 rows cannot be used:")
+    assert "line 1 " in said and "line 9 " in said and "line 11 " not in said
+    assert "and 5 more" in said and "--skip_bad_rows trains on the other 10 rows" in said
+    table = read_file(tmp_path / "a.jsonl", skip_bad=True)
+    assert (len(table.rows), len(table.bad), table.where(0)) == (10, 10, f"{tmp_path / 'a.jsonl'}: line 2")
+    with pytest.raises(RunError, match="2 of 2 rows cannot be used"):
+        read_file(written(tmp_path / "b.jsonl", "{\n{\n"), skip_bad=True)
 
 
 def test_parquet_gives_the_same_rows(tmp_path):
@@ -70,6 +126,9 @@ def test_csv_keeps_line_breaks_in_quotes_and_counts_lines(tmp_path):
         ("a.csv", "a,a\n1,2\n", "column twice"),
         ("a.csv", "a,b\n", "no rows"),
         ("a.parquet", "not parquet", "not a readable parquet file"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2 is not valid JSON .*too deeply"),
+        ("a.jsonl", '{"text": ' + "1" * 5_000 + "}\n", "line 1 is not valid JSON .*digits"),
+        ("a.json", json.dumps({"text": ["a", "b"], "id": [1]}), r"of one length, got \[1, 2\]"),
     ],
 )
 def test_defect_is_named_with_its_line(tmp_path, name, content, words):
@@ -80,6 +139,11 @@ def test_defect_is_named_with_its_line(tmp_path, name, content, words):
 def test_unknown_ending_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"must be one of \.jsonl"):
         read_file(written(tmp_path / "a.xml", "<a/>"))
+
+
+def test_packed_file_is_named_as_one(tmp_path):
+    with pytest.raises(UsageError, match="unpack it first"):
+        read_file(written(tmp_path / "a.jsonl.gz", b"x"))
 
 
 def test_unreadable_file_is_named(tmp_path):

@@ -1,6 +1,8 @@
 """PagedAdamW over the pager of CUDA, on a fake device: whatever the paging, the result is that of an arena in RAM."""
 
+import copy
 import ctypes
+import weakref
 
 import pytest
 import torch
@@ -150,6 +152,30 @@ def test_a_step_out_of_memory_evicts_and_is_taken(fake, monkeypatch):
     assert_same(params, optimizer, *expected)
 
 
+def test_what_was_copied_before_memory_ran_out_is_gone_when_the_step_is_tried_again(fake, monkeypatch):
+    if fake.mode == "streamed":
+        pytest.skip("nothing can be evicted, so nothing is tried again")
+    params = parameters(torch.bfloat16)
+    optimizer = PagedAdamW(params, lr=1e-2)
+    train(params, optimizer, range(1))
+    copies = []
+
+    def short(p, grad):
+        if len(copies) == 3:
+            copies.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(copies) == 4:
+            copies.append([each() is None for each in copies[:3]])
+        copy = grad.clone()
+        if len(copies) < 3:
+            copies.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(optim, "gradient_of", short)
+    train(params, optimizer, range(1, 2))
+    assert copies[4] == [True, True, True]
+
+
 def test_memory_that_others_take_in_mid_training_changes_no_bit(fake, monkeypatch):
     expected = in_ram(monkeypatch, 32)
     params = parameters()
@@ -194,6 +220,111 @@ def test_an_error_of_the_device_reaches_the_caller(fake):
     with pytest.raises(RuntimeError, match="PagedAdamW: cudaEventRecord must succeed, got: out of memory"):
         train(params, optimizer, range(1, 2))
     del optimizer
+
+
+# ---- shards on a mesh of another device than their state: streamed under FSDP2, it lies on the host, the mesh on cards
+
+
+@pytest.fixture
+def mesh():
+    """Of the device meta, to which DTensor.from_local copies what lies on the CPU, as it does to a card."""
+    distributed = pytest.importorskip("torch.distributed", reason="torch was built without distributed")
+    if not distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("meta", (2,))
+    distributed.destroy_process_group()
+
+
+def shard(tensor, mesh):
+    """The first of two shards along rows, as FSDP2 offers it, with its memory on the CPU."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    sizes = (2 * len(tensor), *tensor.shape[1:])
+    likeness = DTensor.from_local(
+        tensor.to("meta"), mesh, [Shard(0)], run_check=False, shape=sizes, stride=tensor.stride()
+    )
+    return DTensor(tensor, likeness._spec, requires_grad=False)
+
+
+def sharded_and_plain(mesh, bits, steps=3, **options):
+    """A shard and a plain tensor of its values, each trained by an optimizer of its own."""
+    value = torch.randn(301, 70, generator=torch.Generator().manual_seed(1))
+    params = [torch.nn.Parameter(shard(value.clone(), mesh)), torch.nn.Parameter(value.clone())]
+    optimizers = [PagedAdamW([p], lr=1e-2, bits=bits, **options) for p in params]
+    step_both(params, optimizers, mesh, range(steps))
+    return params, optimizers
+
+
+def step_both(params, optimizers, mesh, steps):
+    for step in steps:
+        grad = torch.randn(301, 70, generator=torch.Generator().manual_seed(100 + step))
+        params[0].grad, params[1].grad = shard(grad.clone(), mesh), grad
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_shown_state_is_the_plain_ones(params, optimizers):
+    assert torch.equal(params[0].to_local(), params[1])
+    shown, plain = (each.state_dict()["state"][0] for each in optimizers)
+    assert shown["step"] == plain["step"] > 0
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert shown[name].shape == params[0].shape and shown[name].placements == params[0].placements
+        assert torch.equal(shown[name].to_local(), plain[name]), name
+    if "absmax" in plain:
+        blocks = len(plain["absmax"])
+        assert torch.equal(shown["absmax"].to_local()[:blocks], plain["absmax"])
+        assert len(shown["absmax"]) == 2 * len(shown["absmax"].to_local())
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_state_shown_of_a_shard_is_the_one_that_steps_change(fake, mesh, bits):
+    params, optimizers = sharded_and_plain(mesh, bits)
+    assert optimizers[0].stats()["mode"] == fake.mode
+    assert_shown_state_is_the_plain_ones(params, optimizers)
+    kept = optimizers[0].state[params[0]]["exp_avg"]
+    before = kept.to_local().clone()
+    step_both(params, optimizers, mesh, range(3, 4))
+    optimizers[0].synchronize()
+    assert not torch.equal(kept.to_local(), before)
+    assert optimizers[0].state[params[0]]["exp_avg"] is kept
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_shards_state_in_host_memory_is_shown_as_it_is(mesh, monkeypatch, bits):
+    """A parameter that FSDP2 has offloaded lies on the CPU, its mesh does not."""
+    assert_shown_state_is_the_plain_ones(*sharded_and_plain(mesh, bits))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_shards_saved_state_is_loaded_into_its_arena(fake, mesh, bits):
+    params, optimizers = sharded_and_plain(mesh, bits)
+    saved = copy.deepcopy({key: value.to_local() for key, value in shown_tensors(optimizers[0], params[0]).items()})
+    resumed = PagedAdamW([params[0]], lr=1e-2, bits=bits)
+    step = optimizers[0].state[params[0]]["step"]
+    resumed.load_state_dict(
+        {"state": {0: {"step": step, **saved}}, "param_groups": optimizers[0].state_dict()["param_groups"]}
+    )
+    step_both(params, [resumed, optimizers[1]], mesh, range(3, 5))
+    assert_shown_state_is_the_plain_ones(params, [resumed, optimizers[1]])
+
+
+def shown_tensors(optimizer, p):
+    optimizer.synchronize()
+    return {name: value for name, value in optimizer.state[p].items() if name != "step"}
+
+
+def test_a_tensor_that_is_a_copy_of_the_arena_is_refused(fake):
+    if fake.mode == "streamed":
+        pytest.skip("its tensors lie in host memory")
+    arena = optim.arena_of(torch.device("cpu"), 1 << 16, None, "managed")
+    arena._on_card = lambda address, size: type(arena)._on_card(arena, address, size).clone()
+    with pytest.raises(RuntimeError, match="^PagedAdamW: a tensor over the state on cpu must lie where the state does"):
+        arena.tensor((0, 4096), torch.float32)
+    del arena._on_card  # which keeps the arena
 
 
 # ---- on a real card: the state stays far below what is free, and moves by explicit prefetches

@@ -1,5 +1,11 @@
 #include "instruction_set.h"
 
+#if defined(NF4LORA_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,17 +18,49 @@ struct Candidate {
   bool available;
 };
 
+#if defined(NF4LORA_AMX)
+// Whether the processor has it and the system lets this process use its registers, which must be asked for once.
+bool amx_is_permitted() {
+  static const bool permitted = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return permitted;
+}
+
+// Those of AVX512-BF16, but for products of bfloat16 matrices. Built here: whoever looks for a name may do so on a
+// processor without either.
+const Loops& loops_amx() {
+  static const Loops table = [] {
+    Loops loops = loops_avx512bf16();
+    loops.name = "amx";
+    loops.gemm[static_cast<int>(Dtype::bf16)] = &gemm_amx();
+    return loops;
+  }();
+  return table;
+}
+#endif
+
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return {{loops_scalar, true},
-          {loops_avx2, avx2},
-          {loops_avx512, avx512},
-          // VBMI is in all processors with BF16 but the first, Cooper Lake.
-          {loops_avx512bf16, avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")}};
+  // VBMI is in all processors with BF16 but the first, Cooper Lake.
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  return {
+      {loops_scalar, true},
+      {loops_avx2, avx2},
+      {loops_avx512, avx512},
+      {loops_avx512bf16, bf16},
+#if defined(NF4LORA_AMX)
+      {loops_amx, bf16 && amx_is_permitted()},
+#endif
+  };
 #else
   return {{loops_scalar, true}};
 #endif

@@ -35,7 +35,7 @@ class Tiles {
         rows_(rows),
         depth_(depth),
         steps_((depth + gemm.step - 1) / gemm.step),
-        stride_((steps_ + 1) * gemm.rows),
+        stride_(((steps_ + gemm.tile_steps - 1) / gemm.tile_steps * gemm.tile_steps + 1) * gemm.rows),
         memory_(count() * stride_) {
     torch::stable::parallel_for(0, count(), 1 + 4096 / (depth + 1), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -111,6 +111,7 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
     const int64_t together = order == Order::depth ? strips.count() : 1;
     Scratch<float> sums(together * strip_sums);
     Scratch<uint32_t> panel(chunk / gemm.step * gemm.max_lanes), room(room_size);
+    const Entered entered(gemm);
     for (int64_t group = 0; group < strips.count(); group += together) {
       for (int64_t k = 0; k == 0 || k < tiles.depth(); k += chunk) {
         const int64_t depth = std::min(tiles.depth() - k, chunk), steps = (depth + gemm.step - 1) / gemm.step;
@@ -168,6 +169,7 @@ class Panels {
     const auto round = rounded_into(gemm_, tiles, out, first_row, scale);
     torch::stable::parallel_for(0, tiles.count(), 1 + 8192 / (steps_ + 1), [&](int64_t begin, int64_t end) {
       Scratch<float> sums(gemm_.rows * gemm_.max_lanes);
+      const Entered entered(gemm_);
       for (int64_t tile = begin; tile < end; ++tile) {
         for (int64_t first = 0; first < columns_; first += gemm_.max_lanes) {
           const Strip strip{first, std::min<int64_t>(lanes(first), columns_ - first), lanes(first)};

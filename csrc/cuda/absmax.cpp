@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
 #include "launch.h"
@@ -12,7 +12,7 @@
 namespace nf4lora::cuda {
 namespace {
 
-// Waits for the device once, as nf4_quantize does and for its reason: the offset is finite only where all of absmax is.
+// Waits for the device once, as nf4_quantize does and for its reason: nested tells what cannot be quantised.
 std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
   check_absmax_quantize(absmax);
   const OnDeviceOf device(absmax);
@@ -27,9 +27,10 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
                    absmax_quantize(static_cast<const float*>(input.const_data_ptr()),
                                    static_cast<uint8_t*>(absmax_q.mutable_data_ptr()), values,
                                    static_cast<double*>(block_sums.mutable_data_ptr()), count, device.stream()));
-  float offset = 0.0f;
-  require_launched("absmax_quantize", read(&offset, values + nested_count - 1, sizeof(offset), device.stream()));
-  if (!std::isfinite(offset)) fail_absmax_quantize_finite();
+  std::vector<float> made(static_cast<size_t>(nested_count));
+  const int64_t bytes = nested_count * static_cast<int64_t>(sizeof(float));
+  require_launched("absmax_quantize", read(made.data(), values, bytes, device.stream()));
+  check_absmax_quantized(made.data(), nested_count);
   return {absmax_q, nested};
 }
 

@@ -7,7 +7,6 @@
 #include "launch.h"
 #include "moment.cuh"
 #include "vector.cuh"
-#include "warp.cuh"
 
 namespace nf4lora::cuda {
 namespace {
@@ -56,6 +55,12 @@ struct Moments {
 __device__ __forceinline__ Moments moments_of(const AdamW& step, float g, Moments before) {
   return {__fmaf_rn(step.weight, __fsub_rn(g, before.first), step.from_gradient ? g : before.first),
           __fmaf_rn(__fmul_rn(step.square_weight, g), g, __fmul_rn(before.second, step.beta2))};
+}
+// exp_avg in 8 bits, so that it goes down where its gradient has ended; drop: that of its code, times absmax.
+__device__ __forceinline__ float first_of(const AdamW& step, float g, float before, float drop, float first) {
+  const float lowered = __fsub_rn(before, drop);
+  const bool ended = fabsf(g) < __fmul_rn(fabsf(before), step.gone);
+  return ended && fabsf(lowered) < fabsf(first) ? lowered : first;
 }
 // sqrt.rn and div.rn, and for numbers within Ordinary what nvcc makes of the two, on every architecture, between its
 // branches: a seed and its corrections. Without the branches, the values of a lane overlap.
@@ -182,8 +187,6 @@ __device__ __forceinline__ float largest_of_warp(float value) {
   return value;
 }
 
-constexpr int kPerLane = kMomentBlocksize / kWarp;
-
 // The eight values of a lane from memory: as vectors of 16 bytes, or one by one up to `count`; zeros beyond.
 template <typename T>
 __device__ __forceinline__ void load_lane(const T* from, int count, bool aligned, T (&to)[kPerLane]) {
@@ -219,40 +222,11 @@ __device__ __forceinline__ void store_lane(T* to, int count, bool aligned, const
   }
 }
 
-// The eight codes of a lane, as two words.
-struct Codes {
-  uint32_t word[kPerLane / 4];
-
-  __device__ __forceinline__ uint32_t operator[](int i) const { return word[i / 4] >> i % 4 * 8 & 255; }
-};
-__device__ __forceinline__ Codes load_codes(const uint8_t* from, int count, bool aligned, uint8_t nothing) {
-  if (aligned && count == kPerLane) {
-    const auto words = *reinterpret_cast<const Vector<uint32_t, 2>*>(from);
-    return {words.value[0], words.value[1]};
-  }
-  Codes codes{};
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    codes.word[i / 4] |= static_cast<uint32_t>(i < count ? from[i] : nothing) << i % 4 * 8;
-  }
-  return codes;
-}
-__device__ __forceinline__ void store_codes(uint8_t* to, int count, bool aligned, const Codes& codes) {
-  if (aligned && count == kPerLane) {
-    *reinterpret_cast<Vector<uint32_t, 2>*>(to) = {{codes.word[0], codes.word[1]}};
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (i < count) to[i] = static_cast<uint8_t>(codes[i]);
-  }
-}
-
 // Formula   adamw.h with moments decoded from 8 bits, and rounded to the nearest value of their map again
 // Threads   one warp per block of 256 values, eight neighbours a lane; blocks of threads stay for one piece after the
 //           other, so that they copy the tables once
 // Assumes   a tensor, or a part of one, that begins with a block; the last block may be short
-// Bound     instructions, 89 a value on Hopper, four of them look-ups; memory, 16.1 bytes a value (10.1 for 16-bit
+// Bound     instructions, 89 a value on Hopper and what first_of adds, five of them look-ups; memory, 16.1 bytes a value (10.1 for 16-bit
 //           parameters), is close behind
 constexpr int kBlocksAtOnce = 3;  // of threads on a multiprocessor
 template <typename T>
@@ -292,15 +266,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
       moments[i] = {__fmul_rn(tables.signed_value[first_codes[i]], first_absmax),
                     __fmul_rn(tables.unsigned_value[second_codes[i]], second_absmax)};
     }
+    const auto next = [&](int i) {
+      Moments after = moments_of(step, gradient[i], moments[i]);
+      const float drop = __fmul_rn(tables.drop[first_codes[i]], first_absmax);
+      after.first = first_of(step, gradient[i], moments[i].first, drop, after.first);
+      return after;
+    };
     uint32_t stay = 0;  // a bit for each value whose gradient is not finite
     if (small) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) moments[i] = moments_of(step, gradient[i], moments[i]);
+      for (int i = 0; i < kPerLane; ++i) moments[i] = next(i);
     } else {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (fabsf(gradient[i]) < INFINITY) {
-          moments[i] = moments_of(step, gradient[i], moments[i]);
+          moments[i] = next(i);
           moments[i].first = fmaxf(fminf(moments[i].first, kMostFloat), -kMostFloat);  // an infinite absmax is none
           moments[i].second = fminf(moments[i].second, kMostFloat);
         } else {

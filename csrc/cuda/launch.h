@@ -74,11 +74,13 @@ struct TallSkinny {
   bool G_is_transposed;  // G is [R, D]
   float* workspace;      // [tall_skinny_workspace()]
   int64_t M, D, R;
+  int64_t most_inner = int64_t{64} << 20;  // bytes of work space for P, where a strip of rows needs no more
 };
-// Floats of work space: sums of parts, which are added in order.
-int64_t tall_skinny_workspace(int64_t M, int64_t D, int64_t R, bool inner, bool outer);
-// Refuses, before it launches anything, float32, a D that is no multiple of 8, Z that does not begin at a multiple of 16
-// bytes, and more than 16776960 rows.
+// Floats of work space: sums of parts, which are added in order. For P at most most_inner bytes, or R / 4096 of Z where
+// that is more; for G 32 times its size in float32. So it stays small however many rows there are.
+int64_t tall_skinny_workspace(const TallSkinny& products);
+// Refuses, before it launches anything, float32, a D that is no multiple of 8, and Z that does not begin at a multiple of
+// 16 bytes.
 Error tall_skinny(const TallSkinny& products, void* stream);
 
 // lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.

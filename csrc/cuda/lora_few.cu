@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "card.h"
 #include "codes.cuh"
 #include "factor.cuh"
 #include "launch.h"
@@ -52,6 +53,14 @@ __device__ __forceinline__ void wait_for_last_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+// A value of what it wrote, from the second cache level. A plain load of a `const __restrict__` pointer becomes
+// ld.global.nc, which is for memory that nobody writes from this kernel's start to its end.
+template <typename T>
+__device__ __forceinline__ T load_from_last_kernel(const T* from) {
+  uint16_t bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+  return reinterpret_cast<const T&>(bits);
 }
 
 // ---- S
@@ -142,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
                     const uint8_t* __restrict__ absmax_q,  // [N, K / blocksize]
                     const float* __restrict__ nested,      // [blocks of 256 + 1], the offset last
                     const float* __restrict__ bias,        // [N] or null
-                    const T* __restrict__ S,               // [M, R]
+                    const T* S,                            // [M, R], of low_rank_kernel
                     const void* __restrict__ B,            // [N, R]
                     T* __restrict__ y,                     // [M, N]
                     int64_t M, int64_t N, int64_t K, int64_t R, Dtype dtype_of_B, int log2_blocksize, float scaling) {
@@ -228,7 +237,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) total += partial[w][m][row];
         for (int64_t r = 0; r < R; ++r) {
-          low_rank = fmaf(to_float(S[m * R + r]), load_factor<T>(B, dtype_of_B, n * R + r), low_rank);
+          const float s = to_float(load_from_last_kernel(S + m * R + r));
+          low_rank = fmaf(s, load_factor<T>(B, dtype_of_B, n * R + r), low_rank);
         }
         total = fmaf(scaling, low_rank, total);
         if (bias) total += bias[n];
@@ -279,12 +289,9 @@ Error lora_few(const FewRows& few, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool is_bf16 = few.dtype == Dtype::bf16;
   if (few.R > 0) (is_bf16 ? launch_low_rank<__nv_bfloat16> : launch_low_rank<__half>)(few, cuda_stream);
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   // Blocks stay and take group after group, so that the table is made once; four fit beside each other.
   const int64_t groups = (few.N + kRowsOfW - 1) / kRowsOfW;
-  const auto blocks = static_cast<int>(std::min<int64_t>(groups, 4 * multiprocessors));
+  const auto blocks = static_cast<int>(std::min<int64_t>(groups, 4 * current_card().multiprocessors));
   (is_bf16 ? launch_few<__nv_bfloat16> : launch_few<__half>)(few, blocks, cuda_stream);
   return launched();
 }

@@ -16,9 +16,7 @@ constexpr const char* kForward = "lora_linear";
 constexpr const char* kBackward = "lora_linear_backward";
 
 void run(const char* op, TallSkinny& product, const Tensor& like, void* stream) {
-  const int64_t values =
-      tall_skinny_workspace(product.M, product.D, product.R, product.P != nullptr, product.G != nullptr);
-  Tensor workspace = torch::stable::new_empty(like, {values}, ScalarType::Float);
+  Tensor workspace = torch::stable::new_empty(like, {tall_skinny_workspace(product)}, ScalarType::Float);
   product.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   require_launched(op, tall_skinny(product, stream));
 }

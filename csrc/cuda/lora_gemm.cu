@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "card.h"
+
 namespace nf4lora::cuda {
 namespace {
 
@@ -135,20 +137,16 @@ struct Plan {
 // partial sums, which take about as long as six steps of a block to be written and read.
 Plan plan_of(const LoraGemm& g) {
   constexpr int64_t kStepsOfAPartial = 6, kMostSplits = 8;
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  int shared = 0;  // of a multiprocessor
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const Card card = current_card();
   const int tokens = g.M <= 32 ? 32 : g.M <= 64 ? 64 : 128;
   const auto resident_of = [&](auto warps) {  // the map of scales, and what the system reserves, are a KB each
-    return std::clamp(shared / (decltype(warps)::kSharedBytes + 2048), 1, decltype(warps)::kResident);
+    return std::clamp(card.shared_bytes / (decltype(warps)::kSharedBytes + 2048), 1, decltype(warps)::kResident);
   };
   const int resident = tokens == 128  ? resident_of(Warps<128>{})
                        : tokens == 64 ? resident_of(Warps<64>{})
                                       : resident_of(Warps<32>{});
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t steps = up(g.backward ? g.N : g.K, kStep), slots = resident * multiprocessors;
+  const int64_t steps = up(g.backward ? g.N : g.K, kStep), slots = resident * card.multiprocessors;
   const int64_t tiles = up(g.M, tokens) * up(g.backward ? g.K : g.N, kOutputs);
   Plan best{tokens, 1, static_cast<int>(steps)};
   int64_t least = up(tiles, slots) * steps;

@@ -1,7 +1,9 @@
 // The tall and skinny products of LoRA: S and T, which have R columns, and the gradients of A and B.
 //
 // One pass over Z makes either product or both. Blocks leave partial sums in a work space, which a second kernel adds in
-// order: the results repeat bit for bit, without atomics and without state between launches.
+// order: the results repeat bit for bit, without atomics and without state between launches. The work space stays small
+// for any number of rows: the strips whose sums are kept for Z^T L grow with M, and the sums of Z F are added after every
+// few strips, which then leave theirs in the same place.
 #include <algorithm>
 
 #include "factor.cuh"
@@ -20,16 +22,30 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kColumns = kWarps * kTileColumns;
 constexpr int kRows = 16;  // tokens of a tile
 constexpr int kStages = 4;
-constexpr int kStrip = 256;  // tokens of a block, a multiple of kRows
+constexpr int kLeastStrip = 256;  // tokens of a block, a multiple of kRows
+constexpr int kMostStrips = 32;   // of all tokens: at least four rounds of blocks, where D is that of a model
 constexpr int kTile = kRows * kTileColumns;
 constexpr int kDeep = kTileColumns / 16;  // matrix instructions across a tile
 
 int64_t parts(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
+int64_t strip_of(int64_t M) { return std::max<int64_t>(kLeastStrip, parts(parts(M, kMostStrips), kRows) * kRows); }
+
+// Rows of a launch: whole strips, and all where P is not wanted.
+int64_t rows_of_a_launch(const TallSkinny& t) {
+  if (!t.P) return t.M;
+  const int64_t bytes_of_a_row = std::max<int64_t>(1, parts(t.D, kColumns) * t.R * 4), strip = strip_of(t.M);
+  return std::max<int64_t>(1, t.most_inner / bytes_of_a_row / strip) * strip;
+}
+
+int64_t floats_of_inner(const TallSkinny& t) {
+  return t.P ? parts(t.D, kColumns) * std::min(t.M, rows_of_a_launch(t)) * t.R : 0;
+}
+
 // Formula   inner[part, m, r] = sum over the part's d of drop(Z)[m, d] F(d, r)
 //           outer[part, d, r] = sum over the part's m of drop(Z)[m, d] L[m, r]
-// Threads   a block for 256 d, 256 m and 8 * kRankTiles r; a warp for 64 d, 16 m at a time through its own stages
-// Assumes   D a multiple of 8, Z aligned to 16 bytes
+// Threads   a block for 256 d, a strip of m and 8 * kRankTiles r; a warp for 64 d, 16 m at a time through its own stages
+// Assumes   D a multiple of 8, strip one of 16, Z aligned to 16 bytes
 // Bound     reading Z; with dropout the words of Philox
 template <typename T, int kRankTiles, bool kInner, bool kOuter>
 __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
@@ -37,17 +53,17 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
                        const void* __restrict__ F,         // [D, R], or [R, D]
                        const T* __restrict__ L,            // [M, R]
                        const uint64_t* __restrict__ seed,  // [1], null without dropout
-                       float* __restrict__ inner,          // [parts of D, M, R]
-                       float* __restrict__ outer,          // [parts of M, D, R], or [parts of M, R, D]
-                       int64_t M, int64_t D, int64_t R, Dtype dtype_of_F, uint32_t threshold, bool F_is_transposed,
-                       bool G_is_transposed) {
+                       float* __restrict__ inner,          // [parts of D, M - begin, R]
+                       float* __restrict__ outer,          // [strips from begin to M, D, R], or [strips, R, D]
+                       int64_t begin, int64_t M, int64_t D, int64_t R, int64_t strip, Dtype dtype_of_F,
+                       uint32_t threshold, bool F_is_transposed, bool G_is_transposed) {
   __shared__ alignas(128) T tiles[kWarps][kStages][kTile];
   __shared__ float sums_of[kInner ? 2 : 1][kInner ? kWarps : 1][kInner ? kRows * 8 * kRankTiles : 1];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, quad = lane / 4, pair = lane % 4 * 2;
   const int64_t first_d = blockIdx.x * static_cast<int64_t>(kColumns) + warp * kTileColumns;
-  const int64_t first_m = blockIdx.y * static_cast<int64_t>(kStrip);
+  const int64_t first_m = begin + blockIdx.y * strip;
   const int64_t first_r = blockIdx.z * static_cast<int64_t>(8 * kRankTiles);
-  const int steps = static_cast<int>((min(static_cast<int64_t>(kStrip), M - first_m) + kRows - 1) / kRows);
+  const int steps = static_cast<int>((min(strip, M - first_m) + kRows - 1) / kRows);
 
   const auto copy = [&](int step) {
     if (step < steps) {
@@ -130,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) total += sums_of[step % 2][w][i];
-        inner[(blockIdx.x * M + m) * R + r] = total;
+        inner[(blockIdx.x * (M - begin) + m - begin) * R + r] = total;
       }
     }
     if constexpr (kOuter) {
@@ -201,42 +217,52 @@ __global__ void __launch_bounds__(256)
   store(is_P ? P : G, is_P ? dtype_of_P : dtype_of_G, at, total * (is_P ? inner_scale : outer_scale));
 }
 
+// The rows from begin to end.
 template <typename T, int kRankTiles>
-void launch_products(const TallSkinny& t, float* inner, float* outer, cudaStream_t stream) {
+void launch_products(const TallSkinny& t, float* inner, float* outer, int64_t begin, int64_t end, cudaStream_t stream) {
   const auto kernel = !t.G   ? tall_skinny_kernel<T, kRankTiles, true, false>
                       : !t.P ? tall_skinny_kernel<T, kRankTiles, false, true>
                              : tall_skinny_kernel<T, kRankTiles, true, true>;
-  const dim3 grid(static_cast<unsigned>(parts(t.D, kColumns)), static_cast<unsigned>(parts(t.M, kStrip)),
+  const int64_t strip = strip_of(t.M);
+  const dim3 grid(static_cast<unsigned>(parts(t.D, kColumns)), static_cast<unsigned>(parts(end - begin, strip)),
                   static_cast<unsigned>(parts(t.R, 8 * kRankTiles)));
   kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(t.Z), t.F, static_cast<const T*>(t.L), t.seed, inner,
-                                        outer, t.M, t.D, t.R, t.dtype_of_F, t.threshold, t.F_is_transposed,
-                                        t.G_is_transposed);
+                                        outer, begin, end, t.D, t.R, strip, t.dtype_of_F, t.threshold,
+                                        t.F_is_transposed, t.G_is_transposed);
 }
 
 }  // namespace
 
-int64_t tall_skinny_workspace(int64_t M, int64_t D, int64_t R, bool inner, bool outer) {
-  return (inner ? parts(D, kColumns) * M * R : 0) + (outer ? parts(M, kStrip) * D * R : 0);
+int64_t tall_skinny_workspace(const TallSkinny& t) {
+  return floats_of_inner(t) + (t.G ? parts(t.M, strip_of(t.M)) * t.D * t.R : 0);
 }
 
 Error tall_skinny(const TallSkinny& t, void* stream) {
   if (t.dtype == Dtype::f32) return "float32, which the kernel for tall and skinny products does not take";
   if (t.D % kChunk != 0) return "a number of columns that is no multiple of 8";
   if (!is_aligned(t.Z)) return "Z off a multiple of 16 bytes";
-  if (t.M > int64_t{65535} * kStrip) return "more rows than the grid of tall and skinny products holds";
-  const int64_t P_count = t.P ? t.M * t.R : 0, G_count = t.G ? t.D * t.R : 0;
-  if (P_count + G_count == 0) return nullptr;
+  const int64_t G_count = t.G ? t.D * t.R : 0;
+  if ((t.P ? t.M * t.R : 0) + G_count == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  float* outer = t.workspace + (t.P ? parts(t.D, kColumns) * P_count : 0);
-  if (t.M > 0 && t.D > 0) {
-    const bool is_bf16 = t.dtype == Dtype::bf16, few = t.R <= 16;
-    (is_bf16 ? few ? launch_products<__nv_bfloat16, 2> : launch_products<__nv_bfloat16, 4>
-     : few   ? launch_products<__half, 2>
-             : launch_products<__half, 4>)(t, t.workspace, outer, cuda_stream);
-  }
-  sum_parts_kernel<<<static_cast<unsigned>(parts(P_count + G_count, 256)), 256, 0, cuda_stream>>>(
-      t.workspace, outer, t.P, t.G, t.dtype, t.dtype_of_G, P_count, G_count, parts(t.D, kColumns), parts(t.M, kStrip),
-      t.inner_scale, t.outer_scale);
+  const bool is_bf16 = t.dtype == Dtype::bf16, few = t.R <= 16;
+  const auto launch = is_bf16 ? few ? launch_products<__nv_bfloat16, 2> : launch_products<__nv_bfloat16, 4>
+                      : few   ? launch_products<__half, 2>
+                              : launch_products<__half, 4>;
+  const int64_t rows = rows_of_a_launch(t), strip = strip_of(t.M);
+  float* const outer = t.workspace + floats_of_inner(t);
+  int64_t begin = 0;
+  do {  // once without rows too: G is then a sum of nothing
+    const int64_t end = std::min(t.M, begin + rows), P_count = t.P ? (end - begin) * t.R : 0;
+    const int64_t added = P_count + (end == t.M ? G_count : 0);
+    if (end > begin && t.D > 0) launch(t, t.workspace, outer + begin / strip * t.D * t.R, begin, end, cuda_stream);
+    void* const P = t.P ? static_cast<char*>(t.P) + begin * t.R * 2 : nullptr;  // values of 16 bits
+    if (added > 0) {
+      sum_parts_kernel<<<static_cast<unsigned>(parts(added, 256)), 256, 0, cuda_stream>>>(
+          t.workspace, outer, P, t.G, t.dtype, t.dtype_of_G, P_count, added - P_count, parts(t.D, kColumns),
+          parts(t.M, strip), t.inner_scale, t.outer_scale);
+    }
+    begin = end;
+  } while (begin < t.M);
   return launched();
 }
 

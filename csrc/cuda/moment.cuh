@@ -3,27 +3,62 @@
 
 #include "../moment.h"
 #include "codes.cuh"
+#include "vector.cuh"
+#include "warp.cuh"
 
 namespace nf4lora::cuda {
 
 // The maps where lanes can look up different entries at a time.
 struct Tables {
-  float signed_value[256], unsigned_value[256];
+  float signed_value[256], drop[256], unsigned_value[256];
   uint32_t signed_bucket[kBuckets], unsigned_bucket[kBuckets];
 };
 __device__ constexpr NestedCode kDeviceSquares = kSquareCode;
-__device__ constexpr Magnitudes kDeviceSigned = magnitudes(kNestedCode, kNestedZero);
-__device__ constexpr Magnitudes kDeviceUnsigned = magnitudes(kSquareCode, 0);
+__device__ constexpr NestedCode kDeviceDrop = kMomentDrop;
+__device__ constexpr Magnitudes kDeviceSigned = signed_magnitudes();
+__device__ constexpr Magnitudes kDeviceUnsigned = unsigned_magnitudes();
 
 // By all threads of a block, which wait for each other afterwards.
 __device__ __forceinline__ void copy_tables(Tables& tables) {
   for (int i = threadIdx.x; i < 256; i += blockDim.x) {
     tables.signed_value[i] = kDeviceMap.value[i];
+    tables.drop[i] = kDeviceDrop.value[i];
     tables.unsigned_value[i] = kDeviceSquares.value[i];
   }
   for (int i = threadIdx.x; i < kBuckets; i += blockDim.x) {
     tables.signed_bucket[i] = kDeviceSigned.bucket[i];
     tables.unsigned_bucket[i] = kDeviceUnsigned.bucket[i];
+  }
+}
+
+constexpr int kPerLane = kMomentBlocksize / kWarp;  // neighbours that a lane of a warp steps
+
+// The eight codes of a lane, as two words.
+struct Codes {
+  uint32_t word[kPerLane / 4];
+
+  __device__ __forceinline__ uint32_t operator[](int i) const { return word[i / 4] >> i % 4 * 8 & 255; }
+};
+__device__ __forceinline__ Codes load_codes(const uint8_t* from, int count, bool aligned, uint8_t nothing) {
+  if (aligned && count == kPerLane) {
+    const auto words = *reinterpret_cast<const Vector<uint32_t, 2>*>(from);
+    return {words.value[0], words.value[1]};
+  }
+  Codes codes{};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    codes.word[i / 4] |= static_cast<uint32_t>(i < count ? from[i] : nothing) << i % 4 * 8;
+  }
+  return codes;
+}
+__device__ __forceinline__ void store_codes(uint8_t* to, int count, bool aligned, const Codes& codes) {
+  if (aligned && count == kPerLane) {
+    *reinterpret_cast<Vector<uint32_t, 2>*>(to) = {{codes.word[0], codes.word[1]}};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i < count) to[i] = static_cast<uint8_t>(codes[i]);
   }
 }
 
@@ -69,10 +104,9 @@ __device__ __forceinline__ uint32_t encode_unsigned(const Tables& tables, float 
 }
 
 // The same for values that are zero or normal, with a quotient that does not divide: the bits of a normal value are more
-// than any position, those of zero are none.
+// than any position, those of zero are none. In the signed map zero is the nearest to itself.
 __device__ __forceinline__ uint32_t encode_signed_normal(const Tables& tables, float value, const Quotient& quotient) {
-  const uint32_t position = nearest(tables.signed_bucket, quotient.by_inverse(value));
-  return with_sign(min(position, 2 * __float_as_uint(value)), value);
+  return with_sign(nearest(tables.signed_bucket, quotient.by_inverse(value)), value);
 }
 __device__ __forceinline__ uint32_t encode_unsigned_normal(const Tables& tables, float value,
                                                            const Quotient& quotient) {

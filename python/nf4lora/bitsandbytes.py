@@ -299,6 +299,7 @@ def _checked(
     _check_size(name, "weight", qweight, -(-count // 2), torch.uint8)
     _check_size(name, "absmax", absmax, blocks, torch.float32 if nested is None else torch.uint8)
     if nested is None:
+        _check_finite(name, "absmax", absmax)
         return PackedWeight(name, qweight, absmax.view(-1), None, (shape[0], shape[1]), blocksize, dtype)
     nested_absmax, nested_map, offset, nested_blocksize = nested
     if nested_blocksize != NESTED_BLOCKSIZE:
@@ -306,12 +307,18 @@ def _checked(
     _check_map(name, "nested_quant_map", nested_map, _nested_map)
     _check_size(name, "nested_absmax", nested_absmax, -(-blocks // NESTED_BLOCKSIZE), torch.float32)
     scales = torch.cat([nested_absmax.view(-1), nested_absmax.new_tensor([offset])])
+    _check_finite(name, "nested_absmax and nested_offset", scales)
     return PackedWeight(name, qweight, absmax.view(-1), scales, (shape[0], shape[1]), blocksize, dtype)
 
 
 def _check_size(name: str, what: str, tensor: Tensor, count: int, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.numel() != count:
         raise _error(name, f"must have {what} of {count} {dtype}", f"{tensor.numel()} {tensor.dtype}")
+
+
+def _check_finite(name: str, what: str, scales: Tensor) -> None:
+    if not scales.is_meta and not scales.isfinite().all():
+        raise _error(name, f"must have finite {what}", "NaN or Inf; the checkpoint is damaged")
 
 
 def _check_map(name: str, what: str, got: Tensor, ours: Callable[[torch.device], Tensor]) -> None:

@@ -80,6 +80,4 @@ def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_feature
         return False
     if name == "few":
         return direction == "forward" and tokens <= FEW_ROWS
-    if tokens > sliced.MOST_ROWS:
-        return False
     return direction == "forward" or (out_features % 8 == 0 and out_features > 0)  # rows of dy are copied by 16 bytes

@@ -32,7 +32,7 @@ class Moments:
         return Moments(self.step, self.exp_avg.clone(), self.exp_avg_sq.clone(), absmax)
 
     def as_bits(self, bits: int) -> Moments:
-        """The same in 8 or 32 bits; from 32 to 8 each value goes to the nearest that its block can hold."""
+        """The same in 8 or 32 bits; from 32 to 8 each value goes to the nearest that `encode` takes."""
         if (self.absmax is not None) == (bits == 8):
             return self
         moments = self.exp_avg, self.exp_avg_sq
@@ -58,12 +58,16 @@ def decode(quantized: Tensor, absmax: Tensor, code: Tensor, block: int = BLOCK) 
 
 
 def encode(values: Tensor, code: Tensor, zero: int) -> tuple[Tensor, Tensor]:
-    """Nearest by magnitude, a tie to the smaller, nothing but zero to zero: [n] float32 -> codes, absmax."""
-    above = code[zero + 1 :].to(values.device)
+    """Nearest by magnitude, a tie to the smaller: [n] float32 -> codes, absmax.
+
+    Nothing but zero goes to the zero of exp_avg_sq, whose root divides a step.
+    """
+    least = 0 if zero else 1  # position of the smallest magnitude that is taken
+    above = code[zero + least :].to(values.device)
     padded = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     absmax = padded.abs().amax(dim=1)
     x = (padded.abs() / absmax[:, None]).nan_to_num(0.0).view(-1)[: values.numel()]
-    k = 1 + torch.bucketize(x, (above[1:] + above[:-1]) / 2)
+    k = least + torch.bucketize(x, (above[1:] + above[:-1]) / 2)
     signed = torch.where(values > 0, k, torch.where(values < 0, -k.clamp(max=zero), 0))
     return (zero + signed).to(torch.uint8), absmax
 

@@ -114,14 +114,14 @@ def absmax_quantize(absmax: Tensor) -> tuple[Tensor, Tensor]:
     magnitude and takes the nearest value of the signed dynamic 8-bit map, a tie the lower one.
 
     Args:
-        absmax: any shape, float32, finite
+        absmax: any shape, float32, finite, and so are their distances from the mean
 
     Returns:
         absmax_q: the same shape, uint8
         nested: [ceil(n/256) + 1] float32, one scale per 256 values, the offset last
 
     Raises:
-        ValueError: NaN or Inf in absmax.
+        ValueError: NaN or Inf in absmax, or values of both signs further than 3.4e38 from the mean.
         TypeError: absmax is not float32.
 
     Source: QLoRA (arXiv:2305.14314), section 3; the map: arXiv:2110.02861, section 1.3.
@@ -313,8 +313,9 @@ def adamw_step_(
         param      = (1 - lr weight_decay) param - lr update
 
     A value whose gradient is not finite stays as it is, with its moments. Moments of 8 bits share an absmax per 256
-    values; the step is taken with the new moments before they are rounded to the nearest value of their map. What is
-    not zero is never stored as zero.
+    values; the step is taken with the new moments before they are rounded to the nearest value of their map. An
+    exp_avg_sq that is not zero is never stored as zero. Where the gradient has ended (its magnitude is below
+    min(1/2, 4 (1 - beta1)) of exp_avg's), exp_avg shrinks enough for its code to change, so that it reaches zero.
 
     Args:
         params: [...] float32, bfloat16 or float16, contiguous

@@ -82,6 +82,7 @@ class PagedAdamW(Optimizer):
         self.page_to = None if page_to is None else os.fspath(page_to)
         self._places: dict[Tensor, Place] = {}
         self._skipped: dict[torch.device, Tensor] = {}
+        self._norm: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if page_to is not None:
             self._place()
@@ -93,7 +94,10 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_numbers(self.param_groups[-1])
-            for p in self.param_groups[-1]["params"]:
+            params = self.param_groups[-1]["params"]
+            twice = len(params) - len(set(params))  # torch warns; a step would update it in two threads at once
+            _require(not twice, "every parameter", "given once", f"{twice} more than once in a group")
+            for p in params:
                 if p.requires_grad and p.dtype not in DTYPES:
                     raise TypeError(
                         f"PagedAdamW: every parameter must be float32, bfloat16 or float16, got {_name(p.dtype)}"
@@ -167,11 +171,14 @@ class PagedAdamW(Optimizer):
         for each in self.param_groups:
             _check_numbers(each)  # all of them, before anything changes
         try:
-            params, grads, scale = self._gradients()
+            found = self._gradients()
         except torch.OutOfMemoryError:
             if not self.evict():
                 raise
-            params, grads, scale = self._gradients()
+            found = None
+        if found is None:  # outside of `except`, where the error would keep the copies made so far
+            found = self._gradients()
+        params, grads, scale = found
         if not params:
             return loss
         work: dict[Region, Work] = {}
@@ -209,9 +216,34 @@ class PagedAdamW(Optimizer):
         grads = [gradient_of(p, p.grad) for p, _ in params]
         if self.max_grad_norm is None or not grads:
             return params, grads, None
-        norm = total_norm([p.grad for p, _ in params])
+        norm = self.grad_norm()
+        self._norm = None
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return params, grads, torch.where(norm.isfinite(), scale, math.nan).view(1)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of all gradients together, of all shards: [] float32, on the device of the first.
+
+        For whoever looks at it before a step: unless a gradient changes until then, the step clips by this one
+        (max_grad_norm) instead of computing it again. Zero where there is no gradient.
+        """
+        grads = [p.grad for p in self._params() if p.grad is not None]
+        if self._norm is not None:
+            norm, seen = self._norm
+            if len(seen) == len(grads) and all(
+                a is b and a._version == version for a, (b, version) in zip(grads, seen)
+            ):
+                return norm
+        norm = total_norm(grads) if grads else torch.zeros(())
+        self._norm = norm, [(grad, grad._version) for grad in grads]
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim."""
+        self._norm = None
+        super().zero_grad(set_to_none)
 
     # ---- memory
 
@@ -277,7 +309,7 @@ class PagedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "bits" in state:  # unpickled, or a deep copy: no state is in an arena yet
-            self._places, self._skipped = {}, {}
+            self._places, self._skipped, self._norm = {}, {}, None
         super().__setstate__(state)
         for p, entry in list(self.state.items()):
             if isinstance(entry, Moments):  # of `_readable`

@@ -70,6 +70,14 @@ def absmax_quantize(absmax: Tensor) -> tuple[Tensor, Tensor]:
     offset = torch.tensor(reduce(add, sums, 0.0) / max(len(flat), 1), dtype=torch.float32)
     centred = F.pad(flat - offset, (0, -len(flat) % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
     nested_absmax = centred.abs().amax(dim=1) if len(flat) else flat
+    if not offset.isfinite():
+        raise ValueError("absmax_quantize: absmax must be finite, got NaN or Inf")
+    if not nested_absmax.isfinite().all():
+        block = int(nested_absmax.isfinite().int().argmin())
+        raise ValueError(
+            "absmax_quantize: absmax must lie within 3.4e38 of its mean, got values further away in block "
+            f"{block} (flat elements from {block * NESTED_BLOCKSIZE})"
+        )
     scaled = centred / nested_absmax[:, None]
     codes = nearest(scaled.where(nested_absmax[:, None] > 0, torch.zeros(())), nested_code())
     return codes.to(torch.uint8).flatten()[: len(flat)].reshape(absmax.shape), torch.cat([nested_absmax, offset[None]])
@@ -177,15 +185,28 @@ def moment_decode(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
 
 
 def moment_encode(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest values by magnitude, a tie the smaller; no value but zero becomes zero: [n] -> codes, absmax."""
+    """Nearest values by magnitude, a tie the smaller: [n] -> codes, absmax.
+
+    Of the unsigned map, no value but zero becomes zero.
+    """
     padded = F.pad(values, (0, -values.numel() % 256)).reshape(-1, 256)
     absmax = padded.abs().amax(dim=1)
     zero = int((code == 0).nonzero())
-    above = code[zero + 1 :]
+    least = 0 if zero else 1
+    above = code[zero + least :]
     x = (padded.abs() / absmax[:, None]).nan_to_num(0.0).reshape(-1)[: values.numel()]
-    k = 1 + torch.bucketize(x, (above[1:] + above[:-1]) / 2)
+    k = least + torch.bucketize(x, (above[1:] + above[:-1]) / 2)
     codes = zero + torch.where(values > 0, k, torch.where(values < 0, -k.clamp(max=zero), 0))
     return codes.to(torch.uint8), absmax
+
+
+def moment_drop() -> Tensor:
+    """By code of the signed map: half the way to the next smaller magnitude, and a sixteenth more, as a bfloat16 that
+    is rounded towards zero: [256] float32."""
+    code = nested_code()
+    smaller = torch.cat([code[1:128], code[127:128], code[127:255]])
+    drop = (code - smaller) / 2 * 1.0625
+    return (drop.view(torch.int32) & -0x10000).view(torch.float32)
 
 
 def adamw_step(
@@ -195,7 +216,8 @@ def adamw_step(
     """One step on one flat tensor: new param, exp_avg, exp_avg_sq, absmax, and how many gradients were not finite.
 
     Each line is one operation of torch.optim.AdamW's single-tensor path as torch's CPU kernels round it; fused
-    multiply-adds are taken in float64, where the product of two float32 is exact.
+    multiply-adds are taken in float64, where the product of two float32 is exact. Moments of 8 bits add one line: an
+    exp_avg whose gradient has ended shrinks enough for its code to change.
     """
 
     def fma(a, b, c):
@@ -213,6 +235,9 @@ def adamw_step(
     new_first = fma(weight, g - first, base)
     new_second = fma(number(1 - beta2) * g, g, second * number(beta2))
     if absmax is not None:
+        lowered = first - moment_drop()[exp_avg.long()] * absmax[:, 0].repeat_interleave(256)[: first.numel()]
+        ended = g.abs() < number(min(0.5, 4 * (1 - beta1))) * first.abs()
+        new_first = torch.where(ended & (lowered.abs() < new_first.abs()), lowered, new_first)
         most = torch.finfo(torch.float32).max
         new_first, new_second = new_first.clamp(-most, most), new_second.clamp(max=most)
     root = new_second.double().sqrt().float()  # correctly rounded; MKL's float32 root is not

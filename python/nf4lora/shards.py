@@ -24,17 +24,24 @@ def local(value: Any) -> Any:
 
 
 def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
-    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards."""
+    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards.
+
+    It holds `tensor` itself, wherever that is: from_local would copy the state of a streamed arena, or of a parameter
+    that FSDP2 has offloaded, from the host to the device of p's mesh, and no step would ever reach the copy.
+    """
     if not is_shard(p):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if not by_rows:
-        return DTensor.from_local(
-            tensor, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    likeness = torch.empty_like(tensor, device="meta")  # which from_local leaves where it is
+    if by_rows:
+        placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
+        shown: Any = DTensor.from_local(likeness, p.device_mesh, placements, run_check=False)
+    else:
+        shown = DTensor.from_local(
+            likeness, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
-    placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
-    return DTensor.from_local(tensor, p.device_mesh, placements, run_check=False)
+    return DTensor(tensor, shown._spec, requires_grad=False)
 
 
 def shard_of(value: Any, like: Any) -> Any:
@@ -71,8 +78,7 @@ def mark(p: Any) -> Tensor | None:
 
 def gradient_of(p: Any, grad: Any) -> Tensor:
     """This process's part of p's gradient, in p's dtype and contiguous."""
-    if grad.layout is not torch.strided:
-        raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {grad.layout}")
+    _require_dense(grad)
     if is_shard(grad):
         grad = local(grad if grad.placements == p.placements else grad.redistribute(placements=p.placements))
     if grad.dtype is not p.dtype:
@@ -80,10 +86,16 @@ def gradient_of(p: Any, grad: Any) -> Tensor:
     return grad if grad.is_contiguous() else grad.contiguous()
 
 
+def _require_dense(grad: Any) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"PagedAdamW: every gradient must be dense, got {grad.layout}")
+
+
 def total_norm(grads: list[Any]) -> Tensor:
     """The 2-norm of all gradients, over all shards: [] float32, on the device of the first."""
     by_mesh: dict[Any, list[Any]] = {}
     for grad in grads:
+        _require_dense(grad)
         by_mesh.setdefault(grad.device_mesh if is_shard(grad) else None, []).append(grad)
     norms: list[Any] = []
     for mesh, some in by_mesh.items():

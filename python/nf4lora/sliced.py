@@ -1,16 +1,15 @@
 """lora_linear and its backward for many rows: W is unpacked a slice at a time, and torch multiplies each slice.
 
-The slice that comes next is unpacked on a stream beside the one that multiplies. The low-rank term is written first and
-the product with W added to it: it is rounded relative to itself and then once more with y, so that a small one is not
-lost as it would be if it were added to a rounded y. Partial sums are torch's own: float32, unless
+A slice is so large that it holds all of W in nearly every layer: one unpacking, one product. The low-rank term is
+written first and the product with W added to it: it is rounded relative to itself and then once more with y, so that a
+small one is not lost as it would be if it were added to a rounded y. Partial sums are torch's own: float32, unless
 torch.backends.cuda.matmul allows reductions in 16 bits.
 
-CPU tensors run through the same code without streams, where the tests hold it against the reference.
+CPU tensors run through the same code, where the tests hold it against the reference.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,12 +21,11 @@ from nf4lora import unfused
 _ops = torch.ops.nf4lora
 _check = torch.ops.nf4lora_check  # csrc/check.cpp
 
-# Of one slice. Two of them stay in the L2 of a data-centre card (A100 40 MB, H100 50 MB) between being written and
-# being read, and each still fills the card with tiles of a matmul.
-SLICE_BYTES = 16 << 20
+# Of one slice, so the most memory that unpacked weights take. The largest layer of a model of 70 billion weights,
+# 28672 x 8192, has 470 MB in 16 bits. A slice costs the host about 0.1 ms of launches and Python (H200), which slices
+# of 16 MB paid up to eight times a layer; a product of the whole of W also fills the card better than those of parts.
+SLICE_BYTES = 512 << 20
 _STEP = 64  # rows or columns: whole tiles of a matmul, and 16-byte alignment inside y and dx
-
-MOST_ROWS = 65535 * 256  # of tall_skinny in csrc/cuda/lora_grad.cu
 
 _UNIT = 32  # columns that share an absmax whatever the blocksize: the smallest one
 
@@ -164,58 +162,24 @@ def low_rank_backward(
 
 
 def _has_kernel(rows: Tensor) -> bool:
-    """Whether csrc/cuda/lora_grad.cu multiplies them; the bound on rows is its grid's."""
-    halves = rows.dtype in (torch.bfloat16, torch.float16)
-    return rows.is_cuda and halves and rows.shape[1] % 8 == 0 and len(rows) <= MOST_ROWS
+    """Whether csrc/cuda/lora_grad.cu multiplies them."""
+    return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[1] % 8 == 0
 
 
 def unpacked(packed: Packed, rectangles: list[Rectangle], like: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
     """Each rectangle with its part of W, [rows, columns] of like's dtype, which holds until the next one is asked for.
 
-    On a card the next part is unpacked meanwhile, on a stream that forks from the current one and joins it again. Two
-    buffers take turns, both from the current stream's memory:
-
-    - the fork waits for what the current stream has done, so the buffers are free and the packed weight is there;
-    - a part is multiplied after the event of its unpacking, and its buffer refilled after that of its multiplication;
-    - at the end, or at an error, the current stream waits for the other. So everything that used the buffers and the
-      packed weight comes before whatever the current stream does after it has freed them: no record_stream, which
-      would keep the memory from the stream that frees it, and a graph being captured has all its branches joined.
+    All parts share one buffer, and all work is on the current stream. (Unpacking the next part on a second stream gains
+    nothing: the blocks of a product take all registers of a card, so that others wait until one of them has ended.)
     """
     size = max((rows * columns for rows, columns in (r.shape() for r in rectangles)), default=0)
-    buffers = [like.new_empty(size) for _ in rectangles[:2]]
+    buffer = like.new_empty(size)
     packed = Packed(packed.qweight.contiguous(), packed.absmax.contiguous(), packed.nested, packed.blocksize)
-
-    def part(i: int) -> Tensor:
-        rows, columns = rectangles[i].shape()
-        return buffers[i % 2][: rows * columns].view(rows, columns)
-
-    if not like.is_cuda:
-        for i, rectangle in enumerate(rectangles):
-            unpack(packed, rectangle, part(i))
-            yield rectangle, part(i)
-        return
-
-    current, beside = torch.cuda.current_stream(like.device), _stream_beside(like.device)
-    multiplied: list[torch.cuda.Event] = []
-
-    def start(i: int) -> torch.cuda.Event:
-        if i >= 2:
-            beside.wait_event(multiplied[i - 2])
-        with torch.cuda.stream(beside):
-            unpack(packed, rectangles[i], part(i))
-        return beside.record_event()
-
-    beside.wait_stream(current)
-    try:
-        ready = [start(i) for i in range(len(rectangles[:1]))]
-        for i, rectangle in enumerate(rectangles):
-            if i + 1 < len(rectangles):
-                ready.append(start(i + 1))
-            current.wait_event(ready[i])
-            yield rectangle, part(i)
-            multiplied.append(current.record_event())
-    finally:
-        current.wait_stream(beside)
+    for rectangle in rectangles:
+        rows, columns = rectangle.shape()
+        part = buffer[: rows * columns].view(rows, columns)
+        unpack(packed, rectangle, part)
+        yield rectangle, part
 
 
 def unpack(packed: Packed, rectangle: Rectangle, out: Tensor) -> None:
@@ -239,9 +203,3 @@ def _parts(length: int, nbytes: int) -> list[slice]:
     count = max(1, -(-length // most))
     step = max(1, -(-length // (count * _STEP))) * _STEP
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-@functools.cache
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """Of high priority: the few blocks that unpack a slice go before a matmul's, which would else fill the card."""
-    return torch.cuda.Stream(device, priority=-1)

@@ -50,7 +50,15 @@ class Unified(Arena):
         return torch.frombuffer(self.pager, dtype=dtype, count=size // dtype.itemsize, offset=offset)
 
     def _at(self, address: int, size: int, dtype: torch.dtype) -> Tensor:
-        return self._on_card(address, size).view(dtype) if size else torch.empty(0, dtype=dtype, device=self.device)
+        if not size:
+            return torch.empty(0, dtype=dtype, device=self.device)
+        found = self._on_card(address, size)
+        if found.data_ptr() != address:  # a copy, which no step would reach
+            raise RuntimeError(
+                f"PagedAdamW: a tensor over the state on {self.device} must lie where the state does, got a copy on "
+                f"{found.device}"
+            )
+        return found.view(dtype)
 
     def plan(self, slots: Sequence[Slot]) -> None:
         super().plan(slots)

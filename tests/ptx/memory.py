@@ -92,13 +92,19 @@ class Memory:
         return rows
 
     def load(self, at: np.ndarray, width: int, clock: Clock, now: np.ndarray, constant: bool = False) -> np.ndarray:
-        """The bytes [threads, width] at addresses `at`. `constant`: nobody may write them in the whole launch."""
+        """The bytes [threads, width] at addresses `at`.
+
+        `constant`: nobody may write them in the whole launch, nor the kernel before where that may still be running at
+        its start, whether or not this one has waited for it.
+        """
         rows, mine = self._rows(at, width), now[:, None]
         if not self.poison and not self.written.reshape(-1, width)[rows].all():
             raise PtxError(f"read of {self.name} memory that was never written")
         last = self.writes.reshape(-1, width)[rows]
         if constant and last.any():
             raise PtxError(f"ld.nc of {self.name} memory that this launch writes")
+        if constant and self.pending is not None and self.pending.reshape(-1, width)[rows].any():
+            raise PtxError(f"ld.nc of {self.name} memory that the kernel before wrote, beside which this one started")
         if not clock.before(last, mine).all():
             raise PtxError(f"race: a read of {self.name} memory is not ordered after another thread's write")
 

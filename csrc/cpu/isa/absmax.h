@@ -56,7 +56,7 @@ static void absmax_quantize(const float* absmax, float offset, int64_t begin, in
     }
     const float scale = float_of(largest);
     nested[block] = scale;
-    if (scale == 0.0f) {
+    if (scale == 0.0f || !(scale <= __FLT_MAX__)) {  // what is not finite has no nearest value; the caller refuses it
       std::memset(absmax_q + first, kNestedZero, static_cast<size_t>(size));
       continue;
     }

@@ -10,7 +10,7 @@ namespace nf4lora::NF4LORA_ISA {
 
 // The numbers of a step in every lane.
 struct Step {
-  Float weight, beta2, square_weight, decay, negative_step, correction, inverse_correction, eps, scale;
+  Float weight, beta2, square_weight, decay, negative_step, correction, inverse_correction, eps, gone, scale;
   bool from_gradient;
 };
 NF4LORA_INLINE Step step_of(const AdamW& numbers, float scale) {
@@ -22,6 +22,7 @@ NF4LORA_INLINE Step step_of(const AdamW& numbers, float scale) {
           broadcast(numbers.correction),
           broadcast(numbers.inverse_correction),
           broadcast(numbers.eps),
+          broadcast(numbers.gone),
           broadcast(scale),
           numbers.from_gradient};
 }
@@ -34,6 +35,12 @@ NF4LORA_INLINE Moments moments_of(const Step& step, Float g, Float first, Float 
   const Float distance = add(g, multiply(first, broadcast(-1.0f)));
   return {fused(step.weight, distance, step.from_gradient ? g : first),
           fused(multiply(step.square_weight, g), g, multiply(second, step.beta2))};
+}
+// exp_avg in 8 bits, so that it goes down where its gradient has ended; drop: that of its code, times -absmax.
+NF4LORA_INLINE Float first_of(const Step& step, Float g, Float before, Float drop, Float first) {
+  const Float lowered = add(before, drop);
+  const Float limited = select(below(magnitude(lowered), magnitude(first)), lowered, first);
+  return select(below(magnitude(g), multiply(magnitude(before), step.gone)), limited, first);
 }
 // sqrt / correction by the inverse and what its product leaves (Markstein): a division less. It is rounded as the
 // division is, but for two mantissas in 2^24 of the one correction whose own mantissa is all ones.
@@ -131,6 +138,7 @@ NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param,
   const Float infinity = broadcast(__builtin_inff()), most = broadcast(__FLT_MAX__);
   const Float least = multiply(most, broadcast(-1.0f));
   const Float first_absmax = broadcast(absmax[0]), second_absmax = broadcast(absmax[1]);
+  const Float negative_absmax = broadcast(-absmax[0]);
   // Gradients below it make nothing infinite.
   const Float small = broadcast(absmax[0] < 0x1p100f && absmax[1] < 0x1p100f ? 0x1p60f : 0.0f);
   Float first_peak = broadcast(0.0f), second_peak = broadcast(0.0f);
@@ -140,14 +148,16 @@ NF4LORA_INLINE int64_t adamw_block(const Step& step, typename T::Element* param,
     prefetch<kMomentBlocksize>(grad + group, kMomentGroup);
     prefetch<kMomentBlocksize>(exp_avg + group, kMomentGroup);
     prefetch<kMomentBlocksize>(exp_avg_sq + group, kMomentGroup);
-    Float first[kMomentVectors], second[kMomentVectors];
+    Float first[kMomentVectors], second[kMomentVectors], drop[kMomentVectors];
     decode_signed(exp_avg + group, first);
+    decode_drop(exp_avg + group, drop);
     decode_unsigned(exp_avg_sq + group, second);
     for (int v = 0; v < kMomentVectors; ++v) {
       const int i = group + v * kLanes;
       const Float g = multiply(T::load(grad + i), step.scale), p = T::load(param + i);
       const Moments before{multiply(first[v], first_absmax), multiply(second[v], second_absmax)};
       Moments moments = moments_of(step, g, before.first, before.second);
+      moments.first = first_of(step, g, before.first, multiply(drop[v], negative_absmax), moments.first);
       if (__builtin_expect(count(below(magnitude(g), small)) == kLanes, 1)) {
         T::store(param + i, param_of<true>(step, p, moments));
       } else {

@@ -57,6 +57,8 @@ struct Finish {
 // bfloat16 for the dot-product instruction. A depth that is no multiple of `step` is padded with zeros.
 //
 //   A tile:  [steps][kRows]      B panel: [steps][lanes]      C tile: [kRows][lanes] float32
+//
+// (amx.h lays an A tile out otherwise, and as long.)
 struct Gemm {
   int step;       // depth values in one element
   int rows;       // kRows
@@ -81,6 +83,27 @@ struct Gemm {
   void (*begin)(const Start& start, const void* A, const void* B, int64_t steps, int lanes, float* sums);
   void (*add)(const void* A, const void* B, int64_t steps, int lanes, float* sums);
   void (*finish)(const Finish& finish, int lanes, const float* sums);
+
+  int tile_steps = 1;  // an A tile is filled up to a multiple of this
+  void (*enter)() =
+      nullptr;  // what a thread calls before `begin` and `add`, and when it is done with them; null: nothing
+  void (*leave)() = nullptr;
+};
+
+// Of a thread that multiplies, as long as it does.
+class Entered {
+ public:
+  explicit Entered(const Gemm& gemm) : leave_(gemm.leave) {
+    if (gemm.enter) gemm.enter();
+  }
+  ~Entered() {
+    if (leave_) leave_();
+  }
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  void (*leave_)();
 };
 
 inline constexpr int kMostFewRows = 16;
@@ -157,5 +180,6 @@ const Loops& loops_scalar();
 const Loops& loops_avx2();
 const Loops& loops_avx512();
 const Loops& loops_avx512bf16();
+const Gemm& gemm_amx();  // of bfloat16
 
 }  // namespace nf4lora

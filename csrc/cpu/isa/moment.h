@@ -8,8 +8,8 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-alignas(64) inline constexpr Magnitudes kSigned = magnitudes(kNestedCode, kNestedZero);
-alignas(64) inline constexpr Magnitudes kUnsigned = magnitudes(kSquareCode, 0);
+alignas(64) inline constexpr Magnitudes kSigned = signed_magnitudes();
+alignas(64) inline constexpr Magnitudes kUnsigned = unsigned_magnitudes();
 
 // The bits of a magnitude, as near as the buckets of Magnitudes reach.
 inline constexpr int32_t kFirst = kFirstBucket;
@@ -36,29 +36,30 @@ struct Lines {
 };
 constexpr Lines lines(const Magnitudes& table, int parts_of_first) {
   Lines line{};
-  float border[8] = {};  // border[i]: the threshold between levels i and i + 1; the last, between level 6 and one
-  int first[8] = {};     // position of a level's first value
-  for (int level = 0, k = 1; level < 7; ++level) {
+  float border[8] = {};  // border[i]: the threshold between levels i and i + 1. Level 0 is zero, 8 one.
+  int first[9] = {};     // position of a level's first value
+  border[0] = table.first == 0 ? table.threshold[0] : 0.0f;
+  for (int level = 1, k = 1; level < 8; ++level) {
     first[level] = k;
-    k += parts_of_first << level;
+    k += parts_of_first << (level - 1);
     border[level] = table.threshold[k - 1];
   }
-  first[7] = table.top;
+  first[8] = table.top;
   constexpr float kOne = 1 << kFraction;
   int level = 0;
   for (int i = 0; i < 32; ++i) {
     float bottom = 1.0f;
     for (int exponent = i; exponent < 31; ++exponent) bottom /= 2;
-    while (level < 7 && border[level] < bottom) ++level;  // the level of magnitudes just above `bottom`
+    while (level < 8 && border[level] < bottom) ++level;  // the level of magnitudes just above `bottom`
     const float top = 2 * bottom;
-    line.border[i] = level < 7 && border[level] < top ? border[level] : 4.0f;
+    line.border[i] = level < 8 && border[level] < top ? border[level] : 4.0f;
     float power = 1.0f;
-    for (int l = level; l < 6; ++l) power *= 10.0f;
-    const auto parts = static_cast<float>(parts_of_first << level);
-    const bool flat = level == 7 || bottom < 0x1p-22f;  // one value is nearest to all
+    for (int l = level; l < 7; ++l) power *= 10.0f;
+    const auto parts = static_cast<float>(level ? parts_of_first << (level - 1) : 0);
+    const bool flat = level == 0 || level == 8 || bottom < 0x1p-22f;  // one value is nearest to all
     line.slope[i] = flat ? 0.0f : power * parts / 0.9f * kOne;
     line.start[i] = (static_cast<float>(first[level]) + (flat ? 0.5f : -parts / 9.0f)) * kOne + 1.0f;
-    line.last[i] = ((level < 7 ? first[level + 1] - 1 : table.top) << kFraction) + (1 << (kFraction - 1));
+    line.last[i] = ((level < 8 ? first[level + 1] - 1 : table.top) << kFraction) + (1 << (kFraction - 1));
   }
   return line;
 }
@@ -175,17 +176,17 @@ constexpr Planes planes(const float* values) {
 }
 alignas(64) inline constexpr Planes kSignedPlanes = planes(kNestedCode.value);
 alignas(64) inline constexpr Planes kUnsignedPlanes = planes(kSquareCode.value);
+alignas(64) inline constexpr Planes kDropPlanes = planes(kMomentDrop.value);
 
+NF4LORA_INLINE Int byte_of(const uint8_t* table, Int code) {
+  const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+  const Int high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), code, _mm512_load_si512(table + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
+}
 NF4LORA_INLINE void decode(const Planes& map, const uint8_t* codes, Float* value) {
   const Int code = transposed(_mm512_loadu_si512(codes));
-  const __mmask64 upper = _mm512_movepi8_mask(code);
   Int byte[4];
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t* table = map.byte[i];
-    const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
-    const Int high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), code, _mm512_load_si512(table + 192));
-    byte[i] = _mm512_mask_blend_epi8(upper, low, high);
-  }
+  for (int i = 0; i < 4; ++i) byte[i] = byte_of(map.byte[i], code);
   const Int low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
   const Int low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
   value[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
@@ -194,9 +195,20 @@ NF4LORA_INLINE void decode(const Planes& map, const uint8_t* codes, Float* value
   value[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
 }
 NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode(kSignedPlanes, codes, value); }
+NF4LORA_INLINE void decode_drop(const uint8_t* codes, Float* drop) {  // of its bytes, two are zero
+  const Int code = transposed(_mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
+  const Int low = _mm512_unpacklo_epi8(byte_of(kDropPlanes.byte[2], code), byte_of(kDropPlanes.byte[3], code));
+  const Int high = _mm512_unpackhi_epi8(byte_of(kDropPlanes.byte[2], code), byte_of(kDropPlanes.byte[3], code));
+  drop[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, low));
+  drop[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, low));
+  drop[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, high));
+  drop[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, high));
+}
 NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode(kUnsignedPlanes, codes, value); }
 
 #elif defined(__AVX512F__)
+
+alignas(64) inline constexpr NestedCode kDropTable = kMomentDrop;
 
 NF4LORA_INLINE Float of_64(const float* table, Int index) {
   const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
@@ -209,16 +221,20 @@ NF4LORA_INLINE Float of_128(const float* table, Int index) {
 NF4LORA_INLINE Int load_codes(const uint8_t* codes) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
-NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) {
+// magnitudes [129], of which the last is beyond of_128: it wraps to entry 0.
+NF4LORA_INLINE void decode_with_sign(const float* magnitudes, const uint8_t* codes, Float* value) {
   for (int i = 0; i < kMomentVectors; ++i) {
     const Int distance = _mm512_sub_epi32(load_codes(codes + i * kLanes), _mm512_set1_epi32(kNestedZero));
     const Int k = _mm512_abs_epi32(distance);
-    // Of 128 and more only the one is left; it wraps to entry 0.
     const __mmask16 one = _mm512_test_epi32_mask(k, _mm512_set1_epi32(128));
-    const Float size = _mm512_mask_blend_ps(one, of_128(kSigned.value, k), broadcast(1.0f));
+    const Float size = _mm512_mask_blend_ps(one, of_128(magnitudes, k), broadcast(magnitudes[128]));
     const Int sign = _mm512_and_epi32(distance, _mm512_set1_epi32(static_cast<int>(0x80000000)));
     value[i] = _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(size), sign));
   }
+}
+NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode_with_sign(kSigned.value, codes, value); }
+NF4LORA_INLINE void decode_drop(const uint8_t* codes, Float* drop) {
+  decode_with_sign(kDropTable.value + kNestedZero, codes, drop);
 }
 NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) {
   for (int i = 0; i < kMomentVectors; ++i) {
@@ -234,7 +250,9 @@ NF4LORA_INLINE void decode(const float* map, const uint8_t* codes, Float* value)
   auto* const values = reinterpret_cast<float*>(value);
   for (int i = 0; i < kMomentGroup; ++i) values[i] = map[codes[i]];
 }
+alignas(64) inline constexpr NestedCode kDropTable = kMomentDrop;
 NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode(kNestedTable.value, codes, value); }
+NF4LORA_INLINE void decode_drop(const uint8_t* codes, Float* drop) { decode(kDropTable.value, codes, drop); }
 NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode(kUnsigned.value, codes, value); }
 
 #endif

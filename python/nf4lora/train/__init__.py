@@ -3,10 +3,13 @@
 A run passes through the files in this order, and nothing heavy is imported before the options are checked:
 
     options.py    every option: name, default, aliases, meaning     values.py    their parsers
-    config.py     flags and YAML to a TrainConfig
-    rows.py       files and Hub data sets to rows                    formats.py  rows to samples: chat, prompt, text
-    turns.py      where the answers stand in a rendered chat         masking.py  samples to tokens and labels
-    data.py       all of that for one run
+    yaml_file.py  a YAML file as its author wrote it                config.py    flags and YAML to a TrainConfig
+    foreign.py    what other tools' keys mean here                  together.py  keys that need others to be understood
+    rows.py       files and Hub data sets to rows                   folders.py   folders of files, by split
+    formats.py    rows to samples: chat, prompt, text               keys.py      keys that decide what is trained
+    tools.py      tool calls and schemas in one form                turns.py     where answers stand in the rendering
+    marks.py      the same for long conversations                   dropped.py   what a chat template leaves out
+    masking.py    samples to tokens and labels                      data.py      all of that for one run
     model.py      tokenizer and model                                trainer.py  what we change in SFTTrainer
     loss.py       cross-entropy of the trained tokens
     progress.py   the live line and metrics.jsonl                    interrupt.py  Ctrl-C
@@ -14,5 +17,6 @@ A run passes through the files in this order, and nothing heavy is imported befo
     banner.py     what is said at the start and at the end
     run.py        the run itself
 
-memory.py and words.py measure memory and write numbers, errors.py holds the two kinds of failure.
+memory.py and words.py measure memory and write numbers, errors.py holds the two kinds of failure, paths.py tells
+mistyped paths from names on the Hub.
 """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.text import Text
 
 from nf4lora.train.data import Data, Split
@@ -17,6 +19,20 @@ from nf4lora.train.words import duration, human, number
 
 def say(console: Console, name: str, text: str) -> None:
     console.print(Text(f"{name:<9}", style="bold") + Text(text), soft_wrap=True)
+
+
+def count(console: Console, status: Status, pause: float = 15.0) -> Callable[[str], None]:
+    """Shows how far something is: in the live line of a terminal, elsewhere as a line now and then."""
+    started = said = time.monotonic()
+
+    def show(text: str) -> None:
+        nonlocal said
+        status.update(text)
+        if not console.is_terminal and time.monotonic() - said >= pause:
+            said = time.monotonic()
+            say(console, "data", f"{text}, {duration(said - started)}")
+
+    return show
 
 
 def data_line(split: Split) -> str:

@@ -1,87 +1,36 @@
-"""From flags and a YAML file to a checked TrainConfig. Nothing is guessed and nothing is ignored.
+"""From flags and a YAML file to a checked TrainConfig. Nothing is guessed and nothing is ignored silently.
 
-An unknown name, two names for one option that disagree, and a setting for something that is not done here are errors.
+An unknown name, two names for one option that disagree, and a setting for something that is not done here are errors,
+which are listed at once. Keys of other tools that change nothing are left aside, and that is said (foreign.py).
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
-from nf4lora.train.options import ALIASES, OPTIONS, PER_CALL, TrainConfig
-from nf4lora.train.values import boolean, boolean_or_auto
+from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
+from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.paths import nearby, not_here
+from nf4lora.train.together import together
+from nf4lora.train.values import boolean, boolean_or_auto, checkpointing
+from nf4lora.train.yaml_file import read_yaml
 
-Settings = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
-
-
-def _bits(value: Any) -> dict:
-    if str(value) != "4":
-        raise ValueError("must be 4 (for LoRA on the 16-bit model: load_in_4bit false)")
-    return {"load_in_4bit": True}
+Values = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
 
 
-def _adapter(value: Any) -> dict:
-    if value not in ("qlora", "lora"):
-        raise ValueError("must be qlora or lora")
-    return {"load_in_4bit": value == "qlora"}
+@dataclass
+class Settings:
+    """What a file or the flags say, and everything that is wrong with it."""
 
-
-def _target_linear(value: Any) -> dict:
-    return {"lora_target_modules": "all-linear"} if boolean(value) else {}
-
-
-def _train_on_inputs(value: Any) -> dict:
-    return {"assistant_only_loss": "auto" if not boolean(value) else False}
-
-
-def _datasets(value: Any) -> dict:
-    kinds = {"chat_template": "messages", "completion": "text", "input_output": "prompt_completion"}
-    entry = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if isinstance(entry, list):
-        raise ValueError(f"must hold one data set (mixtures are not built yet), got {len(entry)}")
-    entry = {"path": entry} if isinstance(entry, str) else entry
-    known = {"path": "data", "type": "dataset_format", "name": "dataset_config", "split": "dataset_train_split"}
-    if not isinstance(entry, dict) or "path" not in entry or set(entry) - set(known):
-        raise ValueError(f"must hold one entry with {', '.join(known)}")
-    return {known[key]: kinds.get(item, item) if key == "type" else item for key, item in entry.items()}
-
-
-def _only(wanted: Any, why: str) -> Callable[[Any], dict]:
-    """A name that others' files carry, accepted where it describes what is done here anyway."""
-
-    def check(value: Any) -> dict:
-        same = boolean(value) is wanted if isinstance(wanted, bool) and not isinstance(value, dict) else value == wanted
-        if not same:
-            raise ValueError(f"must be {str(wanted).lower()}: {why}")
-        return {}
-
-    return check
-
-
-TRANSLATED: dict[str, Callable[[Any], dict]] = {
-    "quantization_bit": _bits,
-    "bits": _bits,
-    "adapter": _adapter,
-    "lora_target_linear": _target_linear,
-    "train_on_inputs": _train_on_inputs,
-    "train_on_prompt": _train_on_inputs,
-    "datasets": _datasets,
-    "finetuning_type": _only("lora", "only LoRA is trained"),
-    "stage": _only("sft", "only supervised fine-tuning is done"),
-    "do_train": _only(True, "nf4lora train trains"),
-    "use_peft": _only(True, "only LoRA is trained"),
-    "load_in_8bit": _only(False, "the base is NF4 or 16-bit"),
-    "fp16": _only(False, "float16 would need loss scaling; use dtype bfloat16 or float32"),
-    "push_to_hub": _only(False, "upload the output folder with `hf upload`"),
-    "template": _only(None, "the tokenizer's own chat template is used"),
-    "deepspeed": _only(None, "one process is used"),
-    "fsdp": _only(None, "one process is used"),
-}
+    values: Values = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    wishes: set[str] = field(default_factory=set)  # options that nobody misses where they cannot be followed
 
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
@@ -93,14 +42,20 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     given_flags, files = _read_flags(arguments)
     if len(files) > 1:
         raise UsageError(f"one configuration file, got {', '.join(files)}")
-    file = _settings(_read_yaml(Path(files[0])), files[0]) if files else {}
-    flags = _settings(given_flags, "flags", flag=True)
-    _give_way(file, flags)
-    values = {name: value for name, (value, _) in {**file, **flags}.items()}
-    return check(TrainConfig(**values, given=frozenset(values)))
+    file = _settings(read_yaml(Path(files[0])), files[0]) if files else Settings()
+    flags = _settings(given_flags, "")
+    errors = [*file.errors, *flags.errors]
+    if len(errors) > 1:
+        raise UsageError(f"{len(errors)} settings cannot be used:\n    " + "\n    ".join(errors))
+    if errors:
+        raise UsageError(errors[0])
+    _give_way(file.values, flags.values)
+    values = {name: value for name, (value, _) in {**file.values, **flags.values}.items()}
+    given = frozenset(values) - (file.wishes | flags.wishes)
+    return check(TrainConfig(**values, given=given, notes=(*file.notes, *flags.notes)))
 
 
-def _give_way(file: Settings, flags: Settings) -> None:
+def _give_way(file: Values, flags: Values) -> None:
     """Drop what the file says where a flag rules it out, so that `--max_steps 3` works on a file with epochs."""
     said = {name: value for name, (value, _) in flags.items()}
     for group in (
@@ -159,7 +114,7 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
 
 def _is_switch(name: str) -> bool:
     each = OPTIONS.get(ALIASES.get(name, name))
-    return each is not None and each.metadata["parse"] in (boolean, boolean_or_auto)
+    return each is not None and each.metadata["parse"] in (boolean, boolean_or_auto, checkpointing)
 
 
 def _is_boolean(value: str) -> bool:
@@ -169,59 +124,57 @@ def _is_boolean(value: str) -> bool:
         return False
 
 
-def _read_yaml(path: Path) -> list[tuple[str, Any]]:
-    import yaml
+def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
+    """Canonical names and parsed values of a file, or of flags (without a source).
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise UsageError(f"{path}: {twice} stands there twice")
-        return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}: not valid YAML{place} ({getattr(error, 'problem', error)})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: must hold `option: value` lines")
-    return [(str(name), value) for name, value in content.items() if value is not None]
-
-
-def _settings(items: list[tuple[str, Any]], source: str, flag: bool = False) -> Settings:
-    """Canonical names and parsed values. Two names of one option must agree; of a flag given twice the last counts."""
-    settings: Settings = {}
-    for name, value in items:
-        shown = f"--{name}" if flag else f"{source}: {name}"
+    Two names of one option must agree; of a flag given twice the last counts.
+    """
+    settled = together(((name.replace("-", "_"), value) for name, value in items), in_file=bool(source))
+    settings = Settings(errors=settled.errors, notes=settled.notes, wishes=settled.wishes)
+    left_aside: dict[str, list[str]] = {}
+    for name, value in settled.items:
+        shown = f"{source}: {name}" if source else f"--{name}"
+        if value is None and name not in NULLABLE:
+            continue
         try:
-            if name in TRANSLATED:
-                found = {key: OPTIONS[key].metadata["parse"](item) for key, item in TRANSLATED[name](value).items()}
-            elif (canonical := ALIASES.get(name, name)) in OPTIONS:
-                found = {canonical: OPTIONS[canonical].metadata["parse"](value)}
-            else:
-                raise UsageError(f"{shown} is not an option{_suggestion(name)}")
+            found = _meaning(name, value, left_aside)
         except ValueError as error:
-            raise UsageError(f"{shown} {error}, got {value!r}") from None
+            said = str(error)
+            got = "" if said.startswith("is not") or ", got" in said else f", got {value!r}"
+            settings.errors.append(f"{shown} {said}{got if len(got) < 120 else got[:117] + '...'}")
+            continue
         for canonical, item in found.items():
-            earlier = settings.get(canonical)
+            earlier = settings.values.get(canonical)
             if earlier is not None and earlier[0] != item and earlier[1] != shown:
-                raise UsageError(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
-            settings[canonical] = (item, shown)
+                settings.errors.append(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
+            settings.values[canonical] = (item, shown)
+    settings.notes += [f"not used: {', '.join(names)} ({why})" for why, names in left_aside.items()]
     return settings
 
 
+def _meaning(name: str, value: Any, left_aside: dict[str, list[str]]) -> dict[str, Any]:
+    """Options and parsed values for a name; nothing where it is left aside.
+
+    Raises:
+        ValueError: an unknown name, or a value that cannot be honoured.
+    """
+    if name in TRANSLATED:
+        return {key: OPTIONS[key].metadata["parse"](item) for key, item in TRANSLATED[name](value).items()}
+    if (canonical := ALIASES.get(name, name)) in OPTIONS:
+        return {canonical: OPTIONS[canonical].metadata["parse"](value)}
+    if name in ONLY:
+        only(name, value)
+        return {}
+    if why := aside(name):
+        left_aside.setdefault(why, []).append(name)
+        return {}
+    if isinstance(value, dict) and "_component_" in value:
+        raise ValueError("is not an option: this is a torchtune recipe; write its values as options of their own")
+    raise ValueError(f"is not an option{_suggestion(name)}")
+
+
 def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, [*OPTIONS, *ALIASES, *TRANSLATED], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, [*OPTIONS, *ALIASES, *TRANSLATED], n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else "; `nf4lora train --help` lists them"
 
 
@@ -244,7 +197,12 @@ def check(config: TrainConfig) -> TrainConfig:
     refuse(config.dataset_test_split and config.eval_file, "dataset_test_split and eval_file both name evaluation data")
     for name in ("train_file", "eval_file"):
         path = getattr(config, name)
-        refuse(path and not os.path.isfile(path), f"{name}: {path} is not a file")
+        refuse(
+            path and not os.path.isfile(os.path.expanduser(path)), f"{name}: {path} is not a file{nearby(path or '')}"
+        )
+    base = config.model_name_or_path or ""
+    refuse(base and not os.path.isdir(os.path.expanduser(base)) and not_here(base),
+           f"model_name_or_path: {base} is not a folder{nearby(base)}")  # fmt: skip
     refuse({"max_steps", "num_train_epochs"} <= given and config.max_steps, "max_steps and num_train_epochs; keep one")
     refuse(config.eval_steps and config.eval_strategy in ("epoch", "no"),
            f"eval_steps {config.eval_steps} contradicts eval_strategy {config.eval_strategy}")  # fmt: skip

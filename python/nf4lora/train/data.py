@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import random
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.formats import Sample, recognise, samples
-from nf4lora.train.masking import IGNORED, Encoder, install_chat_template
+from nf4lora.train.folders import read_directory
+from nf4lora.train.formats import Sample, convert, recognise
+from nf4lora.train.masking import DOUBLE_START, IGNORED, Encoder, choose_chat_template, install_chat_template
 from nf4lora.train.options import TrainConfig
-from nf4lora.train.rows import ENDINGS, Table, read_directory, read_file, read_hub
+from nf4lora.train.paths import nearby, not_here
+from nf4lora.train.rows import ENDINGS, Table, bad_rows, read_file, read_hub
 from nf4lora.train.turns import MaskError
+from nf4lora.train.words import number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +36,15 @@ class Split:
     labels: list[np.ndarray] = field(default_factory=list)
     cut: int = 0  # samples longer than max_length
     dropped: list[int] = field(default_factory=list)  # rows of which nothing would be trained
+
+    def fingerprint(self) -> dict[str, Any]:
+        """How many rows there are, and a hash of their tokens and labels: equal for equal data, on any machine."""
+        digest = hashlib.sha256()
+        for rows in zip(self.input_ids, self.labels, strict=True):
+            digest.update(len(rows[0]).to_bytes(8, "little"))
+            for row in rows:
+                digest.update(row.astype("<i4", copy=False).tobytes())
+        return {"rows": len(self.input_ids), "sha256": digest.hexdigest()}
 
     @property
     def tokens(self) -> int:
@@ -56,46 +70,53 @@ class Data:
     choice: str  # which format was taken, where the rows fit several
     notes: list[str]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Rows and hash of what is trained on; a run that is resumed must find the same."""
+        return self.train.fingerprint()
+
 
 def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
     """Rows to train on, rows to evaluate on, and notes.
 
     Raises:
-        UsageError, RunError: see rows.py
+        UsageError, RunError: see rows.py and folders.py
     """
     source = config.data or config.dataset_name or config.train_file or ""
-    path, notes = Path(source), []
+    path, notes = Path(source).expanduser(), list(config.notes)
     evaluation: Table | None = None
+    split = config.dataset_train_split if "dataset_train_split" in config.given else None
     if path.is_dir():
-        train, evaluation, note = read_directory(path)
+        train, evaluation, note = read_directory(
+            path, config.dataset_config, split, config.dataset_test_split, skip_bad=True
+        )
         notes += [note] if note else []
     elif path.is_file():
-        train = read_file(path)
-    elif path.suffix.lower() in ENDINGS or os.path.isabs(source) or source.startswith((".", "~")):
-        raise UsageError(f"{source}: no such file or directory")
+        _only_hub(config, source)
+        train = read_file(path, skip_bad=True)  # bad lines are counted with the bad rows, in prepare_data
+    elif path.suffix.lower() in ENDINGS or not_here(source):
+        raise UsageError(f"{source}: no such file or directory{nearby(source)}")
     else:
         train = read_hub(source, config.dataset_config, config.dataset_train_split)
         if config.dataset_test_split:
             evaluation = read_hub(source, config.dataset_config, config.dataset_test_split)
-    on_hub = not path.exists()
-    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
-        if (
-            name in config.given
-            and not on_hub
-            and getattr(config, name) != TrainConfig.__dataclass_fields__[name].default
-        ):
-            raise UsageError(
-                f"{name} is for data sets on the Hub; {source} is a local {'directory' if path.is_dir() else 'file'}"
-            )
     if evaluation is not None and (config.eval_file or config.val_size):
         raise UsageError(f"{source} holds evaluation rows already ({evaluation.name}); drop eval_file and val_size")
     if config.eval_file:
-        evaluation = read_file(Path(config.eval_file))
+        evaluation = read_file(Path(config.eval_file).expanduser(), skip_bad=True)
+    if config.max_samples:
+        train = train.select(range(min(config.max_samples, len(train.rows))))
+        evaluation = evaluation and evaluation.select(range(min(config.max_samples, len(evaluation.rows))))
     if config.val_size:
         train, evaluation = hold_out(train, config.val_size, config.seed)
     if evaluation is None and ({"eval_steps", "eval_strategy"} & config.given) and config.eval_strategy != "no":
         raise UsageError("eval_steps and eval_strategy need evaluation rows: eval_file, val_size or a file valid.jsonl")
     return train, evaluation, notes
+
+
+def _only_hub(config: TrainConfig, source: str) -> None:
+    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            raise UsageError(f"{name} is for data sets on the Hub and for directories; {source} is a local file")
 
 
 def hold_out(table: Table, size: float, seed: int) -> tuple[Table, Table]:
@@ -106,54 +127,137 @@ def hold_out(table: Table, size: float, seed: int) -> tuple[Table, Table]:
         raise UsageError(f"val_size {size} would hold out {count} of {total} rows; at least one must be on each side")
     chosen = set(random.Random(seed).sample(range(total), count))
     keep = [i for i in range(total) if i not in chosen]
-    return table.select(keep), table.select(sorted(chosen))
+    return table.select(keep), replace(table.select(sorted(chosen)), bad=[])
 
 
-def prepare_data(config: TrainConfig, tokenizer: Any, tables: tuple[Table, Table | None], stops: list[str]) -> Data:
+def prepare_data(
+    config: TrainConfig,
+    tokenizer: Any,
+    tables: tuple[Table, Table | None],
+    stops: list[str],
+    progress: Callable[[str], None] = lambda text: None,
+) -> Data:
     """Tokenise and label both parts; every row that does not fit is named before a model is loaded.
+
+    `progress` is told now and then how far this is.
 
     Raises:
         RunError: a row without a usable field, an unknown role, an answer that the template hides, nothing to train.
     """
-    table, other = tables
-    kind, choice = recognise(table, config.dataset_format)
-    parts = [(table, kind, samples(table, kind))]
-    if other is not None:
-        other_kind, _ = recognise(other, config.dataset_format)
-        parts.append((other, other_kind, samples(other, other_kind)))
+    check_special_tokens(config, tokenizer)
     notes: list[str] = []
-    everything: list[Sample] = [sample for _, _, part in parts for sample in part]
-    if any(sample.messages is not None for sample in everything) and (note := install_chat_template(tokenizer)):
-        notes.append(note)
-    roles = all(sample.has_roles for sample in parts[0][2])
+    parts, choice = [], ""
+    for table in tables:
+        if table is not None:
+            part, why, said = _convert(table, config)
+            parts.append(part)
+            choice = choice or why
+            notes += said
+    everything: list[Sample] = [sample for part in parts for sample in part.samples]
+    if any(sample.messages is not None for sample in everything):
+        chosen = choose_chat_template(tokenizer, config.chat_template), install_chat_template(tokenizer)
+        notes[:0] = [note for note in chosen if note]
+    roles = all(sample.has_roles for sample in parts[0].samples)
     if config.assistant_only_loss is True and not roles:
         raise UsageError("assistant_only_loss needs data with roles or prompts; text has neither")
     answers_only = roles if config.assistant_only_loss == "auto" else bool(config.assistant_only_loss)
-    encoder = Encoder(tokenizer, answers_only, stops)
-    splits = [_tokenise(Split(*part[:2]), part[2], encoder, config.max_length) for part in parts]
-    for split in splits:
-        notes += _complaints(split, config.max_length)
+    encoder = Encoder(tokenizer, answers_only, [*stops, *(config.eot_tokens or [])])
+    splits = []
+    for part in parts:
+        split, said = _tokenise(part, encoder, config, progress)
+        splits.append(split)
+        notes += [*said, *_complaints(split, config.max_length)]
     return Data(splits[0], splits[1] if len(splits) > 1 else None, answers_only, choice, notes)
 
 
-def _tokenise(split: Split, rows: list[Sample], encoder: Encoder, max_length: int) -> Split:
-    for index, sample in enumerate(rows):
+@dataclass
+class _Part:
+    """The rows of one part that fit their format, as samples."""
+
+    table: Table
+    kind: str
+    samples: list[Sample]
+    bad: list[str]  # complaints about rows that were left out
+
+
+def _convert(table: Table, config: TrainConfig) -> tuple[_Part, str, list[str]]:
+    kind, choice = recognise(table, config.dataset_format)
+    found = convert(table, kind)
+    bad = [*table.bad, *found.bad]
+    if bad and not (config.skip_bad_rows and found.samples):
+        raise RunError(bad_rows(bad, len(table.rows) + len(table.bad)))
+    notes = [f"{table.name}: {table.note}"] if table.note else []
+    if found.unused:
+        notes.append(f"columns of {table.name} that are not used: {', '.join(found.unused)}")
+    nulls = sum(sample.nulls for sample in found.samples)
+    if nulls and not table.fills_nulls:
+        notes.append(f"{nulls} keys of tools and tool calls are null and were left out, as a parquet file has it")
+    kept = table if len(found.indices) == len(table.rows) else table.select(found.indices)
+    return _Part(kept, kind, found.samples, bad), choice, notes
+
+
+def check_special_tokens(config: TrainConfig, tokenizer: Any) -> None:
+    """Hold the tokens that a configuration file names against those of the tokenizer, which are the ones used.
+
+    Raises:
+        UsageError: they differ.
+    """
+    for name, token in (config.special_tokens or {}).items():
+        own = getattr(tokenizer, name, None)
+        if name != "pad_token" and own != token:
+            raise UsageError(f"special_tokens: {name} must be the tokenizer's own, {own!r}, got {token!r}")
+    for token in config.eot_tokens or []:
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise UsageError(f"eot_tokens must be single tokens of the tokenizer, got {token!r}")
+
+
+def _tokenise(
+    part: _Part, encoder: Encoder, config: TrainConfig, progress: Callable[[str], None]
+) -> tuple[Split, list[str]]:
+    """-> the tokenised part, and what is to be said about its rows.
+
+    Raises:
+        RunError: rows that cannot be encoded.
+    """
+    split, bad = Split(part.table, part.kind), list(part.bad)
+    left_out: dict[str, list[int]] = {}
+    total, due = len(part.samples), 0.0
+    for index, sample in enumerate(part.samples):
+        if time.monotonic() >= due:
+            progress(f"tokenising {part.table.name}: {number(index)} of {number(total)} rows")
+            due = time.monotonic() + 0.2
         try:
             ids, labels = encoder(sample)
         except MaskError as error:
-            raise RunError(
-                f"{split.table.where(index)}: {error}; a template with {{% generation %}} tags, "
-                "or --assistant_only_loss false, gets around this"
-            ) from None
-        split.cut += len(ids) > max_length
-        row, trained = (np.array(each[:max_length], dtype=np.int32) for each in (ids, labels))
+            bad.append(f"{part.table.where(index)}: {error}{encoder.advice(sample, error)}")
+            continue
+        except (TypeError, ValueError, OverflowError, UnicodeError) as error:
+            bad.append(f"{part.table.where(index)}: the tokenizer refuses this row ({type(error).__name__}: {error})")
+            continue
+        for what in encoder.left_out:
+            left_out.setdefault(what, []).append(index)
+        split.cut += len(ids) > config.max_length
+        row, trained = (np.array(each[: config.max_length], dtype=np.int32) for each in (ids, labels))
         trained[:1] = IGNORED  # the first token is predicted from nothing; transformers would count it, TRL not
         if (trained == IGNORED).all():
             split.dropped.append(index)
         else:
             split.input_ids.append(row)
             split.labels.append(trained)
-    return split
+    everything = total + len(part.bad)
+    if bad and not (config.skip_bad_rows and len(bad) < everything):
+        raise RunError(bad_rows(bad, everything))
+    notes = []
+    if bad:
+        notes.append(f"{len(bad)} of {everything} rows of {part.table.name} cannot be used and were left out: {bad[0]}")
+    for what, rows in left_out.items():
+        where = f"in {len(rows)} of {total} rows (first: {part.table.where(rows[0])})"
+        notes.append(
+            f"texts hold a start token, and the tokenizer adds one: one of them was taken {where}"
+            if what == DOUBLE_START
+            else f"the chat template leaves out {what} {where}"
+        )
+    return split, notes
 
 
 def _complaints(split: Split, max_length: int) -> list[str]:

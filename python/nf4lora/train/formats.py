@@ -1,22 +1,25 @@
 """Rows to samples: recognise the format, and give every row the same shape.
 
-A sample is a conversation with roles, or a text of which a first part (the prompt) is not trained.
+A sample is a conversation with roles, or a text of which a first part (the prompt) is not trained. Keys that decide
+what is trained are honoured or refused; keys that decide nothing here are listed, so that the user can be told.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from nf4lora.train.errors import RunError
-from nf4lora.train.rows import Table
+from nf4lora.train.keys import TURN_FLAGS, check_row, filled, is_trained, unused
+from nf4lora.train.rows import Table, bad_rows
+from nf4lora.train.tools import calls, check_json, nulls, parsed, schemas, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-    "observation": "tool", "tool": "tool", "function_call": "function_call",
+    "observation": "tool", "tool": "tool", "function_response": "tool", "function_call": "function_call",
 }  # fmt: skip
 WANTED = (
     'messages ([{"role", "content"}]), conversations ([{"from", "value"}]), prompt and completion, '
@@ -33,6 +36,9 @@ class Sample:
     trained_from: int = 0
     prompt: str = ""
     text: str = ""
+    untrained: frozenset[int] = frozenset()  # answers whose row says that they are not trained
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    nulls: int = 0  # keys of tools and calls that were null and left out
 
     @property
     def has_roles(self) -> bool:
@@ -40,12 +46,22 @@ class Sample:
 
 
 def recognise(table: Table, wanted: str = "auto") -> tuple[str, str]:
-    """The format of a table by the columns of its first row, and why where there was a choice.
+    """The format of a table by the columns of its first row that has any, and why where there was a choice.
 
     Raises:
         RunError: no column that is known, or not those of the format that was asked for.
     """
-    first = {name for name, value in table.rows[0].items() if value is not None}
+    for index in range(min(len(table.rows), 100)):
+        try:
+            return _recognise(table, index, wanted)
+        except RunError:
+            continue
+    return _recognise(table, 0, wanted)  # the complaint about the first row
+
+
+def _recognise(table: Table, index: int, wanted: str) -> tuple[str, str]:
+    row = table.rows[index]
+    first = {name for name, value in row.items() if value is not None}
     columns: dict[str, tuple[str, ...]] = {
         "messages": ("messages",),
         "sharegpt": ("conversations",),
@@ -53,20 +69,18 @@ def recognise(table: Table, wanted: str = "auto") -> tuple[str, str]:
         "alpaca": ("instruction", "output"),
         "text": ("text",),
     }
-    if "conversations" in first and "messages" not in first and _speaks_roles(table.rows[0]["conversations"]):
+    if "conversations" in first and "messages" not in first and _speaks_roles(row["conversations"]):
         columns["messages"], columns["sharegpt"] = ("conversations",), ("from and value in conversations",)
     found = [name for name, needed in columns.items() if set(needed) <= first]
     if wanted != "auto":
         if wanted not in found:
             raise RunError(
-                f"{table.where(0)} has no {' and '.join(columns[wanted])}, which the format {wanted} needs; "
-                f"it has {', '.join(sorted(first)) or 'nothing'}"
+                f"{table.where(index)} has no {' and '.join(columns[wanted])}, which the format {wanted} needs; "
+                f"it has {_listed(first)}"
             )
         return wanted, ""
     if not found:
-        raise RunError(
-            f"{table.where(0)} has no usable field: {WANTED}; it has {', '.join(sorted(first)) or 'nothing'}"
-        )
+        raise RunError(f"{table.where(index)} has no usable field: {WANTED}; it has {_listed(first)}")
     why = ""
     if len(found) > 1:
         kept = (
@@ -78,123 +92,228 @@ def recognise(table: Table, wanted: str = "auto") -> tuple[str, str]:
     return found[0], why
 
 
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, names))) or "nothing"
+
+
 def _speaks_roles(turns: Any) -> bool:
-    turns = _parsed(turns)
+    try:
+        turns = _listed_turns(turns)
+    except ValueError:
+        return False
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
 
 
-def samples(table: Table, kind: str) -> list[Sample]:
-    """All rows as samples; the first row that does not fit is an error that names it."""
-    convert: Callable[[dict], Sample] = CONVERT[kind]
-    result = []
-    for index in range(len(table.rows)):
+@dataclass
+class Converted:
+    """The rows of a table as samples, and what is to be said about the others."""
+
+    samples: list[Sample] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)  # rows that the samples were made of
+    bad: list[str] = field(default_factory=list)  # complaints, each with the row's name
+    unused: list[str] = field(default_factory=list)  # columns that hold something and are not read
+
+
+def convert(table: Table, kind: str) -> Converted:
+    result, columns = Converted(), set()
+    for index, row in enumerate(table.rows):
+        columns |= {name for name, value in row.items() if filled(value)}
         try:
-            result.append(convert(table.rows[index]))
+            result.samples.append(sample_of(row, kind))
+            result.indices.append(index)
         except ValueError as error:
-            raise RunError(f"{table.where(index)}: {error}") from None
+            result.bad.append(f"{table.where(index)}: {error}")
+    result.unused = unused(columns, kind)
     return result
 
 
-def _parsed(value: Any) -> Any:
-    """A JSON list or object inside a string, as csv and some parquet files carry it."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a field is not valid JSON ({error.msg}, column {error.colno})") from None
+def samples(table: Table, kind: str) -> list[Sample]:
+    """All rows as samples; rows that do not fit are an error that counts them and names the first ones."""
+    found = convert(table, kind)
+    if found.bad:
+        raise RunError(bad_rows(found.bad, len(table.rows)))
+    return found.samples
+
+
+def sample_of(row: dict, kind: str) -> Sample:
+    """One row as a sample.
+
+    Raises:
+        ValueError: the row does not fit; the text says what is wrong with it.
+    """
+    sample = CONVERT[kind](row)
+    check_row(row, kind, roles=sample.messages is not None)
+    _check_characters(sample)
+    return sample
+
+
+def _check_characters(sample: Sample) -> None:
+    """Refuse half characters: JSON can write them (\\ud800), and no tokenizer takes them."""
+    whole = json.dumps([sample.messages, sample.tools, sample.prompt, sample.text], ensure_ascii=False, default=str)
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(whole[error.start]):04x}"
+        raise ValueError(f"a text must be whole characters, got the lone surrogate {code} (half an emoji)") from None
+
+
+def _text_of(value: Any, name: str, optional: bool = False) -> str:
+    if optional and value is None:
+        return ""
+    if not isinstance(value, str):
+        hint = ' ("" or null for none)' if optional else ""
+        raise ValueError(f"{name} must be text{hint}, got {_kind(value)}")
     return value
 
 
-def _tools(row: dict) -> list | None:
-    tools = _parsed(row.get("tools"))
-    if tools in (None, "", []):
-        return None
-    if not isinstance(tools, list):
-        raise ValueError("tools must be a list")
-    return tools
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:60]
+
+
+def _kwargs(row: dict) -> dict[str, Any]:
+    found = without_nulls(parsed(row.get("chat_template_kwargs")) or {})
+    if not isinstance(found, dict):
+        raise ValueError(f"chat_template_kwargs must be an object, got {_kind(found)}")
+    reserved = {"messages", "tools", "conversation", "tokenize", "add_generation_prompt", "chat_template"} & set(found)
+    if reserved:
+        raise ValueError(f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}")
+    return found
+
+
+def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> Sample:
+    """A sample of the messages, each with whether it is trained, and of what else the row says about the chat."""
+    messages = [message for message, _ in turns]
+    untrained = {index for index, (_, trained) in enumerate(turns) if not trained}
+    system = _text_of(row.get("system"), "system", optional=True)
+    if system and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] != system:
+            raise ValueError("system and the first message both give instructions; keep one")
+    elif system:
+        messages.insert(0, {"role": "system", "content": system})
+        untrained = {index + 1 for index in untrained}
+        trained_from += trained_from > 0
+    return Sample(messages, schemas(row.get("tools")), trained_from,
+                  untrained=frozenset(untrained), template_kwargs=_kwargs(row), nulls=_nulls(row))  # fmt: skip
+
+
+def _nulls(row: dict) -> int:
+    """Keys of the row's tools and calls that are null, and therefore not trained."""
+    count = nulls(row.get("tools"))
+    for name in ("messages", "conversations", "prompt", "completion"):
+        turns = row.get(name)
+        for turn in turns if isinstance(turns, list) else []:
+            count += nulls(turn.get("tool_calls")) if isinstance(turn, dict) else 0
+    return count
 
 
 def _messages(row: dict) -> Sample:
-    return Sample(_conversation(row.get("messages", row.get("conversations")), "messages"), _tools(row))
+    given = row.get("messages")
+    return _chat(row, _conversation(given if given is not None else row.get("conversations"), "messages"))
 
 
-def _conversation(turns: Any, name: str) -> list[dict]:
-    turns = _parsed(turns)
+def _listed_turns(value: Any) -> Any:
+    """Turns as a list: some readers of data sets give an object of columns, {"role": [...], "content": [...]}."""
+    turns = parsed(value)
+    if isinstance(turns, dict) and turns and all(isinstance(each, list) for each in turns.values()):
+        if len({len(each) for each in turns.values()}) == 1:
+            return [dict(zip(turns, each, strict=True)) for each in zip(*turns.values(), strict=True)]
+    return turns
+
+
+def _conversation(turns: Any, name: str) -> list[tuple[dict, bool]]:
+    turns = _listed_turns(turns)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{name} must be a list of messages that is not empty")
     return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
 
 
-def _message(turn: Any, name: str) -> dict:
+def _message(turn: Any, name: str) -> tuple[dict, bool]:
+    turn = parsed(turn)
     if not isinstance(turn, dict):
         raise ValueError(f"{name} must be an object with role and content")
     turn = {key: value for key, value in turn.items() if value is not None}  # parquet fills absent keys with nulls
-    if turn.get("role") not in ROLES:
+    role = "tool" if turn.get("role") == "function" else turn.get("role")
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{name}: role must be one of {', '.join(ROLES)}, got {turn.get('role')!r}")
+    trained = is_trained(turn, role, name)
+    called = turn.pop("function_call", None)  # the older name of one tool call
+    called = turn.pop("tool_calls", None) or called
+    turn = {key: without_nulls(value) for key, value in turn.items() if key not in TURN_FLAGS}
     content = turn.get("content", "")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ValueError(f"{name}: content must be text; images and audio are not trained here")
-        content = "".join(part["text"] for part in content)
+        content = "".join(_part(part, name) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"{name}: content must be text, got {type(content).__name__}")
-    if "content" not in turn and not turn.get("tool_calls"):
+        raise ValueError(f"{name}: content must be text, got {_kind(content)}")
+    check_json(turn, name)
+    if "content" not in turn and not called:
         raise ValueError(f"{name} has no content")
-    return {**turn, "content": content}
+    turn = {**turn, "role": role, "content": content}
+    if called:
+        turn["tool_calls"] = calls(called, f"{name}: tool_calls")
+    return turn, trained
+
+
+def _part(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise ValueError(f"{name}: content must be text, got a part of type {kind}; images and audio are not trained")
+    return part["text"]
 
 
 def _sharegpt(row: dict) -> Sample:
-    turns = _parsed(row.get("conversations"))
+    turns = _listed_turns(row.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise ValueError("conversations must be a list of turns that is not empty")
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
+    found = []
     for index, turn in enumerate(turns):
+        name = f"conversations[{index}]"
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SHAREGPT:
-            raise ValueError(f"conversations[{index}]: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
+        if not isinstance(speaker, str) or speaker not in SHAREGPT:
+            raise ValueError(f"{name}: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"conversations[{index}]: value must be text")
+            raise ValueError(f"{name}: value must be text, got {_kind(turn.get('value'))}")
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
         if speaker == "function_call":
-            messages.append(_function_call(turn["value"], index))
+            message = {**rest, "role": "assistant", "content": "", "tool_calls": _function_call(turn["value"], name)}
         else:
-            messages.append({"role": SHAREGPT[speaker], "content": turn["value"]})
-    return Sample(messages, _tools(row))
+            message = {**rest, "role": SHAREGPT[speaker], "content": turn["value"]}
+        found.append(_message(message, name))
+    return _chat(row, found)
 
 
-def _function_call(value: str, index: int) -> dict:
-    calls = _parsed(value)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls):
-        raise ValueError(f'conversations[{index}]: a function_call must be JSON like {{"name": ..., "arguments": ...}}')
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": dict(call)} for call in calls],
-    }
+def _function_call(value: str, name: str) -> list[dict]:
+    called = parsed(value)
+    called = called if isinstance(called, list) else [called]
+    if not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in called):
+        raise ValueError(f'{name}: a function_call must be JSON like {{"name": ..., "arguments": ...}}')
+    return called
 
 
 def _alpaca(row: dict) -> Sample:
-    instruction, context, output = (row.get(name) for name in ("instruction", "input", "output"))
-    if not isinstance(instruction, str) or not (instruction or context):
-        raise ValueError("instruction must be text")
-    if not isinstance(output, str):
-        raise ValueError("output must be text")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for pair in _parsed(row.get("history")) or []:
+    context = _text_of(row.get("input"), "input", optional=True)
+    instruction = _text_of(row.get("instruction"), "instruction")
+    if not (instruction or context):
+        raise ValueError("instruction must be text that is not empty")
+    output = _text_of(row.get("output"), "output")
+    turns: list[tuple[dict, bool]] = []
+    history = parsed(row.get("history")) or []
+    for index, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError("history must be a list of [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        for role, each in zip(("user", "assistant"), pair, strict=True):
+            turns.append(({"role": role, "content": _text_of(each, f"history[{index}]")}, True))
     question = "\n".join(part for part in (instruction, context) if part)
-    return Sample([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}])
+    turns += [({"role": "user", "content": question}, True), ({"role": "assistant", "content": output}, True)]
+    return _chat(row, turns)
 
 
 def _prompt_completion(row: dict) -> Sample:
     prompt, completion = _parsed_turns(row.get("prompt")), _parsed_turns(row.get("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _conversation(prompt, "prompt")
-        return Sample(before + _conversation(completion, "completion"), _tools(row), trained_from=len(before))
+        return _chat(row, before + _conversation(completion, "completion"), trained_from=len(before))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError("prompt and completion must both be text, or both lists of messages")
     if not prompt:
@@ -207,14 +326,14 @@ def _parsed_turns(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
 
 def _text(row: dict) -> Sample:
     if not isinstance(row.get("text"), str) or not row["text"]:
-        raise ValueError("text must be text that is not empty")
+        raise ValueError(f"text must be text that is not empty, got {_kind(row.get('text'))}")
     return Sample(text=row["text"])
 
 

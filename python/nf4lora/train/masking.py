@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from nf4lora.train.errors import RunError
+from nf4lora.train.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
+from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.formats import Sample
+from nf4lora.train.marks import REASONING
+from nf4lora.train.tools import functions, shown_as_python, with_arguments_as_text
 from nf4lora.train.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
 
 IGNORED = -100
@@ -33,6 +38,89 @@ def install_chat_template(tokenizer: Any) -> str:
     return f"the tokenizer has no chat template; ChatML was installed, each turn ended by {tokenizer.eos_token}"
 
 
+def choose_chat_template(tokenizer: Any, wanted: str | None) -> str:
+    """Use another chat template than the tokenizer's: ChatML, or that of a file; returns what to say about it.
+
+    The name of a family (`llama3`), as configuration files of other tools have it, must describe the tokenizer's own.
+
+    Raises:
+        UsageError: no such file, or a family whose turns the tokenizer's template does not write.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if wanted is None:
+        return ""
+    if wanted == "chatml":
+        before = _specimen(tokenizer) if own else None
+        tokenizer.chat_template = None
+        note = install_chat_template(tokenizer)
+        if before is not None and before == _specimen(tokenizer):
+            tokenizer.chat_template = own
+            return ""
+        return "chat_template chatml takes the place of the tokenizer's own" if own else note
+    if "{{" in wanted or "{%" in wanted:
+        tokenizer.chat_template = wanted
+        return "the chat template is the one written in the options"
+    if wanted.endswith((".jinja", ".jinja2", ".txt")) or "/" in wanted:
+        try:
+            tokenizer.chat_template = Path(wanted).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"chat_template: {wanted} cannot be read ({error})") from None
+        return f"the chat template is that of {wanted}"
+    written = _source(tokenizer)
+    sign = next((sign for family, sign in FAMILIES if re.match(family, wanted.lower())), None)
+    if sign is None:
+        raise UsageError(
+            f"chat_template must be chatml, a .jinja file or nothing (the tokenizer's own), got {wanted!r}"
+        )
+    if sign not in written:
+        what = "which has no chat template" if not own else f"whose chat template writes no {sign}"
+        raise UsageError(
+            f"chat_template {wanted} does not fit the tokenizer, {what}; name a .jinja file, "
+            "or drop the line to use what the tokenizer has"
+        )
+    return f"chat_template {wanted}: the tokenizer's own template, which writes the same turns, is used"
+
+
+def _specimen(tokenizer: Any) -> str | None:
+    """What the template makes of a short conversation."""
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise anything
+        return None
+
+
+FAMILIES = (  # names of templates in other tools' files, and what their turns are known by
+    ("llama-?4", "<|header_start|>"),
+    ("llama-?3", "<|start_header_id|>"),
+    ("(llama-?2|mistral|ministral)", "[INST]"),
+    ("(qwen|chatml|smollm|hermes|yi)", "<|im_start|>"),
+    ("gemma-?4", "<|turn>"),
+    ("gemma", "<start_of_turn>"),
+    ("phi-?4$", "<|im_sep|>"),
+    ("phi", "<|end|>"),
+    ("gpt[-_]?oss", "<|channel|>"),
+    ("(cohere|command)", "<|START_OF_TURN_TOKEN|>"),
+    ("deepseek", "<\uff5cAssistant\uff5c>"),  # with the wide bars that its tokens have
+    ("(glm|chatglm)", "<|assistant|>"),
+    ("(falcon)", "<|im_start|>"),
+    ("granite", "<|start_of_role|>"),
+)
+
+
+def _source(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, str) else "".join((template or {}).values())
+
+
+class RefusedError(MaskError):
+    """The template does not render the conversation at all; training on all tokens would not help."""
+
+
+class DroppedError(MaskError):
+    """The template renders the conversation without what was to be learned."""
+
+
 @dataclass
 class Encoder:
     """Tokenizer, and whether only answers are trained; made once, used for every sample."""
@@ -40,21 +128,23 @@ class Encoder:
     tokenizer: Any
     answers_only: bool
     stop_tokens: Sequence[str] = ()
+    left_out: list[str] = field(default_factory=list)  # of the sample that was encoded last; see dropped.py
     _refusal: Exception | None = None
 
     def __post_init__(self) -> None:
+        self.source = _source(self.tokenizer)
         self.ends = find_ends(self.tokenizer, self.stop_tokens, self._render(None))
         self.eos = self.tokenizer.eos_token_id
+        self.read = [name for name in REASONING if re.search(rf"[.'\"\[]{name}\b", self.source)]
 
-    def _render(self, tools: list | None) -> Render:
-        from jinja2.exceptions import TemplateError
-
+    def _render(self, tools: list | None, options: dict[str, Any] | None = None) -> Render:
         def render(messages: Sequence[dict], add_generation_prompt: bool = False) -> str | None:
             try:
                 return self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            except (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    **(options or {}),
+                )  # fmt: skip
+            except Exception as error:  # a template is a program that came with the model: it may raise anything
                 self._refusal = error
                 return None
 
@@ -64,43 +154,117 @@ class Encoder:
         """-> input_ids, labels (-100 where a token is not trained); the end token is there and trained.
 
         Raises:
-            MaskError: the chat template hides the answers.
+            MaskError: the chat template hides the answers, drops them, or refuses the conversation.
         """
+        self.left_out = []
         ids, trained = self._chat(sample) if sample.messages is not None else self._plain(sample)
-        if not self.answers_only:
-            trained = [True] * len(ids)
         return ids, [token if train else IGNORED for token, train in zip(ids, trained, strict=True)]
 
     def _plain(self, sample: Sample) -> tuple[list[int], list[bool]]:
-        ids, trained = self._tokens(sample.prompt + sample.text, [Turn(len(sample.prompt), 1 << 60)], specials=True)
-        return self._ended(ids, trained)
+        text = sample.prompt + sample.text
+        ended = self._closing(text)
+        end = len(text.rstrip()) if ended else 1 << 60
+        ids, trained = self._tokens(text, [Turn(len(sample.prompt), max(end, len(sample.prompt)))], specials=True)
+        if not self.answers_only:
+            trained = [True] * len(ids)
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2 and text.startswith(str(self.tokenizer.bos_token)):
+            ids, trained = ids[1:], trained[1:]  # the text was rendered with it, and the tokenizer puts its own before
+            self.left_out.append(DOUBLE_START)
+        if ids[-2:] == [self.eos] * 2 and text.endswith(str(self.tokenizer.eos_token)):
+            ids, trained = ids[:-1], trained[:-1]
+        return (ids, trained) if ended and ids[-1:] != [self.eos] else self._ended(ids, trained)
+
+    def _closing(self, text: str) -> bool:
+        """Whether a text ends with a token that closes a turn."""
+        return any(text.rstrip().endswith(token) for token in self.ends.closing)
+
+    def _rendered(self, sample: Sample) -> tuple[list[dict], str, Render]:
+        """The messages in the form that the template takes, and what it makes of them.
+
+        Arguments of tool calls are given as objects; where that is refused, or printed as Python prints a dict, as
+        strings. Reasoning is given under the name that the template reads.
+        """
+        render = self._render(sample.tools, sample.template_kwargs)
+        messages = [self._named(message) for message in sample.messages or []]
+        whole, refusal = render(messages), self._refusal
+        if any(functions(message) for message in messages) and (whole is None or shown_as_python(messages, whole)):
+            as_text = with_arguments_as_text(messages)
+            other = render(as_text)
+            if other is not None:
+                messages, whole = as_text, other
+        if whole is None:
+            raise RefusedError(f"the chat template refuses this conversation ({refusal})")
+        return messages, whole, render
+
+    def _named(self, message: dict) -> dict:
+        given = [name for name in REASONING if message.get(name)]
+        if not given or not self.read or set(given) & set(self.read):
+            return message
+        return {**{key: value for key, value in message.items() if key not in given}, self.read[0]: message[given[0]]}
 
     def _chat(self, sample: Sample) -> tuple[list[int], list[bool]]:
-        messages, render = sample.messages or [], self._render(sample.tools)
-        whole = render(messages)
-        if whole is None:
-            raise MaskError(f"the chat template refuses this conversation ({self._refusal})")
+        messages, whole, render = self._rendered(sample)
+        self._compare(sample, messages, whole)
+        untrained = {index for index in sample.untrained if messages[index]["role"] == "assistant"}
         turns: list[Turn] = []
-        if self.answers_only:
+        if self.answers_only or untrained:
             try:
-                turns = answer_turns(messages, render, self.ends, sample.trained_from)
-            except MaskError:
-                if sample.trained_from or "{% generation" not in self._template().replace("{%-", "{%"):
+                turns = answer_turns(
+                    messages, render, self.ends, sample.trained_from if self.answers_only else 0, whole
+                )
+            except MaskError as error:
+                if {ROLE["assistant"], CALLS} & set(self.left_out):
+                    raise DroppedError(f"{error}; the template leaves it out") from None
+                if sample.trained_from or untrained or not self.has_tags:
                     raise
-                return self._tagged(sample)
-        ids, trained = self._tokens(whole, turns, specials=False)
+                return self._tagged(sample, messages)
+        first = sample.trained_from if self.answers_only else 0
+        answers = [index for index, each in enumerate(messages) if each["role"] == "assistant" and index >= first]
+        silent = [turn for index, turn in zip(answers, turns, strict=False) if index in untrained]
+        ids, trained = self._tokens(whole, [turn for turn in turns if turn not in silent], specials=False)
+        if not self.answers_only:
+            trained = [not inside for inside in self._tokens(whole, silent, specials=False)[1]]
         ends_open = not any(whole.rstrip().endswith(token) for token in self.ends.special)
-        return self._ended(ids, trained) if messages[-1]["role"] == "assistant" and ends_open else (ids, trained)
+        if messages[-1]["role"] == "assistant" and len(messages) - 1 not in untrained and ends_open:
+            return self._ended(ids, trained)
+        return ids, trained
 
-    def _template(self) -> str:
-        template = self.tokenizer.chat_template
-        return template if isinstance(template, str) else "".join((template or {}).values())
+    def _compare(self, sample: Sample, messages: list[dict], whole: str) -> None:
+        """Note what the template leaves out; refuse where the last answer loses a part of its content.
 
-    def _tagged(self, sample: Sample) -> tuple[list[int], list[bool]]:
+        Raises:
+            DroppedError: it does.
+        """
+        self.left_out = left_out(messages, whole)
+        if sample.tools and whole == self._render(None, sample.template_kwargs)(messages):
+            self.left_out.append(TOOLS)
+        last = len(messages) - 1
+        if messages[-1]["role"] == "assistant" and last not in sample.untrained:
+            lost = lost_from_last(messages, whole) if self.left_out else ""
+            if lost:
+                raise DroppedError(
+                    f"message {last} (assistant), the last answer, loses its {lost} in the chat template; name a "
+                    "template that keeps them (--chat_template FILE.jinja), or take them out of the data"
+                )
+
+    def advice(self, sample: Sample, error: MaskError) -> str:
+        """What gets around an answer that cannot be found; nothing where nothing does."""
+        if isinstance(error, (RefusedError, DroppedError)) or sample.untrained:
+            return ""
+        tags = "" if sample.trained_from or self.has_tags else "a template with {% generation %} tags, or "
+        return f"; {tags}--assistant_only_loss false{',' if tags else ''} gets around this"
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether the template marks what the assistant says with {% generation %}."""
+        return "{% generation" in self.source.replace("{%-", "{%")
+
+    def _tagged(self, sample: Sample, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """What the template's own {% generation %} tags mark, and the end token behind each answer."""
         encoded = self.tokenizer.apply_chat_template(
-            sample.messages, tools=sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+            messages, tools=sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            **sample.template_kwargs,
+        )  # fmt: skip
         ids, mask = list(encoded["input_ids"]), [bool(bit) for bit in encoded["assistant_masks"]]
         special = set(self.tokenizer.convert_tokens_to_ids(list(self.ends.special)))
         for position in range(1, len(ids)):
@@ -143,3 +307,6 @@ class Encoder:
             start, end = (common_prefix(tokens(text[:cut]), ids) for cut in (turn.start, turn.end))
             trained[start:end] = [True] * (end - start)
         return ids, trained
+
+
+DOUBLE_START = "a second start token"

@@ -13,6 +13,7 @@ from typing import Any
 from nf4lora.train.values import (
     boolean,
     boolean_or_auto,
+    checkpointing,
     device,
     dtype,
     integer,
@@ -27,7 +28,9 @@ from nf4lora.train.values import (
     share_or_count,
     step_limit,
     steps,
+    template,
     text,
+    tokens,
 )  # fmt: skip
 
 SCHEDULERS = (
@@ -53,7 +56,8 @@ class TrainConfig:
     # fmt: off
     model_name_or_path: str | None = option(M, None, text,
         "folder or Hub id of the base model; 16-bit, or already NF4", "model", "base_model", "base")
-    model_revision: str | None = option(M, None, text, "branch, tag or commit on the Hub", "revision")
+    model_revision: str | None = option(M, None, text, "branch, tag or commit on the Hub",
+        "revision", "revision_of_model")
     load_in_4bit: bool = option(M, True, boolean, "quantise the base to NF4; false: LoRA on the 16-bit model")
     bnb_4bit_quant_type: str = option(M, "nf4", one_of("nf4"), "nf4 is the only type")
     bnb_4bit_use_double_quant: bool = option(M, True, boolean, "quantise the scales too: 4.127 instead of 4.5 bits",
@@ -78,6 +82,12 @@ class TrainConfig:
         "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len")
     packing: bool = option(D, False, boolean, "put several samples in a row, without mixing them",
         "sample_packing", "neat_packing")
+    max_samples: int | None = option(D, None, integer(1), "take the first so many rows")
+    skip_bad_rows: bool = option(D, False, boolean, "leave out rows that cannot be used, and say so")
+    chat_template: str | None = option(D, None, template, "chatml or a .jinja file, in place of the tokenizer's own",
+        "template", "chat_template_path", "chat_template_jinja")
+    special_tokens: dict | None = option(D, None, tokens, "tokens that the tokenizer is held to have")
+    eot_tokens: list | None = option(D, None, names, "further tokens that end a turn")
     assistant_only_loss: bool | str = option(D, "auto", boolean_or_auto,
         "train the answers only; auto: where the data has roles",
         "mask_prompt", "train_on_responses_only", "completion_only_loss")
@@ -89,8 +99,8 @@ class TrainConfig:
         "lora_target", "lora_modules", "target_modules")
     lora_target_parameters: list | None = option(L, None, names, "names of 3-D expert parameters")
     modules_to_save: list | None = option(L, None, names, "modules trained in full and saved with the adapter",
-        "lora_modules_to_save")
-    use_rslora: bool = option(L, False, boolean, "scaling is alpha / sqrt(r)")
+        "lora_modules_to_save", "additional_target")
+    use_rslora: bool = option(L, False, boolean, "scaling is alpha / sqrt(r)", "peft_use_rslora")
     use_dora: bool = option(L, False, boolean, "weight-decomposed LoRA", "peft_use_dora")
 
     per_device_train_batch_size: int = option(T, 1, integer(1), "", "micro_batch_size", "batch_size")
@@ -107,7 +117,7 @@ class TrainConfig:
     optim: str = option(T, "auto", optimizer,
         "adamw, paged_adamw_32bit or paged_adamw_8bit; auto: paged_adamw_8bit on CUDA, adamw on the CPU", "optimizer")
     page_to: str | None = option(T, None, text, "folder for the paged optimizer's state on a CPU, to be beyond RAM")
-    gradient_checkpointing: bool = option(T, True, boolean, "recompute activations: less memory, more time",
+    gradient_checkpointing: bool = option(T, True, checkpointing, "recompute activations: less memory, more time",
         "grad_checkpoint", "use_gradient_checkpointing")
     seed: int = option(T, 42, integer(0), "", "random_state")
     deterministic: bool = option(T, False, boolean, "refuse operations that are not reproducible")
@@ -116,10 +126,10 @@ class TrainConfig:
     overwrite_output_dir: bool = option(O, False, boolean, "start anew in a folder that holds a run")
     save_strategy: str = option(O, "steps", one_of("steps", "epoch", "no"),
         "when to write checkpoints: steps, epoch or no")
-    save_steps: float = option(O, 500, steps, "")
+    save_steps: float = option(O, 500, steps, "", "save_every")
     save_total_limit: int = option(O, 2, integer(1), "keep this many checkpoints")
     resume_from_checkpoint: str | None = option(O, None, resume, "auto (the newest in output_dir) or a path")
-    logging_steps: float = option(O, 10, steps, "")
+    logging_steps: float = option(O, 10, steps, "", "steps_per_report")
     eval_strategy: str | None = option(O, None, one_of("steps", "epoch", "no"),
         "steps, epoch or no; default: steps if eval_steps is given, else epoch", "evaluation_strategy")
     eval_steps: float | None = option(O, None, steps, "", "steps_per_eval")
@@ -128,11 +138,13 @@ class TrainConfig:
     # fmt: on
 
     given: frozenset = frozenset()
+    notes: tuple[str, ...] = ()  # what the user should know about the options
 
 
 OPTIONS: dict[str, Field] = {each.name: each for each in fields(TrainConfig) if "section" in each.metadata}
 ALIASES: dict[str, str] = {alias: name for name, each in OPTIONS.items() for alias in each.metadata["aliases"]}
 PER_CALL = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")  # of one call, not of the run
+NULLABLE = ("save_total_limit",)  # null in a file is a value of these; elsewhere it means that nothing is given
 
 
 def default(name: str) -> Any:

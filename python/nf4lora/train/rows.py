@@ -9,44 +9,71 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import RunError, UsageError
+from nf4lora.train.paths import nearby
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-TRAIN, EVAL, TEST = ("train", "training"), ("valid", "validation", "val", "dev", "eval"), ("test",)
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COLUMNS = frozenset((
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools"
+))  # fmt: skip
+SHOWN = 5  # complaints about single rows that are printed; the others are counted
 
 
 @dataclass
 class Table:
-    """Rows of one source; `numbers[i]` is the line (or row) at which row i stands there."""
+    """Rows of one source; `numbers[i]` is the line (or row) at which row i stands there.
+
+    Where a table was put together from several files, the number of a row is (file, number).
+    """
 
     name: str
     rows: Sequence[dict]
-    numbers: Sequence[int]
+    numbers: Sequence[int | tuple[str, int]]
     unit: str = "row"
+    bad: list[str] = field(default_factory=list)  # complaints about rows that could not be read and were left out
+    fills_nulls: bool = False  # the file format gives every object all keys, those that were absent as nulls
+    note: str = ""  # how the file was read, where that was not obvious
 
     def where(self, index: int) -> str:
-        return f"{self.name}: {self.unit} {self.numbers[index]}"
+        number = self.numbers[index]
+        name, number = number if isinstance(number, tuple) else (self.name, number)
+        return f"{name}: {self.unit} {number}"
 
     def select(self, indices: Sequence[int]) -> Table:
-        return Table(self.name, [self.rows[i] for i in indices], [self.numbers[i] for i in indices], self.unit)
+        return replace(self, rows=[self.rows[i] for i in indices], numbers=[self.numbers[i] for i in indices])
 
 
-def read_file(path: Path) -> Table:
-    """Rows of a json, jsonl, csv, parquet or txt file.
+def bad_rows(complaints: Sequence[str], total: int) -> str:
+    """One text about all rows that cannot be used: the first few by name, and what can be done."""
+    if len(complaints) == 1:
+        return (
+            f"{complaints[0]}\n(--skip_bad_rows trains on the other {total - 1} rows)" if total > 1 else complaints[0]
+        )
+    lines = [f"{len(complaints)} of {total} rows cannot be used:", *(f"    {each}" for each in complaints[:SHOWN])]
+    if len(complaints) > SHOWN:
+        lines.append(f"    and {len(complaints) - SHOWN} more")
+    if len(complaints) < total:
+        lines.append(f"--skip_bad_rows trains on the other {total - len(complaints)} rows")
+    return "\n".join(lines)
+
+
+def read_file(path: Path, skip_bad: bool = False) -> Table:
+    """Rows of a json, jsonl, csv, tsv, parquet or txt file; with `skip_bad`, without the lines that cannot be read.
 
     Raises:
         RunError: unreadable, empty or broken; with the line.
         UsageError: an ending that is not known.
     """
     readers: dict[str, Callable[[Path], Table]] = {
-        ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt
+        ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _txt
     }  # fmt: skip
     if path.suffix.lower() not in readers:
-        raise UsageError(f"{path}: the ending must be one of {', '.join(ENDINGS)}")
+        packed = "; unpack it first" if path.suffix.lower() in (".gz", ".zst", ".zip", ".bz2", ".xz") else ""
+        raise UsageError(f"{path}: the ending must be one of {', '.join(ENDINGS)}{packed}")
     try:
         if path.stat().st_size == 0:
             raise RunError(f"{path}: the file is empty")
@@ -55,6 +82,8 @@ def read_file(path: Path) -> Table:
         raise RunError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
         raise RunError(f"{path}: line {_undecodable_line(path)} is not UTF-8 text") from None
+    if table.bad and not (skip_bad and table.rows):
+        raise RunError(bad_rows(table.bad, len(table.bad) + len(table.rows)))
     if not table.rows:
         raise RunError(f"{path}: the file holds no rows")
     return table
@@ -80,44 +109,92 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
+def _json_error(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def _jsonl(path: Path) -> Table:
-    rows, numbers = [], []
+    rows, numbers, bad = [], [], []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RunError(f"{path}: line {number} is not valid JSON ({error.msg}, column {error.colno})") from None
-            rows.append(_object(str(path), "line", number, value))
-            numbers.append(number)
-    return Table(str(path), rows, numbers, "line")
+                rows.append(_object(str(path), "line", number, json.loads(line)))
+                numbers.append(number)
+            except RunError as error:
+                bad.append(str(error))
+            except (ValueError, RecursionError) as error:
+                bad.append(f"{path}: line {number} is not valid JSON ({_json_error(error)})")
+    return Table(str(path), rows, numbers, "line", bad)
 
 
 def _json(path: Path) -> Table:
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             return _jsonl(path)  # one object a line, under the other name
-        raise RunError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})") from None
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    if isinstance(value, dict):
-        value = [value]
+        line = f"line {error.lineno} is" if isinstance(error, json.JSONDecodeError) else "it is"
+        raise RunError(f"{path}: {line} not valid JSON ({_json_error(error)})") from None
+    value, note = rows_of_json(value)
     if not isinstance(value, list):
         raise RunError(f"{path}: must hold a list of objects, got {_short(value)}")
-    rows = [_object(str(path), "row", number, each) for number, each in enumerate(value, 1)]
-    return Table(str(path), rows, range(1, len(rows) + 1))
+    rows, bad, numbers = [], [], []
+    for number, each in enumerate(value, 1):
+        try:
+            rows.append(_object(str(path), "row", number, each))
+            numbers.append(number)
+        except RunError as error:
+            bad.append(str(error))
+    return Table(str(path), rows, numbers, "row", bad, note=note)
+
+
+def rows_of_json(value: Any) -> tuple[Any, str]:
+    """A list of rows from the shapes that JSON files of data have, and a note where the shape was not a list.
+
+    An object may hold the list under a name of its own, be one row, or hold columns: lists of equal length, as
+    `datasets` writes a batch, or {"0": ..., "1": ...}, as pandas does.
+    """
+    if not isinstance(value, dict):
+        return value, ""
+    columns, data = value.get("columns"), value.get("data")
+    if isinstance(columns, list) and isinstance(data, list) and all(isinstance(each, list) for each in data):
+        return [dict(zip(columns, each, strict=False)) for each in data], "read as a table of columns and data"
+    named = [name for name, each in value.items() if isinstance(each, list) and name not in COLUMNS]
+    lists = [name for name in named if value[name] and all(isinstance(each, dict) for each in value[name])]
+    if isinstance(data, list) or (len(lists) == 1 and not COLUMNS & set(value)):
+        name = "data" if isinstance(data, list) else lists[0]
+        rows = value[name]
+        if all(isinstance(each, dict) and isinstance(each.get("row"), dict) for each in rows):
+            rows = [each["row"] for each in rows]  # what the Hub's viewer answers
+        return rows, "" if name == "data" else f"the rows are those under {name!r}"
+    many = [each for name, each in value.items() if name in COLUMNS]
+    if many and all(isinstance(each, list) and each and not isinstance(each[0], dict) for each in many):
+        lengths = {len(each) for each in value.values() if isinstance(each, list)}
+        if len(lengths) == 1 and all(isinstance(each, list) for each in value.values()):
+            return [
+                dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)
+            ], "read by columns"
+        if len(lengths) > 1:
+            raise RunError(f"columns of a JSON file must be of one length, got {sorted(lengths)}")
+    if many and all(isinstance(each, dict) and each and all(key.isdigit() for key in each) for each in many):
+        keys = list(many[0])
+        return [{name: each.get(key) for name, each in value.items()} for key in keys], "read by columns"
+    return [value], ""
 
 
 def _csv(path: Path) -> Table:
     csv.field_size_limit(sys.maxsize)
-    rows, numbers = [], []
+    rows, numbers, bad = [], [], []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        delimiter, skipped = _delimiter(path, file.readline())
+        if not skipped:
+            file.seek(0)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
@@ -125,15 +202,31 @@ def _csv(path: Path) -> Table:
             for fields in reader:
                 if not fields:
                     continue
+                number = reader.line_num + skipped
                 if len(fields) != len(header):
-                    raise RunError(
-                        f"{path}: line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
-                    )
+                    bad.append(f"{path}: line {number} has {len(fields)} fields, the header has {len(header)}")
+                    continue
                 rows.append(dict(zip(header, fields, strict=True)))
-                numbers.append(reader.line_num)
+                numbers.append(number)
         except csv.Error as error:
-            raise RunError(f"{path}: line {reader.line_num} is not valid CSV ({error})") from None
-    return Table(str(path), rows, numbers, "line")
+            raise RunError(f"{path}: line {reader.line_num + skipped} is not valid CSV ({error})") from None
+    words = {"\t": "tabs", ";": "semicolons", "|": "bars"}
+    note = f"fields are parted by {words[delimiter]}" if delimiter != "," and path.suffix.lower() == ".csv" else ""
+    return Table(str(path), rows, numbers, "line", bad, note=note)
+
+
+def _delimiter(path: Path, first: str) -> tuple[str, int]:
+    """What parts the fields, by the header; and how many lines stand before that (Excel's `sep=;`)."""
+    first = first.lstrip("\ufeff").rstrip("\r\n")
+    if first.lower().startswith("sep=") and len(first) == 5:
+        return first[4], 1
+    if path.suffix.lower() == ".tsv":
+        return "\t", 0
+    for delimiter in (",", "\t", ";", "|"):
+        header = {name.strip(" \"'").lower() for name in first.split(delimiter)}
+        if len(header) > 1 and header & COLUMNS:
+            return delimiter, 0
+    return ",", 0
 
 
 def _parquet(path: Path) -> Table:
@@ -144,31 +237,13 @@ def _parquet(path: Path) -> Table:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise RunError(f"{path}: not a readable parquet file ({error})") from None
-    return Table(str(path), rows, range(1, len(rows) + 1))
+    return Table(str(path), rows, range(1, len(rows) + 1), fills_nulls=True)
 
 
 def _txt(path: Path) -> Table:
     with path.open(encoding="utf-8-sig") as lines:
         found = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
     return Table(str(path), [{"text": line} for _, line in found], [number for number, _ in found], "line")
-
-
-def read_directory(path: Path) -> tuple[Table, Table | None, str]:
-    """Training rows, evaluation rows where there are any, and a note on what was left alone."""
-    files = sorted(each for each in path.iterdir() if each.suffix.lower() in ENDINGS and each.is_file())
-
-    def pick(names: tuple[str, ...]) -> Path | None:
-        found = [each for each in files if each.stem.lower() in names]
-        if len(found) > 1:
-            raise RunError(f"{path}: {' and '.join(each.name for each in found)} could both be meant; keep one")
-        return found[0] if found else None
-
-    train, valid, test = pick(TRAIN), pick(EVAL), pick(TEST)
-    if train is None:
-        raise RunError(f"{path}: no file train.jsonl (or .json, .csv, .parquet, .txt) in this directory")
-    chosen = valid or test
-    note = f"{test.name} is left alone" if valid and test else f"{test.name} is evaluated on" if test else ""
-    return read_file(train), read_file(chosen) if chosen else None, note
 
 
 def read_hub(name: str, config: str | None, split: str) -> Table:
@@ -180,9 +255,9 @@ def read_hub(name: str, config: str | None, split: str) -> Table:
     except Exception as error:  # datasets raises its own, huggingface_hub's, httpx's and fsspec's
         reason = str(error).strip().splitlines()
         raise RunError(
-            f"{name}: no such file or directory here, and not readable as a data set from the Hub "
+            f"{name}: no such file or directory here{nearby(name)}, and not readable as a data set from the Hub "
             f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
         ) from error
     if len(rows) == 0:
         raise RunError(f"{name}: split {split} is empty")
-    return Table(f"{name} ({split})", rows, range(1, len(rows) + 1))
+    return Table(f"{name} ({split})", rows, range(1, len(rows) + 1), fills_nulls=True)

@@ -35,7 +35,7 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     console = console or Console()
     loading.check_one_process()
     checkpoint = output.check_output(config)
-    with console.status("reading the data"):
+    with console.status("reading the data") as status:
         tables = reading.read(config)
         quiet()
         device, why = loading.choose_device(config.device)
@@ -43,7 +43,7 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
         check_reports(config)
         tokenizer, stops, model_config = loading.load_tokenizer(config)
         length_note = loading.check_length(config, model_config)
-        data = reading.prepare_data(config, tokenizer, tables[:2], stops)
+        data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
     data.notes[:0] = [note for note in (*tables[2], length_note, data.choice) if note]
 
     banner.show_machine(console, device, why)

@@ -3,16 +3,22 @@
 The chat template is applied to the conversation up to an answer and with the answer, and what differs is the answer
 with its end-of-turn token. That needs no {% generation %} tags and works on any template that renders a conversation
 from left to right. Templates that rewrite earlier turns (some drop old reasoning) are read with a marker in place of
-the answer. Whatever way a span was found, it must hold the answer's text, and no word of a tool.
+the answer. Whatever way a span was found, it must hold the answer's text, and no word of a tool. In long conversations
+most turns are found by what the template writes around them (marks.py).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nf4lora.train.marks import Place, Shortcuts, places
+from nf4lora.train.tools import functions
+
 MARKER = "(the answer stands here 8cb1f2)"
+FEW = 3  # answers that are all found by rendering up to them; in longer conversations shortcuts are looked for
 
 
 class MaskError(ValueError):
@@ -50,23 +56,39 @@ def find_ends(tokenizer: Any, stop_tokens: Sequence[str], render: Render) -> End
     return Ends(sorted(special), sorted((closing | {tokenizer.eos_token, *stop_tokens}) - never))
 
 
-def answer_turns(messages: Sequence[dict], render: Render, ends: Ends, first: int = 0) -> list[Turn]:
+def answer_turns(
+    messages: Sequence[dict], render: Render, ends: Ends, first: int = 0, whole: str | None = None
+) -> list[Turn]:
     """The turns of the assistant in the rendered conversation, from message `first` on.
 
     Raises:
         MaskError: a turn cannot be found, or holds what a tool said.
     """
-    whole = render(messages)
+    whole = render(messages) if whole is None else whole
     if whole is None:
         raise MaskError("the chat template refuses this conversation")
+    answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
+    known: list[Place | None] = [None] * len(messages)
+    if len(answers) > FEW:
+        known = places(messages, render, whole)
+    shortcuts = Shortcuts(messages, whole, ends.special, known)
     turns: list[Turn] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index >= first:
-            turns.append(_turn(messages, index, whole, render, ends, turns[-1].end if turns else 0))
+    for index in answers:
+        low = turns[-1].end if turns else 0
+        found = shortcuts.find(index)
+        if found is None or found[0] < low or not _holds(messages[index], whole[slice(*found)]):
+            turn = _turn(messages, index, whole, render, ends, low)
+            shortcuts.learn(index, turn.start, turn.end)
+        else:
+            turn = Turn(*found)
+        turns.append(turn)
+    starts = [turn.start for turn in turns]
     for index, message in enumerate(messages):
         if message["role"] == "tool":
-            start, _ = _around_marker(messages, index, whole, render)
-            if start is not None and any(turn.start <= start < turn.end for turn in turns):
+            place = known[index]
+            start = place.start if place else _around_marker(messages, index, whole, render)[0]
+            before = -1 if start is None else bisect_right(starts, start) - 1
+            if before >= 0 and (start or 0) < turns[before].end:
                 raise MaskError(f"the chat template puts message {index} (tool) into an answer")
     return turns
 
@@ -145,9 +167,5 @@ def _with_end_token(whole: str, start: int, end: int, ends: Ends) -> int:
 
 def _holds(message: dict, text: str) -> bool:
     """Whether a span has the text of the message (reasoning aside) and the names of the tools that it calls."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-    wanted = [
-        (message.get("content") or "").rpartition("</think>")[2].strip(),
-        *(call.get("name", "") for call in calls),
-    ]
-    return all(part in text for part in wanted)
+    answer = (message.get("content") or "").rpartition("</think>")[2].strip()
+    return answer in text and all(each.get("name", "") in text for each in functions(message))

@@ -84,7 +84,8 @@ def text(value: Any) -> str:
 
 def one_of(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
-        value = "no" if value is False else value  # YAML reads a bare no as false
+        if "no" in choices and value in (False, "false", "off"):
+            value = "no"
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return value
@@ -113,7 +114,8 @@ def modules(value: Any) -> str | list[str]:
 def dtype(value: Any) -> str:
     if isinstance(value, bool):  # bf16: true
         return "bfloat16" if value else "float32"
-    short = {"bf16": "bfloat16", "true": "bfloat16", "fp32": "float32", "false": "float32", "float": "float32"}
+    yes, no = dict.fromkeys(("true", "yes", "on"), "bfloat16"), dict.fromkeys(("false", "no", "off"), "float32")
+    short = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", **yes, **no}  # bf16: true
     value = short.get(str(value).lower().removeprefix("torch."), str(value).lower().removeprefix("torch."))
     if value in ("float16", "fp16", "half"):
         raise ValueError("must be auto, bfloat16 or float32 (float16 would need loss scaling, which is not done here)")
@@ -132,7 +134,7 @@ def optimizer(value: Any) -> str:
     names = {
         "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
         "paged_adamw_32bit": ("paged_adamw",),
-        "paged_adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit"),
+        "paged_adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"),
     }
     found = next((name for name, others in names.items() if value in (name, *others)), None)
     return found or one_of("auto", *names)(value)
@@ -147,6 +149,25 @@ def reports(value: Any) -> list[str]:
 
 
 def resume(value: Any) -> str | None:
-    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+    if isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no", "on", "off"):
         return "auto" if boolean(value) else None
     return text(value)
+
+
+def template(value: Any) -> str | None:
+    """A chat template by name, file or text; None where a name means the tokenizer's own."""
+    name = text(value)
+    if name in ("tokenizer_default", "tokenizer_default_fallback_chatml", "tokenizer", "default", "auto"):
+        return None
+    return name
+
+
+def tokens(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError("must hold names and tokens, like pad_token: <pad>")
+    return {str(name): str(token) for name, token in value.items() if token is not None}
+
+
+def checkpointing(value: Any) -> bool:
+    """True, false, or a way of doing it that others have; here activations are recomputed."""
+    return True if value in ("unsloth", "offload", "offload_disk", "legacy") else boolean(value)

@@ -1,0 +1,136 @@
+"""soak: whether a long run of batches of changing length keeps its memory and its speed."""
+
+from __future__ import annotations
+
+import random
+import time
+from statistics import median
+
+import torch
+
+from .case import Settings, without
+from .contenders import OURS, RIVAL, adapted
+from .process import Process, forget_peak, peak_bytes, status
+from .prose import tokens
+from .table import Table
+
+QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its speed?"
+
+BATCH, SHORTEST, LONGEST = 4, 60, 170
+STEPS, EACH, SETTLED = 1000, 50, 200  # steps; a row for so many; from here on nothing may grow
+ALONE = "the longest batch alone"
+LEFT_ALONE = "nf4lora, heap left alone"  # what the cure is measured against
+MB = 1e6
+MOST_GROWTH, MOST_SLOWDOWN, MOST_PEAK = 0.02, 0.03, 1.15
+
+
+def run(settings: Settings) -> list[Table]:
+    folder = settings.folder().resolve()
+    steps, each = (4, 2) if settings.quick else (STEPS, EACH)
+    names = [OURS, LEFT_ALONE, *([] if without("bitsandbytes") else [RIVAL])]
+    options = {"folder": folder, "device": settings.device, "steps": each}
+    alone = {}
+    for name in names:  # one after another: they would disturb each other's peaks
+        with Process("soak", name=name, shortest=LONGEST, **options) as process:
+            alone[name] = next(process)["peak"]
+    open_ = [Process("soak", name=name, shortest=SHORTEST, **options) for name in names]
+    found: dict[str, list[dict]] = {name: [] for name in names}
+    try:
+        for number in range(steps // each):
+            turn = list(zip(names, open_, strict=True))
+            for name, process in turn if number % 2 else reversed(turn):
+                found[name].append(next(process))
+    finally:
+        for process in open_:
+            process.__exit__()
+    return [course(settings, found, each), summary(settings, found, alone, each)]
+
+
+def course(settings: Settings, found: dict[str, list[dict]], each: int) -> Table:
+    """Memory and speed as the steps go by."""
+    rows = []
+    for number in range(len(next(iter(found.values())))):
+        row: dict = {"steps": (number + 1) * each}
+        for name, parts in found.items():
+            row[f"{name}, MB"] = parts[number]["resident"] / MB
+            row[f"{name}, tokens/s"] = parts[number]["tokens"] / parts[number]["seconds"]
+        rows.append(row)
+    notes = [
+        f"{settings.model.name}, LoRA of rank 16 on every linear layer, torch.optim.AdamW, a plain loop",
+        f"batches of {BATCH} x {SHORTEST} to {LONGEST} tokens, the same for all; {each} steps each in turn",
+        "MB: largest resident memory between the steps of a row, Python and its libraries included",
+        *without("bitsandbytes"),
+    ]
+    return Table("Memory between steps, and speed", rows, notes)
+
+
+def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, int], each: int) -> Table:
+    """What has changed since the steps after which a run has settled."""
+    rows = []
+    for name, parts in found.items():
+        settled = parts[max(SETTLED // each - 1, 0) :]
+        pace = [part["tokens"] / part["seconds"] for part in settled]
+        half = max(len(pace) // 2, 1)
+        rows.append(
+            {
+                "contender": name,
+                "memory, growth, %": 100 * (settled[-1]["resident"] / settled[0]["resident"] - 1),
+                "speed, loss, %": 100 * (1 - median(pace[-half:]) / median(pace[:half])),
+                "highest peak, MB": max(part["peak"] for part in parts) / MB,
+                f"{ALONE}, MB": alone[name] / MB,
+                "peak / alone": max(part["peak"] for part in parts) / alone[name],
+                "trimming, % of the time": 100 * sum(part["trimming"] for part in parts)
+                / sum(part["seconds"] for part in parts),
+            }
+        )  # fmt: skip
+    targets = []
+    if not settings.quick and settings.device == "cpu":
+        growth, slowdown, peak = (rows[0][key] for key in ("memory, growth, %", "speed, loss, %", "peak / alone"))
+        targets = [
+            (f"memory grows by less than {MOST_GROWTH:.0%} from step {SETTLED} on, got {growth:.1f} %", growth < 2),
+            (
+                f"speed falls by less than {MOST_SLOWDOWN:.0%} from step {SETTLED} on, got {slowdown:.1f} %",
+                slowdown < 3,
+            ),
+            (f"peak at most {MOST_PEAK} of the longest batch alone, got {peak:.2f}", peak <= MOST_PEAK),
+        ]
+    return Table(
+        f"From step {SETTLED} on",
+        rows,
+        [
+            "growth: of resident memory between steps; loss of speed: median of the second half over that of the first",
+            f"{ALONE}: {BATCH} x {LONGEST} tokens, {each} steps, nothing else before it",
+            "trimming: the calls that give free pieces of the heap back to the system",
+        ],
+        targets,
+    )
+
+
+def contender(name: str, folder: str, device: str, shortest: int, steps: int):
+    heap = None
+    if name != RIVAL:
+        from nf4lora import heap
+    model = adapted(RIVAL if name == RIVAL else OURS, folder, device=device)
+    if name == LEFT_ALONE:
+        heap.enabled = False
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    text, draw = tokens(folder), random.Random(0)
+    forget_peak(device)
+    while True:
+        count, resident, trimming, start = 0, 0, heap.seconds if heap else 0.0, time.perf_counter()
+        for _ in range(steps):
+            length = draw.randint(shortest, LONGEST)
+            begins = [draw.randrange(len(text) - length) for _ in range(BATCH)]
+            ids = torch.stack([text[at : at + length] for at in begins]).to(device)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            count += ids.numel()
+            resident = max(resident, status("self", "VmRSS"))
+        yield {
+            "seconds": time.perf_counter() - start,
+            "tokens": count,
+            "resident": resident,
+            "peak": peak_bytes(device),
+            "trimming": (heap.seconds if heap else 0.0) - trimming,
+        }

@@ -1,0 +1,175 @@
+"""Keys of configuration files whose meaning depends on other keys, put into our words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nf4lora.train.options import default
+from nf4lora.train.values import boolean
+
+EPOCHS = ("num_train_epochs", "num_epochs", "epochs")
+
+
+@dataclass
+class Together:
+    """Keys whose meaning depends on one another, put into our words."""
+
+    items: list[tuple[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    wishes: set[str] = field(default_factory=set)  # options that nobody misses where they cannot be followed
+
+
+def together(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Together:
+    """Settle the keys that need others to be understood; the rest passes as it is.
+
+    In a file max_steps decides over epochs, as it does for Trainer; two flags that say both are a contradiction.
+    """
+    given = dict(items)
+    result = Together([])
+    model = next((given[name] for name in ("base_model", "model_name_or_path", "model") if given.get(name)), None)
+    for name in ("tokenizer_config", "tokenizer_name_or_path", "tokenizer_name", "base_model_config"):
+        if given.get(name) in (None, model):
+            given.pop(name, None)
+        elif name in given:
+            result.errors.append(f"{name} must be the model's own, {model}, got {given.pop(name)}")
+    if _true(given.get("lora_target_linear")) and given.get("lora_target_modules"):
+        result.notes.append("lora_target_linear takes in every linear layer, those of lora_target_modules among them")
+        del given["lora_target_modules"]
+    if given.get("chat_template") == "jinja" and given.get("chat_template_jinja"):
+        given["chat_template"] = given.pop("chat_template_jinja")
+    if {"batch_size", "micro_batch_size"} <= set(given) and "gradient_accumulation_steps" not in given:
+        _share_batch(given, result)
+    epochs = [name for name in EPOCHS if given.get(name) is not None]
+    _per_epoch(given, result)
+    if in_file and epochs and given.get("max_steps") not in (None, "-1", -1):
+        result.notes.append(f"max_steps decides how long the run is; {epochs[0]} has no effect")
+        given = {name: value for name, value in given.items() if name not in epochs}
+    _data_set_of_llama_factory(given, result)
+    _say_what_differs(given, result)
+    result.items = list(given.items())
+    return result
+
+
+def _true(value: Any) -> bool:
+    try:
+        return value is not None and boolean(value)
+    except ValueError:
+        return False
+
+
+def _share_batch(given: dict, result: Together) -> None:
+    """Axolotl's batch_size counts the rows of a whole step."""
+    try:
+        whole, micro = int(given["batch_size"]), int(given["micro_batch_size"])
+    except (TypeError, ValueError):
+        return
+    if micro > 0 and whole % micro == 0:
+        given["gradient_accumulation_steps"] = whole // micro
+        del given["batch_size"]
+
+
+def _per_epoch(given: dict, result: Together) -> None:
+    """Axolotl's evaluations and checkpoints per epoch, as shares of all steps."""
+    otherwise = default("num_train_epochs") if given.get("max_steps") is None else 1.0
+    for name, what in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
+        value = given.pop(name, None)
+        if value is None:
+            continue
+        try:
+            times = int(value)
+            epochs = float(next((given[each] for each in EPOCHS if given.get(each) is not None), otherwise))
+        except (TypeError, ValueError):
+            times, epochs = -1, 1.0
+        if times < 0:
+            result.errors.append(f"{name} must be a whole number, 0 or more, got {value!r}")
+        elif any(given.get(f"{what}_{each}") is not None for each in ("steps", "strategy")):
+            result.errors.append(f"{name} and {what}_steps or {what}_strategy say the same thing twice; keep one")
+        elif times in (0, 1) or times * epochs <= 1:
+            given[f"{what}_strategy"] = "epoch" if times else "no"
+        else:
+            given[f"{what}_steps"] = 1 / (times * epochs)
+        result.wishes |= {f"{what}_steps", f"{what}_strategy"} if what == "eval" else set()
+
+
+def _data_set_of_llama_factory(given: dict, result: Together) -> None:
+    """`dataset: name` is an entry of dataset_info.json in `dataset_dir`, which names a file or a data set."""
+    folder = given.pop("dataset_dir", None)
+    if "dataset" not in given or given["dataset"] is None:
+        return
+    names = given["dataset"] if isinstance(given["dataset"], list) else str(given["dataset"]).split(",")
+    names = [str(each).strip() for each in names if str(each).strip()]
+    if len(names) > 1 and not Path(str(given["dataset"])).exists():
+        result.errors.append(f"dataset must name one data set (mixtures are not built yet), got {', '.join(names)}")
+        del given["dataset"]
+        return
+    listing = Path(str(folder or "data")).expanduser() / "dataset_info.json"
+    if not listing.is_file() or not names:
+        if folder is not None and names and (listing.parent / names[0]).exists():
+            given["dataset"] = str(listing.parent / names[0])
+        return
+    try:
+        entry = json.loads(listing.read_text(encoding="utf-8")).get(names[0])
+    except (OSError, ValueError, AttributeError) as error:
+        result.errors.append(f"{listing}: cannot be read ({error})")
+        return
+    if entry is None:
+        return
+    found = _listed(entry, listing.parent)
+    if isinstance(found, str):
+        result.errors.append(f"dataset {names[0]}: {listing} has {found}")
+    else:
+        given |= found
+    if not isinstance(found, str):
+        del given["dataset"]
+
+
+def _listed(entry: dict, folder: Path) -> dict | str:
+    """Our options for an entry of dataset_info.json; a text says what cannot be honoured."""
+    columns = {
+        "prompt": ("instruction", "prompt"), "query": ("input",), "response": ("output", "response"),
+        "system": ("system",), "history": ("history",), "tools": ("tools",), "messages": ("conversations", "messages"),
+    }  # fmt: skip
+    tags = {
+        "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user"),
+        "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
+        "function_tag": ("function_call",), "system_tag": ("system",),
+    }  # fmt: skip
+    for kind, known in (("columns", columns), ("tags", tags)):
+        for name, value in (entry.get(kind) or {}).items():
+            if value not in known.get(name, ()):
+                return f"{kind} {name}: {value}, which is not read here"
+    others = set(entry) - {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "subset", "split"}
+    if others or entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        return f"{', '.join(sorted(others)) or entry['formatting']}, which cannot be honoured"
+    if entry.get("file_name"):
+        return {"data": str(folder / entry["file_name"])}
+    if not entry.get("hf_hub_url"):
+        return "neither file_name nor hf_hub_url"
+    found = {"data": entry["hf_hub_url"]}
+    return found | {ours: entry[name] for name, ours in (("subset", "dataset_config"), ("split", "dataset_train_split"))
+                    if entry.get(name)}  # fmt: skip
+
+
+def _say_what_differs(given: dict, result: Together) -> None:
+    """Where a file means something else to the tool that it was written for."""
+    if given.get("finetuning_type") == "lora" and not {"quantization_bit", "load_in_4bit", "bits"} & set(given):
+        result.notes.append(
+            "finetuning_type lora: LLaMA-Factory would keep the base in 16 bits, here it is NF4 (load_in_4bit false "
+            "for 16 bits)"
+        )
+    if {"base_model", "micro_batch_size", "sequence_len"} <= set(given) and not {"adapter", "load_in_4bit"} & {
+        name for name, value in given.items() if value is not None
+    }:
+        result.notes.append("no adapter is named: Axolotl would train all weights, here LoRA adapters are trained")
+    entries = given.get("datasets")
+    entry = entries[0] if isinstance(entries, list) and entries else entries
+    if isinstance(entry, dict) and str(entry.get("type", "")).startswith("alpaca"):
+        result.notes.append(
+            "type alpaca: rows are read as a conversation in the model's chat template; Axolotl writes them into "
+            "a prompt of its own"
+        )

@@ -1,0 +1,62 @@
+"""The products of csrc/cpu/isa/amx.h on any processor, over AMX's instructions acted out in plain C++ (tiles.h)."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = Path(tempfile.mkdtemp(prefix="nf4lora-")) / "amx.so"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # those of the sanitizers, in tools/sanitize.sh
+    command = [compiler, *flags, f"-I{HERE}", f"-I{CSRC}", str(HERE / "product.cpp"), "-o", str(library)]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # is not the compiler's
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = ctypes.CDLL(str(library))
+    found.product.restype = found.without_entering.restype = ctypes.c_int64
+    return found
+
+
+def product(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    a_transposed: bool = False,
+    b_columns: bool = False,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float = 1.0,
+    factors: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    chunk_steps: int = 64,
+) -> torch.Tensor:
+    """scale * (A_low B_low) * factors + offset + A B, bfloat16. A: [M, K] ([K, M]); B: [N, K] ([K, N] by columns)."""
+    M, K = A.shape[::-1] if a_transposed else A.shape
+    N = B.shape[1] if b_columns else B.shape[0]
+    out = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
+    held = [t if t is None else t.contiguous() for t in (A, B, *(low or (None, None)), factors, offset)]
+    for t, dtype in zip(held, [torch.bfloat16] * 4 + [torch.float32] * 2, strict=True):
+        assert t is None or t.dtype == dtype
+    at = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in held]
+    sizes = [ctypes.c_int64(size) for size in (M, N, K)]
+    wrongs = load().product(
+        at[0], int(a_transposed), at[1], int(b_columns), *sizes, at[2], at[3],
+        ctypes.c_int64(0 if low is None else low[0].shape[1]), ctypes.c_float(scale), at[4], at[5],
+        ctypes.c_int64(chunk_steps), ctypes.c_void_p(out.data_ptr()),
+    )  # fmt: skip
+    assert wrongs == 0
+    return out
