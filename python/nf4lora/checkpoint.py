@@ -72,11 +72,14 @@ def check_files(files: list[str], packed_file: bool) -> None:
 
 def _is_entry(tensor: Any) -> bool:
     """Whether this is what a safetensors header says of one tensor."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(number, int) for number in value)
+
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return False
-    shape, offsets = tensor.get("shape"), tensor.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    return lists and all(isinstance(number, int) for number in [*shape, *offsets])
+    offsets = tensor.get("data_offsets")
+    return numbers(tensor.get("shape")) and numbers(offsets) and len(offsets) == 2  # type: ignore[arg-type]
 
 
 def check_loaded(
