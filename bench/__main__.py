@@ -32,6 +32,7 @@ CASES = (
     "load",
     "train",
     "step",
+    "eval",
     "soak",
     "generate",
     "converge",

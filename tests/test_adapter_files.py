@@ -1,6 +1,7 @@
 """save_adapter and load_adapter: PEFT's files both ways, the base they belong to, and everything that is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -210,6 +211,70 @@ def test_an_adapter_for_other_shapes_is_refused_without_a_hash_too(saved):
 def test_an_adapter_of_another_rank_or_scaling_is_refused_on_a_prepared_model(saved, option, value):
     model = adapted(packed_llama(), **{option: value})
     refused(saved[0], rf"{option} of the model's adapter must be that of .*, got {value}", model)
+
+
+Q = {"target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "match"),
+    [
+        ({"trainable_token_indices": [20, 21]}, {"trainable_token_indices": [50, 51]}, r"\[20, 21\], got \[50, 51\]"),
+        ({"trainable_token_indices": [20, 21]}, {"trainable_token_indices": [21, 20]}, "trainable_token_indices"),
+        ({"bias": "all"}, {"bias": "lora_only"}, "bias of the model's adapter must be that of"),
+        ({"use_dora": True}, {}, "use_dora of the model's adapter"),
+        ({"lora_bias": True}, {}, "lora_bias of the model's adapter"),
+        ({"alpha_pattern": {"q_proj": 3}}, {"alpha_pattern": {"k_proj": 3}}, "alpha_pattern of the model's adapter"),
+        ({**Q, "layers_to_transform": [0]}, {**Q, "layers_to_transform": [1]}, "got none for"),
+        ({"exclude_modules": ["q_proj"]}, {"exclude_modules": ["k_proj"]}, "got none for"),
+        ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}, "got none for"),
+        ({"modules_to_save": ["lm_head"]}, {}, "nothing that has no place in the model, got .*lm_head"),
+    ],
+)
+def test_every_option_that_changes_the_meaning_is_compared(tmp_path, there, here, match):
+    size = {"num_hidden_layers": 2}
+    save_adapter(adapted(packed_llama(**size), **there), tmp_path)
+    refused(tmp_path, match, adapted(packed_llama(**size), **here))
+
+
+def test_a_field_that_a_later_peft_brings_is_compared(saved, monkeypatch):
+    @dataclasses.dataclass
+    class Later(peft.LoraConfig):
+        use_future: bool = False
+
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", Later)
+    edit(saved[0], "adapter_config.json", use_future=True)
+    model = adapted(packed_llama())
+    model.peft_config["default"].use_future = False
+    refused(saved[0], "use_future of the model's adapter must be that of .*, True, got False", model)
+
+
+def test_fields_that_change_nothing_or_are_written_otherwise_do_not_matter(saved):
+    folder, logits = saved
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    model = adapted(
+        packed_llama(),
+        target_modules=names,
+        lora_dropout=0.5,
+        init_lora_weights="gaussian",
+        rank_pattern={},
+        lora_alpha=8.0,
+        inference_mode=True,
+        revision="main",
+    ).eval()
+    assert torch.equal(load_adapter(model, folder)(IDS).logits, logits)
+
+
+def test_a_bare_model_comes_back_in_evaluation_mode_and_a_prepared_one_as_it_was(tmp_path):
+    save_adapter(adapted(packed_llama(), lora_dropout=0.5), tmp_path)
+    bare = packed_llama().train()
+    loaded = load_adapter(bare, tmp_path)
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded(IDS).logits, loaded(IDS).logits)
+    assert trainable(loaded)
+    for training in (True, False):
+        prepared = adapted(packed_llama(), lora_dropout=0.5).train(training)
+        assert {module.training for module in load_adapter(prepared, tmp_path).modules()} == {training}
 
 
 def test_an_adapter_for_other_modules_is_refused_on_a_prepared_model(saved):

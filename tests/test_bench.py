@@ -36,6 +36,7 @@ from bench import (  # noqa: E402
     timing,
     train,
 )
+from bench import eval as evaluation  # noqa: E402
 from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: E402
 from bench.process import Process  # noqa: E402
 from bench.shapes import SHAPES, named  # noqa: E402
@@ -634,6 +635,26 @@ def test_what_a_file_is_held_to():
     met, missed = ({"bits": 8, "plain / ours": {"median": ratio}} for ratio in (1.0, 0.99))
     assert paging.of_disk(met) == ("8 bits: at least the speed of plain write and read, got 1.00", True)
     assert paging.of_disk(missed) == ("8 bits: at least the speed of plain write and read, got 0.99", False)
+
+
+@pytest.mark.slow
+def test_an_evaluation_changes_no_gradient_of_ours():
+    (table,) = evaluation.run(QUICK)
+    assert table.rows[0]["gradients that changed"] == 0 and table.rows[0]["adapter tensors"] == 28
+    assert table.targets[0][1]
+
+
+@pytest.mark.parametrize(
+    ("sets", "repacked", "said"),
+    [(["avx2"], 0, "this processor has no avx512bf16"), (["avx512bf16"], 14, "a gradient of zero to the layer's input"),
+     (["avx512bf16"], 0, "repacked nothing")],
+)  # fmt: skip
+def test_what_an_evaluation_does_to_bitsandbytes_is_said_for_this_processor(monkeypatch, sets, repacked, said):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(_C, "cpu_instruction_sets", lambda: sets)
+    (note,) = evaluation.said_of_rival([{"contender": contenders.RIVAL, "layers repacked": repacked}])
+    assert said in note
+    assert evaluation.said_of_rival([{"contender": contenders.OURS}]) == []
 
 
 @pytest.mark.slow

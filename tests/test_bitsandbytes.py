@@ -191,6 +191,46 @@ def test_another_blocksize_than_the_checkpoints_is_refused_with_the_right_one(lo
         read_as_nf4(tmp_path / "bnb", blocksize=32)
 
 
+@pytest.mark.parametrize(
+    ("meta", "text"),
+    [
+        ([1], "must have a quant_state that is a JSON object, got list"),
+        ({"dtype": "bfloat61"}, "must have a dtype that torch knows, got 'bfloat61'"),
+        ({"dtype": 7}, "must have dtype of another kind in its quant_state, got 7"),
+        ({"shape": 7}, "must have shape of another kind"),
+        ({"shape": ["a", "b"]}, "must have a shape of whole numbers"),
+        ({"blocksize": "64"}, "must have blocksize of another kind"),
+        ({"nested_offset": None}, "must have nested_offset of another kind"),
+        ({"quant_type": 4}, "must have quant_type of another kind"),
+    ],
+)
+def test_a_quant_state_of_another_shape_names_the_layer(load_with_bnb, tmp_path, meta, text):
+    load_with_bnb().save_pretrained(tmp_path / "bnb")
+    file = tmp_path / "bnb" / "model.safetensors"
+    tensors, key = load_file(file), f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
+    before = json.loads(bytes(tensors[key].tolist()))
+    content = json.dumps(before | meta if isinstance(meta, dict) else meta).encode()
+    tensors[key] = torch.tensor(list(content), dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{LAYER}.weight {text}"):
+        read_as_nf4(tmp_path / "bnb")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_checkpoint_is_read_with_nothing_but_an_nf4_config(load_with_bnb, tmp_path, double_quant):
+    load_with_bnb(bnb_4bit_use_double_quant=double_quant).save_pretrained(tmp_path / "bnb")
+    expected = read_as_nf4(tmp_path / "bnb")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", quantization_config=NF4Config())
+    assert model.config.quantization_config == expected.config.quantization_config
+    assert torch.equal(logits(model), logits(expected))
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bnb", quantization_config=NF4Config(compute_dtype=torch.float32)
+    )
+    assert {m.compute_dtype for m in again.modules() if isinstance(m, NF4Linear)} == {torch.float32}
+    with pytest.raises(ValueError, match=f"double_quant must be what the checkpoint is packed with, {double_quant}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", quantization_config=NF4Config(not double_quant))
+
+
 # ---- live models ----
 
 
@@ -339,3 +379,14 @@ def test_dequantize_follows_the_blocks_through_the_flattened_weight(shape, neste
         absmax = reference.absmax_dequantize(state.absmax, scales)
     expected = reference.nf4_dequantize(qweight, absmax, 64, torch.float32)[: weight.numel()].view(shape)
     assert torch.equal(packed.dequantize(torch.float32), expected)
+
+
+def test_a_layer_at_several_places_is_adopted_once_and_at_all_of_them():
+    shared, straddling = linear4bit().to("cpu"), linear4bit(K=96, N=96).to("cpu")
+    block = nn.Sequential(shared, straddling)
+    model = nn.ModuleDict({"a": block, "b": nn.ModuleDict({"c": shared, "d": block}), "e": straddling})
+    assert ours.adopt(model) == {"a.1": ours.STRADDLES}
+    assert isinstance(model["a"][0], NF4Linear) and type(model["e"]) is nn.Linear
+    assert model["a"][0] is model["b"]["c"] is model["b"]["d"][0]
+    assert model["e"] is model["a"][1]
+    assert not foreign_layers(model)

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nf4lora.checkpoint import check_files
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+from nf4lora.new_weights import new_parameters
 
 from models import tiny_llama
 
@@ -195,3 +197,70 @@ def test_a_failure_leaves_no_loading_report_of_drawn_weights(damaged, caplog):
     with pytest.raises(ValueError, match="cannot be packed"):
         damaged("16-bit", {LAYER + "weight": with_first(float("nan"))})
     assert "MISSING" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"a": 1}',
+        b'{"a": {}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": "04"}}',
+        b'{"a": {"dtype": 1, "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_that_is_json_of_another_shape_is_named(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(ValueError, match=r"model\.safetensors must have a safetensors header, .* got other JSON"):
+        check_files([str(file)], packed_file=False)
+
+
+def test_a_header_that_is_nested_too_deeply_is_no_header(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        check_files([str(file)], packed_file=False)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no more"), RuntimeError("kernel"), KeyError(1)],
+)
+def test_whatever_fails_while_quantising_is_raised_as_itself(damaged, monkeypatch, failure, caplog):
+    packed = []
+
+    def fails(*args):
+        packed.append(1)
+        raise failure
+
+    monkeypatch.setattr(NF4Linear, "pack", fails)
+    with pytest.raises(type(failure)) as raised:
+        damaged("16-bit")
+    assert raised.value is failure
+    assert len(packed) == 1
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_ctrl_c_while_quantising_ends_the_load_at_once(damaged, monkeypatch):
+    packed = []
+
+    def interrupted(*args):
+        packed.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NF4Linear, "pack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        damaged("16-bit")
+    assert len(packed) == 1
+
+
+def test_new_parameters_are_those_that_no_file_held(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "16-bit", quantization_config=NF4Config())
+    assert not new_parameters(model)
+    model.lm_head = torch.nn.Linear(128, 259)
+    assert new_parameters(model) == {"lm_head.weight", "lm_head.bias"}
+    assert not new_parameters(tiny_llama())  # made without a checkpoint: nothing is known

@@ -1,5 +1,6 @@
 """NF4Config: what it accepts, what it answers to other tools' words, and what it writes into config.json."""
 
+import copy
 import json
 
 import pytest
@@ -121,3 +122,12 @@ def test_from_bnb_carries_every_option_over():
 def test_from_bnb_refuses_what_is_not_nf4(values, got):
     with pytest.raises(ValueError, match=f"must be packed in nf4 with load_in_4bit, got .*{got}"):
         NF4Config.from_bnb(values)
+
+
+def test_what_was_given_is_known_and_compared_with_nothing():
+    assert NF4Config().given == frozenset()
+    assert NF4Config(blocksize=64).given == {"blocksize"}
+    assert NF4Config(True, compute_dtype="bfloat16").given == {"double_quant", "compute_dtype"}
+    assert copy.deepcopy(NF4Config(blocksize=64)).given == {"blocksize"}
+    assert NF4Config(True, 64) == NF4Config()
+    assert (NF4Config().double_quant, NF4Config().blocksize) == (True, 64)

@@ -44,8 +44,45 @@ def test_an_old_card_is_named():
 
 
 def test_a_card_that_works_is_named_without_cure():
-    found = said(words(cuda_torch="13.0", cuda_built="13.0", cuda_archs="80-real", cuda_devices=[CARD]), "NVIDIA T")
+    archs = "80-real;90a-real;80-virtual"
+    found = said(words(cuda_torch="13.0", cuda_built="13.0", cuda_archs=archs, cuda_devices=[CARD]), "NVIDIA T")
     assert not found.broken and not found.cure
+
+
+def test_a_card_that_the_binary_has_no_code_for_is_a_problem_with_a_cure():
+    card = {"cuda_torch": "13.0", "cuda_built": "13.0", "cuda_devices": [CARD]}
+    found = said(words(**card, cuda_archs="80-real;86-real"), "NVIDIA T")
+    assert found.broken and "runs none of the architectures" in found.what and "80-real 86-real" in found.what
+    assert "NF4LORA_CUDA_ARCHS=90-real pip install" in found.cure
+    found = said(words(**card, cuda_archs="80-real;80-virtual"), "NVIDIA T")
+    assert not found.broken and "the driver compiles the kernels at their first use" in found.what
+
+
+@pytest.mark.parametrize(
+    ("card", "archs", "code"),
+    [
+        ((8, 0), "80-real", "real"),
+        ((8, 9), "80-real", "real"),  # the same major version, a later minor one
+        ((8, 0), "86-real", ""),
+        ((8, 6), "89-real;80-virtual", "virtual"),
+        ((9, 0), "80-real", ""),
+        ((9, 0), "90a-real", "real"),
+        ((9, 0), "90a-virtual", "virtual"),
+        ((10, 3), "100a-real", ""),  # a: this card alone
+        ((10, 3), "100f-real", "real"),  # f: its family
+        ((12, 0), "80-virtual", "virtual"),
+        ((12, 1), "80-real;120a-real;80-virtual", "virtual"),
+        ((12, 1), "120a-real", ""),
+        ((8, 0), "86-virtual", ""),
+        ((8, 6), "86", "real"),
+        ((9, 0), "86", "virtual"),
+        ((9, 0), "80-real 90-real", "real"),
+        ((9, 0), "", ""),
+        ((9, 0), "native", ""),
+    ],
+)
+def test_code_for_a_card(card, archs, code):
+    assert doctor.code_for(*card, archs) == code
 
 
 def test_torch_that_sees_no_card():
@@ -64,11 +101,86 @@ def test_missing_package(monkeypatch):
     assert found.cure == "pip install no-such-package" and not found.broken
 
 
-def command(environment):
-    code = "import sys; from nf4lora.cli import main; sys.exit(main(['doctor']))"
+def run_python(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
     )
+
+
+def command(environment, before="pass"):
+    code = f"import sys; {before}; from nf4lora.cli import main; sys.exit(main(['doctor']))"
+    return run_python("-c", code, **environment)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A function: a folder for PYTHONPATH in which a package of this name fails to be imported."""
+
+    def make(name):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('half\\ninstalled')")
+        return os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["transformers", "peft"])
+def test_a_package_that_cannot_be_imported_is_a_finding(broken, name):
+    done = run_python("-m", "nf4lora", "doctor", PYTHONPATH=broken(name))
+    assert done.returncode == 1, done.stderr
+    assert f"! {name} cannot be imported: RuntimeError: half installed" in done.stdout
+    assert "pip install" in done.stdout and "CPU kernels" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_module_that_does_not_load_is_a_finding_with_a_cure():
+    done = command({}, "sys.modules['nf4lora._C'] = None")
+    assert done.returncode == 1, done.stderr
+    assert f"! the compiled module does not load with torch {torch.__version__}" in done.stdout
+    assert "cure: it needs torch 2.11" in done.stdout and "- peft" in done.stdout
+
+
+def test_torch_that_cannot_be_imported_is_a_finding(broken):
+    done = run_python("-m", "nf4lora", "doctor", PYTHONPATH=broken("torch"))
+    assert done.returncode == 1, done.stderr
+    assert "! torch cannot be imported: RuntimeError: half installed" in done.stdout
+
+
+def test_the_library_says_at_its_first_use_why_it_cannot_be_loaded():
+    code = (
+        "import sys; sys.modules['nf4lora._C'] = None; import nf4lora\n"
+        "for name in ('prepare', '__version__', 'ops'):\n"
+        "    try: getattr(nf4lora, name)\n"
+        "    except ImportError as error: print(error)"
+    )
+    lines = run_python("-c", code).stdout.splitlines()
+    assert len(lines) == 3
+    assert all("the compiled module did not load with torch" in line and "rebuild it" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--version"], 0), (["--help"], 0), (["train", "--help"], 0), (["trian"], 2), (["train", "--bogus", "1"], 2)],
+)
+def test_what_needs_no_library_imports_none(arguments, code):
+    done = run_python("-X", "importtime", "-m", "nf4lora", *arguments)
+    assert done.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "nf4lora.cli" in imported
+    assert not imported & {"torch", "transformers", "peft", "numpy", "nf4lora._C"}
+
+
+def test_the_version_is_that_of_the_library():
+    assert run_python("-m", "nf4lora", "--version").stdout.split()[:2] == ["nf4lora", nf4lora.__version__]
+
+
+def test_names_of_the_package_are_there_in_the_command_line_too():
+    code = (
+        "import sys; sys.argv = ['/usr/bin/nf4lora']; import nf4lora; print('torch' in sys.modules)\n"
+        "import nf4lora.report; from nf4lora import prepare; print(callable(nf4lora.report), callable(prepare))\n"
+        "print(nf4lora.loss.chunk_loss.__name__, hasattr(nf4lora, 'nothing'), 'prepare' in dir(nf4lora))"
+    )
+    done = run_python("-c", code)
+    assert done.stdout.split() == ["False", "True", "True", "chunk_loss", "False", "True"], done.stderr
 
 
 def test_a_peft_that_transformers_refuses_is_named(monkeypatch):

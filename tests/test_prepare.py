@@ -3,11 +3,13 @@
 import copy
 import gc
 import inspect
+import re
 import weakref
 
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -373,13 +375,25 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_packed(value):
     assert not report(model).packed_layers
 
 
-def test_another_quantisation_is_named():
+@pytest.mark.parametrize(
+    ("method", "way_out"),
+    [
+        ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
+        ("fp8", r"FineGrainedFP8Config\(dequantize=True\)"),
+        ("compressed-tensors", r"CompressedTensorsConfig\(run_compressed=False\)"),
+        ("gptq", "load the 16-bit checkpoint that it was made from"),
+    ],
+)
+def test_another_quantisation_is_named_with_the_way_out(method, way_out):
     model = llama()
     model.hf_quantizer = type(
-        "Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": "gptq"})()}
+        "Quantizer", (), {"quantization_config": type("Config", (), {"quant_method": method})()}
     )()
-    with pytest.raises(ValueError, match="in bitsandbytes' nf4, got one quantised with gptq"):
+    with pytest.raises(ValueError, match=f"in bitsandbytes' nf4, got one quantised with {method}; .*{way_out}"):
         prepare(model)
+    if "Config" in way_out:  # transformers has it, with this option
+        name, option = re.match(r".*?(\w+)\\\((\w+)", way_out).groups()
+        assert option in inspect.signature(getattr(transformers, name)).parameters
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -456,6 +470,15 @@ def test_the_line_says_what_changed(capsys):
     assert line.startswith("nf4lora: 7 layers from bfloat16 to NF4 (4.14 bits per weight); ")  # 4.127 in large layers
     assert "float32 adapters of rank 4 on 7 layers; " in line
     assert line.count("\n") == 1
+
+
+def test_the_model_is_walked_once_for_the_line(monkeypatch):
+    calls = []
+    monkeypatch.setitem(prepare.__globals__, "report", lambda model: calls.append(model) or report(model))
+    model = prepare(llama(), r=4)
+    assert calls == [model]
+    prepare(model, r=4)
+    assert calls == [model]
 
 
 def rows():

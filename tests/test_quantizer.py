@@ -1,5 +1,6 @@
 """NF4Config through transformers: load, save, shards, what stays in 16 bits, training, the way back."""
 
+import copy
 import json
 import os
 import subprocess
@@ -16,8 +17,10 @@ from transformers.trainer_utils import validate_quantization_for_training
 from nf4lora import reference
 from nf4lora.config import NF4Config
 from nf4lora.linear import NF4Linear
+from nf4lora.model_tree import replace_layers
 from nf4lora.quantizer import NF4Quantizer, layers_to_pack
 
+from adapted import packed_llama
 from models import tiny_llama
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -248,6 +251,153 @@ def test_layers_to_pack_says_the_same_of_a_model_in_memory(saved):
     model = load(saved(original), NF4Config())
     assert packed == {name: layer.blocksize for name, layer in packed_layers(model).items()}
     assert skipped == model.nf4lora_skipped
+
+
+# ---- a checkpoint that is quantised already ----
+
+
+@pytest.fixture
+def packed_folder(saved):
+    return saved(load(saved(), NF4Config(blocksize=32)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [NF4Config(), NF4Config(blocksize=32), NF4Config(True), {"quant_method": "nf4lora"}],
+    ids=["nothing", "blocksize", "double_quant", "dict"],
+)
+def test_options_that_a_packed_checkpoint_agrees_with_are_taken(packed_folder, given, recwarn):
+    model = load(packed_folder, given)
+    assert_same_state(model, load(packed_folder))
+    assert model.config.quantization_config == NF4Config(blocksize=32)
+    assert not [warning for warning in recwarn if "quantization_config" in str(warning.message)]
+
+
+def test_compute_dtype_is_applied_to_a_packed_checkpoint(packed_folder, saved):
+    model = load(packed_folder, NF4Config(compute_dtype=torch.float32))
+    for loaded in (model, load(saved(model))):
+        assert {layer.compute_dtype for layer in packed_layers(loaded).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"blocksize": 64}, "blocksize must be what the checkpoint is packed with, 32, got 64; leave it out"),
+        ({"double_quant": False}, "double_quant must be what the checkpoint is packed with, True, got False"),
+        (
+            {"modules_to_not_convert": ["q_proj"]},
+            r"must name what the checkpoint left in 16 bits, \[\], got \['q_proj'\]",
+        ),
+    ],
+)
+def test_an_option_that_a_packed_checkpoint_contradicts_is_refused(packed_folder, given, match):
+    with pytest.raises(ValueError, match=f"NF4Config: .*{match}"):
+        load(packed_folder, NF4Config(**given))
+
+
+def test_loading_leaves_the_config_that_it_was_given_alone(saved):
+    folder = saved(hidden_size=96, intermediate_size=200, num_hidden_layers=1)
+    config = NF4Config(modules_to_not_convert=["k_proj"])
+    before = copy.deepcopy(vars(config))
+    first = load(folder, config)
+    first.config.quantization_config.blocksize = 4096
+    assert vars(config) == before
+    second = load(folder, config)
+    assert second.config.quantization_config == NF4Config(modules_to_not_convert=["k_proj"])
+
+
+@pytest.mark.parametrize(
+    ("foreign", "match"),
+    [
+        (
+            {"quant_method": "mxfp4"},
+            r"with mxfp4; load it .*transformers\.Mxfp4Config\(dequantize=True\), then",
+        ),
+        ({"quant_method": "fp8"}, r"quantised with fp8; load it .*FineGrainedFP8Config\(dequantize=True\), then call"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq; load the 16-bit checkpoint that it was made from"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "from_bnb: .* must be packed in nf4 .* load_in_8bit",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_quantisation_is_told_the_way(saved, foreign, match):
+    folder = saved()
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": foreign}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=match):
+        load(folder, NF4Config())
+
+
+# ---- a layer at several places ----
+
+
+PARTS = ("up_proj", "gate_proj", "down_proj")
+
+
+class Sharing(transformers.LlamaForCausalLM):
+    """Two blocks with one feed-forward part."""
+
+    _tied_weights_keys = {  # noqa: RUF012  # transformers' own way to say it
+        **transformers.LlamaForCausalLM._tied_weights_keys,
+        **{
+            f"model.layers.1.mlp.{n}_proj.weight": f"model.layers.0.mlp.{n}_proj.weight" for n in ("up", "gate", "down")
+        },
+    }
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp = self.model.layers[0].mlp
+
+
+def test_a_layer_at_several_places_is_packed_at_all_of_them_while_loading(saved):
+    original = Sharing(tiny_llama().config).eval()
+    model = load(saved(original), NF4Config(), Sharing)
+    assert model.model.layers[1].mlp is model.model.layers[0].mlp
+    assert len(packed_layers(model)) == PROJECTIONS - 3
+    assert not [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta]
+    assert torch.equal(logits(load(saved(model), cls=Sharing)), logits(model))
+
+
+def test_a_layer_that_is_shared_by_itself_is_replaced_at_all_places():
+    shared, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared, other), "c": other})
+    replace_layers(model, ["a", "b.0", "c"], lambda name, old: torch.nn.Bilinear(1, 1, 1))
+    assert model["a"] is model["b"][0] and model["c"] is model["b"][1]
+    assert model["a"] is not model["c"]
+    assert {type(module) for module in (model["a"], model["c"])} == {torch.nn.Bilinear}
+
+
+def test_a_layer_at_several_places_is_dequantised_at_all_of_them():
+    model = packed_llama(num_hidden_layers=2)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+    before = logits(model)
+    plain = NF4Quantizer(NF4Config())._dequantize(model, torch.float32)
+    assert plain.model.layers[1].self_attn.q_proj is plain.model.layers[0].self_attn.q_proj
+    assert not packed_layers(plain)
+    assert plain.model.layers[1].mlp.up_proj is plain.model.layers[0].mlp.up_proj
+    torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+# ---- most of a model in 16 bits ----
+
+
+def test_a_model_of_which_most_stays_in_16_bits_is_said_to(saved):
+    options = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    folder = saved(small("Qwen3Moe", num_key_value_heads=1, **options))
+    match = (
+        r"NF4Config: most of Qwen3MoeForCausalLM stays in 16 bits: of 0\.1 M .* packed in 4 bits; 0\.1 M: weights of"
+    )
+    with pytest.warns(UserWarning, match=match):
+        model = load(folder, NF4Config())
+    assert len(packed_layers(model)) == 4
+
+
+def test_large_embeddings_alone_are_no_reason_to_warn(saved, recwarn):
+    load(saved(tiny_llama(vocab_size=20_000, hidden_size=64, intermediate_size=64)), NF4Config())
+    load(saved(), NF4Config())
+    assert not [warning for warning in recwarn if "16 bits" in str(warning.message)]
 
 
 # ---- other heads on the same checkpoint ----

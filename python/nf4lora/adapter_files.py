@@ -3,95 +3,74 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nf4lora import _C  # type: ignore[attr-defined]
-from nf4lora.linear import NF4Linear
+from nf4lora.adapter_folder import BASE_FILE, FORMAT_VERSION, TENSOR_FILE, as_json, read_folder
+from nf4lora.base_identity import base_hash, differences, identity, other_parameters
+from nf4lora.model_tree import (
+    WRAPPED,
+    adapter_names,
+    base_name,
+    base_of,
+    base_state_dict,
+    nf4_layers,
+    unchanged_on_failure,
+)
+from nf4lora.new_weights import grown_vocabulary, new_parameters
+from nf4lora.renaming import ROOT, Prefixes, find_prefixes, renamed, renamed_config, renamed_tensors
+from nf4lora.whole_files import written_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-FORMAT_VERSION = 1  # of nf4lora.json
-CONFIG_FILE, TENSOR_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "nf4lora.json"
-WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer that it put another around
+HELD = "held_by_adapter"  # marks a parameter of the base that came from an adapter's file, and goes into the next one
+# What the fields of a LoraConfig that are not compared are about. Every other field is, and so those that a later PEFT
+# brings.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
+    *("peft_type", "task_type"),
+    # how an adapter starts, which what is loaded replaces
+    *("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config", "ensure_weight_tying"),
+    "lora_dropout",  # how training goes on; nothing of what the adapter computes
+    # where adapters are: the names of the tensors tell, whatever was written to choose them
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    "target_parameters",
+}
 
-
-def nf4_layers(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:
-    """The NF4 layers in module order, under the names that they had before PEFT wrapped the model."""
-    for name, module in base_of(model).named_modules():
-        if isinstance(module, NF4Linear):
-            yield base_name(name), module
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model under `torch.compile` and PEFT's wrapper; adapters stay in its layers."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def base_name(name: str) -> str:
-    """Name of a module or tensor without what PEFT's layers put into it."""
-    return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPED)
-
-
-def adapter_names(model: nn.Module) -> set[str]:
-    """Names of the modules and tensors that PEFT put into a model: adapters, and copies of layers trained in full.
-
-    A wrapper is known by its shape, not its class, so that PEFT need not be there.
-    """
-    names: set[str] = set()
-    for prefix, module in model.named_modules():
-        kept = next((child for child in WRAPPED if child in module._modules), None)
-        if kept is None:
-            continue
-        start = f"{prefix}." if prefix else ""
-        names |= {start + name for name, _ in module.named_parameters(recurse=False)}
-        for key, child in module.named_children():
-            if key != kept:
-                inside = [name for name, _ in child.named_modules(remove_duplicate=False) if name]
-                inside += [name for name, _ in child.named_parameters(remove_duplicate=False)]
-                inside += [name for name, _ in child.named_buffers(remove_duplicate=False)]
-                names |= {start + key} | {f"{start}{key}.{name}" for name in inside}
-    return names
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the model as if PEFT had never been there: its own names, no adapter."""
-    model = base_of(model)
-    of_adapters = adapter_names(model)
-    return {base_name(name): tensor for name, tensor in model.state_dict().items() if name not in of_adapters}
-
-
-def base_hash(model: nn.Module) -> str:
-    """SHA-256 of the packed base: name, shape, blocksize and bytes of each NF4 layer, in module order.
-
-    It is the same before and after `prepare`, on every device, and knows nothing of adapters.
-    """
-    digest = hashlib.sha256()
-    for name, layer in nf4_layers(model):
-        digest.update(f"{name} {layer.out_features} {layer.in_features} {layer.blocksize}\n".encode())
-        for tensor in (layer.weight, layer.weight_absmax, getattr(layer, "weight_nested", None)):
-            if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()
+__all__ = [
+    "WRAPPED",
+    "adapter_names",
+    "base_hash",
+    "base_name",
+    "base_of",
+    "base_state_dict",
+    "load_adapter",
+    "nf4_layers",
+    "save_adapter",
+]
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Write the active adapter as PEFT's two files, and `nf4lora.json`, which names the base that it was trained on.
 
-    `adapter_config.json` and `adapter_model.safetensors` are what PEFT writes and reads; `nf4lora.json` holds
-    format_version, blocksize, double_quant, base_sha256 (see `base_hash`) and the versions of the packages.
+    `adapter_config.json` and `adapter_model.safetensors` are what PEFT writes and reads. `nf4lora.json` holds
+    format_version, blocksize, double_quant, base_sha256 (see `base_hash`), base (see `base_identity`), with_base (the
+    base's parameters that the adapter file holds), and the versions of the packages.
+
+    What cannot be had again from the base's checkpoint goes into the adapter's file: parameters of the base that are
+    trained, and those that no checkpoint held, such as the new head of a classifier (with a warning where that head is
+    not trained). The three files are written whole or not at all, with the mode that the umask gives.
 
     Raises:
         TypeError: model is no PeftModel.
@@ -110,98 +89,216 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_adapter: folder must be a folder, got the file {folder}")
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True  # as PEFT writes it
-    base_class = type(base_of(model))
-    mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    tensors = {
-        # safetensors refuses aliases, which tied adapters are
-        key: tensor.detach().clone().contiguous()
-        for key, tensor in peft.get_peft_model_state_dict(model, adapter_name=name).items()
-    }
+    base = base_of(model)
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    parameters = other_parameters(model)
+    tensors |= {ROOT + key: parameters[key] for key in _only_here(base, parameters, {*map(base_name, tensors)})}
+    held = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
+    with_base = sorted(key for key, parameter in parameters.items() if id(parameter) in held)  # tied ones by all names
     about = {
         "format_version": FORMAT_VERSION,
         "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one
         "double_quant": layers[0].double_quant,
+        "base_class": type(base).__name__,
         "base_sha256": base_hash(model),
+        "base": identity(model, left_out=with_base),
+        "with_base": with_base,
         "versions": {
             "nf4lora": _C.__version__,
             **{package.__name__: package.__version__ for package in (torch, transformers, peft)},
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    config.save_pretrained(str(folder), auto_mapping_dict=mapping if config.task_type is None else None)
-    (folder / BASE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with written_whole(folder) as stage:
+        # a copy each: safetensors refuses aliases, which tied adapters are
+        whole = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, stage / TENSOR_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(stage), auto_mapping_dict=mapping if config.task_type is None else None)
+        (stage / BASE_FILE).write_text(as_json(about), encoding="utf-8")
+
+
+def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]) -> list[str]:
+    """Names of the base's parameters that neither its checkpoint nor the adapter's tensors hold."""
+    drawn, resized = {id(base.get_parameter(name)) for name in new_parameters(base)}, _resized(base)
+    only_here: dict[int, str] = {}
+    untrained = []
+    for name, parameter in parameters.items():
+        if name in held or id(parameter) in only_here:  # tied parameters once
+            continue
+        new = id(parameter) in drawn
+        if new or parameter.requires_grad or id(parameter) in resized or hasattr(parameter, HELD):
+            only_here[id(parameter)] = name
+            untrained += [name] if new and not parameter.requires_grad else []
+    if untrained:
+        modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in untrained})
+        warnings.warn(
+            f"save_adapter: {_listed(untrained)} stood in no checkpoint, was drawn at random and is not trained; it is "
+            f"saved with the adapter. To train it: modules_to_save={modules}",
+            stacklevel=3,
+        )
+    return list(only_here.values())
+
+
+def _resized(base: Any) -> set[int]:
+    """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
+    if grown_vocabulary(base) is None:
+        return set()
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {id(layer.weight) for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """Put the adapter of a folder on a model in NF4: on a bare one, or into the adapter of a prepared one.
 
     The folder is one that `save_adapter`, or plain PEFT (then nothing says what base it belongs to, and only names and
-    shapes are checked), has written. The adapter comes back active and trainable, in float32. Everything is checked
-    before the model is touched.
+    shapes are checked), has written. The adapter comes back active and trainable, in float32. A bare model comes back
+    in evaluation mode, as from `PeftModel.from_pretrained`: call `model.train()` to train on. A prepared one keeps the
+    mode that it is in. An adapter of a text model fits on the multimodal model that it was taken out of, and the other
+    way round; a warning then says under which names. Everything is checked before the model is touched.
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: the base is not in NF4, or another one than the adapter was trained on; the prepared model's rank or
-            scaling differs; a file is missing, broken or of a newer format; a tensor is missing, left over or of
-            another shape.
+        ValueError: the base is not in NF4, or another one than the adapter was trained on; an option of the prepared
+            model's adapter differs that changes what the adapter computes; a file is missing, broken or of a newer
+            format; a tensor is missing, left over or of another shape.
 
     >>> model = load_adapter(model, "out")                                  # doctest: +SKIP
     """
-    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     from nf4lora import adapter
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
     folder = Path(folder)
-    config, tensors, about = _read_folder(folder)
+    config, tensors, about = read_folder(folder)
     if next(nf4_layers(model), None) is None:
         raise ValueError(
             "load_adapter: the base must be in NF4, got no NF4 layer; load it with quantization_config=NF4Config(), or "
             "call nf4lora.prepare first"
         )
-    if about and about["base_sha256"] != (found := base_hash(model)):
-        raise ValueError(
-            f"load_adapter: the base must be the one that the adapter in {folder} was trained on, "
-            f"{_describe(about)}, got base_sha256 {found[:12]}; to use it on another base nevertheless, call "
-            f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
-        )
+    saved = about.get("base") or {"packed": {}, "weights": {}}
+    prefixes: Prefixes = {}
+    if not config.layer_replication:
+        prefixes = find_prefixes(tensors, saved["packed"], model)
+    if prefixes:
+        tensors = renamed_tensors(tensors, prefixes)
+        config = renamed_config(config, tensors, prefixes)
+    _check_base(model, folder, about, config, prefixes)
     adapter.install()
     loaded: Any = getattr(model, "_orig_mod", model)
     if isinstance(loaded, PeftModel):
         name = _one_adapter("load_adapter", loaded)
-        for option in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
-            ours, theirs = getattr(loaded.peft_config[name], option), getattr(config, option)
-            if ours != theirs:
-                raise ValueError(
-                    f"load_adapter: {option} of the model's adapter must be that of {folder}, {theirs!r}, got {ours!r}"
-                )
-        _check_tensors(folder, tensors, get_peft_model_state_dict(loaded, adapter_name=name))
+        _check_options(folder, loaded.peft_config[name], config)  # type: ignore[arg-type]
+        expected = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
+        _check_tensors(folder, tensors, expected, _not_trained_in_full(loaded, config))
     elif adapter_names(loaded):
         raise ValueError(
             f"load_adapter: a model with PEFT's layers must come as its PeftModel, got the {type(loaded).__name__} "
             f"inside; pass what prepare or get_peft_model returned, or call unload() on that first"
         )
     else:
-        name, trainable = "default", {parameter: parameter.requires_grad for parameter in loaded.parameters()}
-        base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
-        config.inference_mode = False
-        try:
-            wrapped = get_peft_model(loaded, config)
-        except ValueError as error:
-            raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
-        try:
-            _check_tensors(folder, tensors, get_peft_model_state_dict(wrapped, adapter_name=name))
-        except ValueError:
-            wrapped.unload()
-            for parameter, required in trainable.items():
-                parameter.requires_grad_(required)
-            raise
-        loaded = wrapped
-        loaded.peft_config[name].base_model_name_or_path = base_id
+        name, loaded = "default", _wrapped(loaded, folder, config, tensors)
+        loaded.eval()
+    if prefixes:
+        exchanged = ", ".join(f"{old or 'the top'} is {new or 'the top'} here" for old, new in prefixes.items())
+        warnings.warn(
+            f"load_adapter: the adapter in {folder} was trained on {about.get('base_class', 'another class')} and is "
+            f"put on {type(base_of(loaded)).__name__}, whose modules have other names: {exchanged}",
+            stacklevel=2,
+        )
+    parameters = other_parameters(loaded)
+    for key in tensors.keys() & {ROOT + each for each in parameters}:
+        parameter = parameters[key.removeprefix(ROOT)]
+        with torch.no_grad():
+            parameter.copy_(tensors.pop(key))
+        setattr(parameter, HELD, True)
     set_peft_model_state_dict(loaded, tensors, adapter_name=name)
     return loaded
+
+
+def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> PeftModel:
+    """A bare model with the adapter's layers in it, of which the tensors are known to fit; else as it was."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # which layer_replication changes
+    base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
+    config.inference_mode = False
+    try:
+        with unchanged_on_failure(bare):
+            try:
+                wrapped = get_peft_model(bare, config)
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            _check_tensors(folder, tensors, expected, _not_trained_in_full(wrapped, config))
+    except BaseException:
+        if layers is not None:
+            bare.config.num_hidden_layers = layers  # type: ignore[union-attr]
+        raise
+    wrapped.peft_config["default"].base_model_name_or_path = base_id
+    return wrapped
+
+
+def _not_trained_in_full(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The base's parameters that may stand in a file beside its adapter: those of no module that it trains in full."""
+    ends = tuple(f".{name}." for name in config.modules_to_save or ())
+    return {
+        name: parameter
+        for name, parameter in other_parameters(model).items()
+        if not any(end in f".{name.rpartition('.')[0]}." for end in ends)
+    }
+
+
+def _check_base(
+    model: nn.Module, folder: Path, about: Mapping[str, Any], config: LoraConfig, prefixes: Prefixes
+) -> None:
+    """Refuse another base than the one that the adapter was trained on, and say what differs."""
+    if not about:
+        return
+    who = f"load_adapter: the base must be the one that the adapter in {folder} was trained on, {_describe(about)}, got"
+    advice = f"to use it on another base nevertheless, call peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    if "base" not in about:  # a folder of an older nf4lora
+        if about["base_sha256"] != (found := base_hash(model)):
+            raise ValueError(
+                f"{who} base_sha256 {found[:12]}; the folder is of an older nf4lora, which kept a hash of codes and "
+                f"scales and nothing to compare scales by; {advice}"
+            )
+        return
+    saved = {part: dict(entries) for part, entries in about["base"].items()}
+    if prefixes:  # of the other class, only what this one has as well
+        there = {*dict(nf4_layers(model)), *other_parameters(model)}
+        for entries in saved.values():
+            for name in [name for name in entries if renamed(name, prefixes) == name and name not in there]:
+                del entries[name]
+    modules = {*saved["packed"], *(name.rpartition(".")[0] for name in saved["weights"])}
+    rename = {name: renamed(name, prefixes) for name in modules}
+    wrong = differences(saved, model, rename, whole=not prefixes and not config.layer_replication)
+    if wrong:
+        raise ValueError(f"{who} base_sha256 {base_hash(model)[:12]}: {_listed(wrong)}; {advice}")
+
+
+def _check_options(folder: Path, ours: LoraConfig, theirs: LoraConfig) -> None:
+    """Refuse another value of any option that changes what the adapter computes."""
+    for option in [field.name for field in fields(theirs) if field.name not in HARMLESS]:
+        here, there = getattr(ours, option, None), getattr(theirs, option)
+        if _comparable(here) != _comparable(there):
+            raise ValueError(
+                f"load_adapter: {option} of the model's adapter must be that of {folder}, {there!r}, got {here!r}"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """Equal for what means the same: an empty dict and None; sets, whose order in a file is no order."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict) and set(value) == {"embed_tokens"}:
+        value = value["embed_tokens"]  # as a list of trainable_token_indices is meant
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        value = [_comparable(each) for each in value]
+    return value if value or (value == 0 and value is not False) else None
 
 
 def _one_adapter(who: str, model: Any) -> str:
@@ -222,61 +319,28 @@ def _describe(about: Mapping[str, Any]) -> str:
     )
 
 
-def _read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]:
-    """The three files of an adapter; the third may be absent, and is {} then."""
-    from peft import LoraConfig
-
-    for file in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"load_adapter: folder must hold {file}, got {folder} without it")
-    fields = _read_json(folder / CONFIG_FILE)
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(
-            f"load_adapter: peft_type in {folder / CONFIG_FILE} must be 'LORA', got {fields.get('peft_type')!r}"
-        )
-    about = _read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
-    if about:
-        version = about.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ValueError(
-                f"load_adapter: format_version in {folder / BASE_FILE} must be at most {FORMAT_VERSION}, got "
-                f"{version!r}; it was written by a newer nf4lora: pip install --upgrade nf4lora"
-            )
-        if not isinstance(about.get("base_sha256"), str):
-            raise ValueError(f"load_adapter: {folder / BASE_FILE} must hold base_sha256, got {sorted(about)}")
-    try:
-        tensors = load_file(folder / TENSOR_FILE)
-    except SafetensorError as error:
-        raise ValueError(
-            f"load_adapter: {folder / TENSOR_FILE} must be a whole safetensors file, got one that is truncated or "
-            f"corrupt ({error})"
-        ) from error
-    return LoraConfig.from_pretrained(str(folder)), tensors, about
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load_adapter: {path} must be JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"load_adapter: {path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Same names and shapes; otherwise the first three that differ."""
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> None:
+    """Same names and shapes; otherwise the first three that differ. Parameters of the base may be among the tensors."""
     file = folder / TENSOR_FILE
+    expected = {ROOT + key: base[key] for key in base if ROOT + key in tensors} | dict(expected)
     for names, problem in (
         (expected.keys() - tensors.keys(), "must hold every tensor of the adapter, got none for"),
         (tensors.keys() - expected.keys(), "must hold nothing that has no place in the model, got"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ValueError(f"load_adapter: {file} {problem} {shown}")
+            raise ValueError(f"load_adapter: {file} {problem} {_listed(sorted(names))}")
     for name in sorted(expected):
         if tensors[name].shape != expected[name].shape:
+            hint = "the adapter belongs to another model or has another rank"
+            if "embed" in name or "lm_head" in name:
+                hint = f"call model.resize_token_embeddings({tensors[name].shape[0]}) first if tokens were added"
             raise ValueError(
                 f"load_adapter: {name} in {file} must be {list(expected[name].shape)}, got "
-                f"{list(tensors[name].shape)}; the adapter belongs to another model or has another rank"
+                f"{list(tensors[name].shape)}; {hint}"
             )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

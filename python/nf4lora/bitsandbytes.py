@@ -7,7 +7,7 @@ is never imported: a live layer is known by its class's name.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
+from nf4lora.model_tree import replace_layers
+from nf4lora.new_weights import marked_as, task_heads
+from nf4lora.weight_readers import read_weights
 
 # The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.
 SERIALIZED = [
@@ -29,6 +32,7 @@ SERIALIZED = [
     "weight",
 ]
 STRADDLES = "the blocks that bitsandbytes made straddle its rows: dequantised"
+TASK_HEAD = "head of the model's task, trained in full"
 HEAD = "output head, packed by bitsandbytes: dequantised"
 
 
@@ -79,6 +83,7 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, "must come with one quant_state", f"{len(states)}: the checkpoint is incomplete")
     try:
         meta = json.loads(bytes(next(iter(states.values())).tolist()))
+        _check_meta(name, meta)
         nested = None
         if "weight.nested_absmax" in tensors or "nested_offset" in meta:
             nested = (tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"])
@@ -97,6 +102,21 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
         raise _error(name, f"must come with {missing.args[0]}", "none: the checkpoint is incomplete") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _error(name, "must have a quant_state that is JSON", str(error)) from None
+
+
+def _check_meta(name: str, meta: Any) -> None:
+    """The JSON of a quant_state: what is there must be of its kind; what is missing is told when it is read."""
+    if not isinstance(meta, dict):
+        raise _error(name, "must have a quant_state that is a JSON object", type(meta).__name__)
+    kinds: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
+    for key in kinds.keys() & meta.keys():
+        if not isinstance(meta[key], kinds[key]):
+            raise _error(name, f"must have {key} of another kind in its quant_state", repr(meta[key]))
+    if not all(isinstance(size, int) for size in meta.get("shape", [])):
+        raise _error(name, "must have a shape of whole numbers", f"{meta['shape']}")
+    if not isinstance(getattr(torch, meta.get("dtype", "float32"), None), torch.dtype):
+        raise _error(name, "must have a dtype that torch knows", repr(meta["dtype"]))
 
 
 def from_layer(name: str, layer: nn.Module) -> PackedWeight:
@@ -137,11 +157,14 @@ def is_linear4bit(module: nn.Module) -> bool:
     return _has_bitsandbytes_base(module, "Linear4bit")
 
 
-def adopt(model: nn.Module) -> dict[str, str]:
+def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, str]:
     """Turn every 4-bit layer of a live bitsandbytes model into an NF4Linear over the same memory, in place.
 
     Works under a PEFT wrapper too. The model is then ours for transformers as well: `save_pretrained` writes the native
     layout, and `is_loaded_in_4bit` is gone. All layers are checked before the first is replaced.
+
+    Args:
+        keep: reason by name of further layers that are to be dequantised
 
     Returns:
         names of the layers that could only be dequantised, and why; also kept in `model.nf4lora_skipped`
@@ -149,26 +172,52 @@ def adopt(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: a layer that from_layer refuses, or one that bitsandbytes holds in 8 bits; always with its name.
     """
-    names = [name for name, module in model.named_modules() if is_linear4bit(module)]
+    packed = packed_weights(model)
+    names, wanted = list(packed), to_dequantize(model) | dict(keep or {})
+    reasons: dict[str, str] = {}
+    blocksizes = [64]
+
+    def adopted(name: str, layer: Any) -> nn.Module:
+        weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
+        if reason := wanted.get(_base_name(name)) or (STRADDLES if weight.straddles else ""):
+            reasons[_base_name(name)] = reason
+            return _dequantized_layer(layer, weight)
+        blocksizes.append(weight.blocksize)
+        return _packed_layer(layer, weight)
+
+    double_quant = any(weight.nested is not None and not weight.straddles for weight in packed.values())
+    replace_layers(model, names, adopted)
+    if names:
+        _take_over(model, double_quant, blocksizes[-1], reasons)
+    return reasons
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """The weights of all 4-bit layers of a live bitsandbytes model, by name, sharing their memory; changes nothing.
+
+    Raises:
+        ValueError: as `adopt`.
+    """
     for name, module in model.named_modules():
         if _has_bitsandbytes_base(module, "Linear8bitLt"):
             raise _error(name, "must be packed in nf4", "8 bits (Linear8bitLt); load with bnb_4bit_quant_type='nf4'")
-    packed = {name: from_layer(name, model.get_submodule(name)) for name in names}
-    head = _output_head(model)
+    return {name: from_layer(name, module) for name, module in model.named_modules() if is_linear4bit(module)}
+
+
+def to_dequantize(model: nn.Module) -> dict[str, str]:
+    """Layers of a bitsandbytes model that must be in 16 bits, although they are packed: reason by name."""
+    head, readers = _output_head(model), read_weights(model)
+    heads = tuple(f"{name}." for name in task_heads(model))
     reasons: dict[str, str] = {}
-    blocksizes, double_quant = [64], False
-    for name in names:
-        weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
-        layer = model.get_submodule(name)
-        if weight.straddles or layer is head:
-            reasons[_base_name(name)] = HEAD if layer is head else STRADDLES
-            replace_layer(model, name, _dequantized_layer(layer, weight))
-        else:
-            blocksizes.append(weight.blocksize)
-            double_quant |= weight.nested is not None
-            replace_layer(model, name, _packed_layer(layer, weight))
-    if names:
-        _take_over(model, double_quant, blocksizes[-1], reasons)
+    for name, module in model.named_modules():
+        if not is_linear4bit(module):
+            continue
+        if module is head:
+            reasons[_base_name(name)] = HEAD
+        elif f"{_base_name(name)}.".startswith(heads):
+            reasons[_base_name(name)] = f"{TASK_HEAD}: dequantised"
+        elif reader := readers.get(id(module)):
+            reasons[_base_name(name)] = f"{reader} directly: dequantised"
     return reasons
 
 
@@ -184,14 +233,15 @@ def _packed_layer(layer: Any, weight: PackedWeight) -> NF4Linear:
         device="meta",
     )
     for key, tensor in weight.state().items():
-        setattr(result, key, nn.Parameter(tensor, requires_grad=False))
+        setattr(result, key, marked_as(nn.Parameter(tensor, requires_grad=False), layer.weight))
     result.register_parameter("bias", layer.bias)
     return result.train(layer.training)
 
 
 def _dequantized_layer(layer: Any, weight: PackedWeight) -> nn.Linear:
     result = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
-    result.weight = nn.Parameter(weight.dequantize(weight.dtype), requires_grad=False)
+    dense = nn.Parameter(weight.dequantize(weight.dtype), requires_grad=False)
+    result.weight = marked_as(dense, layer.weight)
     result.register_parameter("bias", layer.bias)
     return result.train(layer.training)
 

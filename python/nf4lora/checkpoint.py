@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nf4lora.linear import NF4Linear
+from nf4lora.new_weights import task_heads, was_loaded
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -30,15 +32,22 @@ def check_files(files: list[str], packed_file: bool) -> None:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
+            whole = size >= 8 and start <= size
             try:
-                header = json.loads(file.read(start - 8)) if start <= size else None
-            except ValueError:
-                header = None
-        if header is None:
+                header = json.loads(file.read(start - 8)) if whole else {}
+            except (ValueError, RecursionError):
+                whole = False
+        if not whole:
             raise ValueError(
                 f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
             )
-        header.pop("__metadata__", None)
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
+            raise ValueError(
+                f"NF4Config: {path} must have a safetensors header, which gives each tensor its dtype, shape and "
+                f"data_offsets, got other JSON; download again"
+            )
         cut = [name for name, tensor in header.items() if start + tensor["data_offsets"][1] > size]
         if cut:
             raise ValueError(
@@ -61,11 +70,26 @@ def check_files(files: list[str], packed_file: bool) -> None:
             )
 
 
-def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -> None:
+def _is_entry(tensor: Any) -> bool:
+    """Whether this is what a safetensors header says of one tensor."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(number, int) for number in value)
+
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return False
+    offsets = tensor.get("data_offsets")
+    return numbers(tensor.get("shape")) and numbers(offsets) and len(offsets) == 2  # type: ignore[arg-type]
+
+
+def check_loaded(
+    model: Any, shapes: dict[str, torch.Size], packed_file: bool, new: Container[str] = frozenset()
+) -> None:
     """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
 
     Args:
         shapes: of all parameters that are not packed, as the model's config makes them
+        new: parameters that the checkpoint cannot hold, since it was saved from a model of another class
 
     Raises:
         ValueError: naming the tensors.
@@ -86,7 +110,7 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         for key, expected in likeness.named_parameters():
             name, got = f"{prefix}.{key}", layer.get_parameter(key)
             packed.add(name)
-            if not _was_loaded(got):
+            if not was_loaded(got):
                 wrong[name] = "nothing"
             elif got.shape != expected.shape or (key != "bias" and got.dtype != expected.dtype):
                 wrong[name] = f"{describe(got)} for {describe(expected)}"
@@ -94,14 +118,15 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
             wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    # Only the head of another class than the one that was saved may be new (a classifier on a language model):
-    # transformers draws it and says so.
+    # Only what another class than the one that was saved has, and the head of a task, which may have had another number
+    # of classes, may be new: transformers draws it and says so.
+    heads = tuple(f"{name}." for name in task_heads(model))
     whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
     for name, parameter in model.named_parameters():
-        expected_in_file = whole or name.startswith(f"{model.base_model_prefix}.")
+        expected_in_file = (whole or name.startswith(f"{model.base_model_prefix}.")) and not name.startswith(heads)
         if name in packed:
             continue
-        if expected_in_file and not _was_loaded(parameter):
+        if expected_in_file and name not in new and not was_loaded(parameter):
             if not any(pattern.search(name) for pattern in ignored):
                 wrong[name] = "nothing"
         elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
@@ -113,11 +138,6 @@ def check_loaded(model: Any, shapes: dict[str, torch.Size], packed_file: bool) -
         if first in packed and not packed_file:
             advice = f"name {first.rpartition('.')[0]} in modules_to_not_convert if it is meant to be new"
         raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
-
-
-def _was_loaded(parameter: Tensor) -> bool:
-    # transformers marks what it sets from a file; what is on meta is offloaded, and accelerate has it
-    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
 
 
 def describe(tensor: Tensor) -> str:

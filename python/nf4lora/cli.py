@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+
+import nf4lora
 
 USAGE = """\
 usage: nf4lora <command> [options]
@@ -24,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        from nf4lora import __version__
-
-        print(f"nf4lora {__version__}")
+        print(f"nf4lora {_version()}")
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
@@ -34,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f"; did you mean {close[0]}?" if close else f"; commands are {', '.join(COMMANDS)}"
         return _fail(f"nf4lora: {words[0]!r} is no command{meant}", 2)
     return command(words[1:])
+
+
+def _version() -> str:
+    """What is installed; asked of the metadata, since the library takes seconds to load."""
+    try:
+        return metadata.version("nf4lora")
+    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"', project.read_text(), re.MULTILINE) if project.is_file() else None
+        return f"{found[1]} (source tree)" if found else "of unknown version: it is not installed"
 
 
 def _train(arguments: list[str]) -> int:
@@ -49,6 +62,7 @@ def _train(arguments: list[str]) -> int:
         return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
     try:
         config = parse_arguments(arguments)
+        nf4lora._load()
         from nf4lora.train.run import train
 
         return train(config)
@@ -56,6 +70,10 @@ def _train(arguments: list[str]) -> int:
         return _fail(f"nf4lora train: {error}", 2)
     except RunError as error:
         return _fail(f"nf4lora train: {error}", 1)
+    except ImportError as error:
+        if "nf4lora: " not in str(error):
+            raise
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("nf4lora train: interrupted at once; a checkpoint that was being written is not used", 130)
 
@@ -65,7 +83,7 @@ def _doctor(arguments: list[str]) -> int:
         return _fail("usage: nf4lora doctor", 0 if arguments[0] in ("-h", "--help") else 2)
     from nf4lora import doctor
 
-    return doctor.main() or 0
+    return doctor.main()
 
 
 def _fail(text: str, code: int) -> int:

@@ -38,9 +38,12 @@ class NF4Config(QuantizationConfigMixin):
     The output head, what is tied to it and the embeddings stay in 16 bits, as transformers' rule for all quantisers
     says. A layer whose width is no multiple of blocksize takes the largest legal blocksize that divides it, or stays.
 
+    For a checkpoint that is packed already, in the native layout or by bitsandbytes, compute_dtype is applied; the
+    other options are those of the checkpoint, and an error where they are given and differ.
+
     Args:
-        double_quant: store the scales in 8 bits (4.127 bits a weight instead of 4.5 at blocksize 64)
-        blocksize: weights that share a scale; a power of two between 32 and 4096
+        double_quant: store the scales in 8 bits (4.127 bits a weight instead of 4.5 at blocksize 64); True if left out
+        blocksize: weights that share a scale, a power of two between 32 and 4096; 64 if left out
         modules_to_not_convert: names or patterns of more layers to leave in 16 bits
         compute_dtype: what the layers compute in; None: the dtype of their input, or autocast's
 
@@ -52,16 +55,24 @@ class NF4Config(QuantizationConfigMixin):
     128
     """
 
+    # Which options were given, and not left to their defaults: a checkpoint that is packed already may contradict
+    # these. A slot, because what stands in __dict__ is what transformers and people compare and print.
+    __slots__ = ("given",)
+
     def __init__(
         self,
-        double_quant: bool = True,
-        blocksize: int = 64,
+        double_quant: bool | None = None,
+        blocksize: int | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: torch.dtype | str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise TypeError(_unknown_keyword(next(iter(unknown))))
+        options = {"double_quant": double_quant, "blocksize": blocksize, "compute_dtype": compute_dtype}
+        self.given = frozenset(name for name, value in options.items() if value is not None)
+        double_quant = True if double_quant is None else double_quant
+        blocksize = 64 if blocksize is None else blocksize
         if not isinstance(double_quant, bool):
             raise TypeError(f"NF4Config: double_quant must be a bool, got {type(double_quant).__name__}")
         check_blocksize("NF4Config", blocksize)

@@ -1,17 +1,18 @@
-"""What this installation is and what it found: `build_info()` for programs, `nf4lora doctor` for people."""
+"""What this installation is and what it found: `build_info()` for programs, `nf4lora doctor` for people.
+
+The doctor is called when something does not work, so nothing is imported here before it is needed, and each import that
+fails is a finding.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
-
-import torch
-
-from nf4lora import _C
 
 # What needs it, and the line that brings it.
 PACKAGES = {
@@ -34,6 +35,10 @@ def build_info() -> dict[str, Any]:
     >>> sorted(build_info())[:3]
     ['built_with_torch', 'compiler', 'cpu']
     """
+    import torch
+
+    from nf4lora import _C
+
     devices = []
     if torch.version.cuda and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -65,18 +70,66 @@ class Finding:
     broken: bool = False
 
 
-def findings(info: dict[str, Any]) -> Iterator[Finding]:
-    """What build_info() says, in words, with one line of cure for each problem."""
-    yield Finding(f"nf4lora {info['version']} (checkpoint format {info['format_version']}), Python {info['python']}")
-    yield Finding(f"torch {info['torch']}; built against {info['built_with_torch']} with {info['compiler']}")
-    yield from _cpu(info)
-    yield from _cuda(info)
+def findings(info: dict[str, Any] | None = None) -> Iterator[Finding]:
+    """What build_info() says, in words, with one line of cure for each problem; None: asked here, part by part."""
+    if info is None:
+        yield from (broken := list(_broken_imports()))
+        if not broken:
+            info = build_info()
+        else:
+            yield Finding(f"Python {platform.python_version()}")
+    if info is not None:
+        yield Finding(
+            f"nf4lora {info['version']} (checkpoint format {info['format_version']}), Python {info['python']}"
+        )
+        yield Finding(f"torch {info['torch']}; built against {info['built_with_torch']} with {info['compiler']}")
+        yield from _cpu(info)
+        yield from _cuda(info)
     for name, (need, cure) in PACKAGES.items():
         try:
             yield Finding(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             yield Finding(f"{name} is missing; {need} needs it", cure, broken=name in ("transformers", "peft"))
-    yield from _peft()
+    with contextlib.suppress(Exception):  # a transformers that cannot be imported is told by the next
+        yield from _peft()
+    yield from _library()
+
+
+def _broken_imports() -> Iterator[Finding]:
+    """torch and the compiled module, without which there is nothing else to ask."""
+    try:
+        import torch
+    except Exception as error:
+        yield Finding(f"torch cannot be imported: {_one_line(error)}", "pip install 'torch>=2.11'", broken=True)
+        return
+    try:
+        import_module("nf4lora._C")
+    except Exception as error:
+        yield Finding(
+            f"the compiled module does not load with torch {torch.__version__}: {_one_line(error)}",
+            "it needs torch 2.11 or later and this Python; rebuild it where it runs: "
+            "pip install --force-reinstall --no-deps nf4lora",
+            broken=True,
+        )
+
+
+def _library() -> Iterator[Finding]:
+    """Packages that are installed, and cannot be imported."""
+    for name in ("transformers", "peft"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        try:
+            # of transformers, which imports late, what we are built upon
+            import_module("transformers.modeling_utils" if name == "transformers" else name)
+        except Exception as error:
+            cure = f"{PACKAGES[name][1]}; if that is the newest: pip install --force-reinstall {name}"
+            yield Finding(f"{name} cannot be imported: {_one_line(error)}", cure, broken=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _peft() -> Iterator[Finding]:
@@ -126,16 +179,58 @@ def _cuda(info: dict[str, Any]) -> Iterator[Finding]:
         if not built:
             cure = "install the CUDA toolkit, then: pip install --force-reinstall --no-deps --no-cache-dir nf4lora"
             yield Finding(f"{name}, not used: nf4lora was built without CUDA", cure, broken=True)
-        elif float(device["capability"]) < 8.0:
+            continue
+        major, minor = (int(part) for part in device["capability"].split("."))
+        code = code_for(major, minor, info["cuda_archs"] or "")
+        if major < 8:
             yield Finding(f"{name}, not used: kernels need 8.0 (Ampere) or later", "run on the CPU", broken=True)
+        elif not code:
+            yield Finding(
+                f"{name}, not used: it runs none of the architectures that the kernels were built for, "
+                f"{(info['cuda_archs'] or 'none').replace(';', ' ')}",
+                f"NF4LORA_CUDA_ARCHS={major}{minor}-real "
+                f"pip install --force-reinstall --no-deps --no-cache-dir nf4lora",
+                broken=True,
+            )
+        elif code == "virtual":
+            yield Finding(
+                f"{name}: no machine code for it in the binary; the driver compiles the kernels at their first use, "
+                f"which takes a while once",
+                f"to have them compiled beforehand: NF4LORA_CUDA_ARCHS={major}{minor}-real "
+                f"pip install --force-reinstall --no-deps --no-cache-dir nf4lora",
+            )
         else:
             yield Finding(name)
+
+
+def code_for(major: int, minor: int, archs: str) -> str:
+    """How a card runs a binary that was built for these architectures: "real" code, "virtual" (PTX), or not at all: "".
+
+    Machine code of `86` runs on every 8.x from 8.6 on, that of `90a` on 9.0 alone, that of `100f` on every 10.x from
+    10.0 on; PTX of `80` on every card from 8.0 on. An entry without an end, such as `90`, holds both.
+
+    >>> code_for(8, 9, "80-real"), code_for(9, 0, "80-real;80-virtual"), code_for(9, 0, "80-real")
+    ('real', 'virtual', '')
+    """
+    found = ""
+    for arch in re.split(r"[;,\s]+", archs):
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", arch)
+        if not match:
+            continue
+        its_major, its_minor, kind, code = int(match[1]), int(match[2]), match[3], match[4]
+        exact = (its_major, its_minor) == (major, minor)
+        family = its_major == major and its_minor <= minor
+        if code != "virtual" and (exact if kind == "a" else family):
+            return "real"
+        if code != "real" and (exact if kind == "a" else family if kind else (its_major, its_minor) <= (major, minor)):
+            found = "virtual"
+    return found
 
 
 def main() -> int:
     """Print the findings; 1 if something that is there cannot be used."""
     broken = False
-    for finding in findings(build_info()):
+    for finding in findings():
         broken |= finding.broken
         print(("! " if finding.broken else "- ") + finding.what)
         if finding.cure:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
-from nf4lora.adapter_files import adapter_names, base_name, base_of
+from nf4lora.adapter_files import base_of
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss
-from nf4lora.pack import check_packable, check_same_packing, pack
-from nf4lora.report import report
+from nf4lora.model_tree import unchanged_on_failure
+from nf4lora.pack import pack
+from nf4lora.plan import Plan, plan_preparation
+from nf4lora.report import Report, report
+from nf4lora.task import task_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -30,8 +32,6 @@ MEANT = {
     **{key: f"quantization_config=NF4Config({key}=...)" for key in ("blocksize", "double_quant", "compute_dtype")},
     "modules_to_not_convert": "quantization_config=NF4Config(modules_to_not_convert=...)",
 }
-# What PEFT writes into a configuration by itself.
-NOT_ASKED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "runtime_config"}
 
 
 class LeftOut:
@@ -70,59 +70,79 @@ def prepare(
     to the trainer. A call with `labels` then computes its loss in chunks, where the model's head allows it
     (`nf4lora.loss.chunk_loss`), and its `logits` only when they are looked at.
 
+    The head of a classifier, and whatever else was in no checkpoint, is trained in full and saved with the adapter. In
+    a multimodal model the text part carries the adapters; the other parts are packed and frozen, unless target_modules
+    names their layers. The printed line says so.
+
     Args:
         lora_config: a `peft.LoraConfig`, in place of single options
         r, lora_alpha, lora_dropout, target_modules, and every other option of `peft.LoraConfig` by its name, such as
-            use_rslora, use_dora, modules_to_save; task_type is CAUSAL_LM where the model generates text
+            use_rslora, use_dora, modules_to_save, exclude_modules; task_type is that of the model's class
         quantization_config: how to pack a model that is still in 16 or 32 bits
 
     On a model that `prepare` returned, the same options return it as it is, and others are an error; on another
-    PeftModel the options that were given are compared with its adapter.
+    PeftModel the options that were given are compared with its adapter. On a model of which an interrupted `prepare`
+    has packed a part, it packs the rest.
 
     Raises:
         TypeError: an unknown option, or one of the wrong kind; model is no nn.Module.
         ValueError: no module matches target_modules, or the output head does; the model has no linear layer, is merged,
-            carries an adapter with other options, or is quantised in another way; NaN in a weight. The model is then
-            as it was.
+            carries an adapter with other options, or is quantised in another way; NaN in a weight; PEFT refuses. The
+            model is then as it was.
 
     >>> model = prepare(model, r=16, lora_alpha=32)                         # doctest: +SKIP
     nf4lora: 210 layers from bfloat16 to NF4 (4.13 bits per weight); float32 adapters of rank 16 on 210 layers; ...
     """
-    from peft import PeftModel, get_peft_model
-
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
     given = {key: value for key, value in options.items() if not isinstance(value, LeftOut)} | lora_options
     defaults = {key: DEFAULTS[key].value for key in options.keys() - given.keys()}
     _check_model(model)
-    base: Any = base_of(model)
-    check_packable(base)
-    asked = _lora_config(base, lora_config, given, defaults)
+    asked = _lora_config(base_of(model), lora_config, given, defaults)
     packing = _nf4_config(quantization_config)
-    if packing is not None:
-        check_same_packing(base, packing)
-    _check_targets(base, asked)
-    if isinstance(model, PeftModel):
-        _check_same_adapter(model, base, asked, set(given) if lora_config is None else None)
+    plan = plan_preparation(model, asked, packing, set(given) if lora_config is None else None)
+    for line in plan.warned:
+        warnings.warn(f"prepare: {line}", stacklevel=2)
+    return apply(plan, model)
 
-    done = pack(base, packing or NF4Config())
+
+def apply(plan: Plan, model: nn.Module) -> PeftModel:
+    """Carry out a plan that was just made for this model; it prints one line.
+
+    Whatever stops it (out of memory, Ctrl-C) leaves a model without half an adapter, of which some layers may be packed
+    already: `prepare` then takes up the rest.
+    """
+    from peft import PeftModel, get_peft_model
+
     from nf4lora import adapter
 
+    base: Any = plan.base
+    done = pack(base, plan.packing)
     adapter.install()
-    prepared: Any = model if isinstance(model, PeftModel) else get_peft_model(base, copy.deepcopy(asked))
-    if prepared is not model:
-        prepared.nf4lora_asked = asked
-        done.append(f"float32 adapters of rank {asked.r} on {report(prepared).adapted_layers} layers")
-    elif fused := adapter.fuse(model):
-        done.append(f"the fused op under the adapters of {fused} layers")
-    if chunk_loss(base):
-        done.append("a loss that never holds all logits")
-    if getattr(base, "is_activation_checkpointing", False):
-        base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out for quantised models
-    if done:
-        about = report(prepared)
-        share = about.trainable / max(about.parameters, 1)
-        print(f"nf4lora: {'; '.join(done)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train")
+    prepared: Any = model
+    with unchanged_on_failure(base):
+        if plan.lora is not None:
+            prepared = get_peft_model(base, copy.deepcopy(plan.lora))
+            prepared.nf4lora_asked = plan.asked
+        fused = adapter.fuse(model) if isinstance(model, PeftModel) else 0
+        chunked = chunk_loss(base)
+        if getattr(base, "is_activation_checkpointing", False):
+            base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
+        if done or plan.lora or fused or chunked:
+            _say(plan, done, fused, chunked, report(prepared))
     return prepared
+
+
+def _say(plan: Plan, done: list[str], fused: int, chunked: bool, about: Report) -> None:
+    if plan.packing.blocksizes and about.bits_per_weight:
+        done[0] += f" ({about.bits_per_weight:.2f} bits per weight)"
+    if plan.lora is not None:
+        done += [f"float32 adapters of rank {plan.asked.r} on {about.adapted_layers} layers", *plan.said]
+    done += [f"the fused op under the adapters of {fused} layers"] if fused else []
+    done += ["a loss that never holds all logits"] if chunked else []
+    share = about.trainable / max(about.parameters, 1)
+    if line := about.mostly_unpacked():
+        warnings.warn(f"prepare: {line}", stacklevel=4)
+    print(f"nf4lora: {'; '.join(done)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train")
 
 
 def _check_model(model: Any) -> None:
@@ -163,9 +183,7 @@ def _lora_config(
             meant = MEANT.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
             hint = f"did you mean {meant}?" if meant else "see peft.LoraConfig for all of them"
             raise TypeError(f"prepare: option {name!r} is unknown; {hint}")
-        if hasattr(base, "prepare_inputs_for_generation"):
-            defaults = defaults | {"task_type": "CAUSAL_LM"}
-        config = LoraConfig(**(defaults | given))
+        config = LoraConfig(**({"task_type": task_type(base)} | defaults | given))
     elif not isinstance(lora_config, LoraConfig):
         raise TypeError(
             f"prepare: lora_config must be a peft.LoraConfig, got {type(lora_config).__name__}; "
@@ -205,89 +223,3 @@ def _nf4_config(config: Any) -> NF4Config | None:
     config = copy.deepcopy(config)
     config.layout = "native"  # a foreign layout is read from a file, never made
     return config
-
-
-def _check_targets(base: nn.Module, config: LoraConfig) -> None:
-    names, head = _targets(base, config), _head_name(base)
-    linear = sorted({name.rpartition(".")[2] for name in _linear_names(base)} - {head})
-    if head in names:
-        raise ValueError(
-            f"prepare: target_modules must not name the output head, got {head!r}; trainers multiply by its weight "
-            f"directly and would never use the adapter. To train it in full: modules_to_save=[{head!r}]"
-        )
-    if not names and not config.target_parameters:
-        raise ValueError(
-            f"prepare: target_modules must match a module, got {_plain(config.target_modules)!r}, which matches none; "
-            f"the linear layers are called {', '.join(linear)}"
-        )
-    if not isinstance(config.target_modules, str):
-        idle = [
-            target
-            for target in sorted(config.target_modules or ())
-            if not any(name == target or name.endswith(f".{target}") for name in names)
-        ]
-        if idle:
-            warnings.warn(
-                f"prepare: nothing is called {', '.join(idle)}, which target_modules names; the linear layers are "
-                f"called {', '.join(linear)}",
-                stacklevel=3,
-            )
-
-
-def _targets(base: nn.Module, lora_config: LoraConfig) -> set[str]:
-    """Names of the modules that PEFT would put an adapter on."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CUSTOMARY
-
-    config: Any = copy.copy(lora_config)
-    if config.target_modules is None and not config.target_parameters:
-        family = getattr(getattr(base, "config", None), "model_type", None)
-        if family not in CUSTOMARY:
-            raise ValueError(
-                f"prepare: target_modules must be given for {type(base).__name__}, got None; try 'all-linear'"
-            )
-        config.target_modules = set(CUSTOMARY[family])
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = _linear_names(base) - {_head_name(base)}
-    of_adapters = adapter_names(base)
-    names = {base_name(name) for name, _ in base.named_modules() if name and name not in of_adapters}
-    return {name for name in names if check_target_module_exists(config, name)}
-
-
-def _linear_names(base: nn.Module) -> set[str]:
-    of_adapters = adapter_names(base)
-    return {
-        base_name(name)
-        for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in of_adapters
-    }
-
-
-def _head_name(base: nn.Module) -> str | None:
-    find: Any = getattr(base, "get_output_embeddings", None)
-    head = None if find is None else find()
-    return next((base_name(name) for name, module in base.named_modules() if head is not None and module is head), None)
-
-
-def _check_same_adapter(model: PeftModel, base: nn.Module, asked: LoraConfig, given: set[str] | None) -> None:
-    """Compare with what the model was prepared with; on a foreign adapter, only what was given (None: everything)."""
-    before = getattr(model, "nf4lora_asked", None)
-    ours = before is not None
-    before = before or model.active_peft_config
-    for option in [field.name for field in fields(asked) if field.name not in NOT_ASKED]:
-        if not ours and given is not None and option not in given:
-            continue
-        old, new = _plain(getattr(before, option)), _plain(getattr(asked, option))
-        if option == "target_modules" and not ours:
-            # PEFT has replaced "all-linear" by names, and long lists by shorter ones: compare what they match.
-            old, new = (sorted(_targets(base, config)) for config in (before, asked))
-        if old != new:
-            old, new = (_plain(getattr(config, option)) for config in (before, asked))
-            raise ValueError(
-                f"prepare: {option} must be that of the adapter which the model carries, {old!r}, got {new!r}; give "
-                f"the same options again, or call model.unload() first to start anew"
-            )
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, list, tuple)) and all(isinstance(v, str) for v in value) else value

@@ -1,13 +1,16 @@
 """The transformers quantizer behind NF4Config: packs each weight as it is read, and reads packed checkpoints.
 
-transformers catches what a conversion raises and goes on; so the first failure is kept, the rest of the work skipped,
-and `_process_model_after_weight_loading` raises it.
+transformers catches what a conversion raises, goes on, and points to a report that may have been silenced; so the first
+failure, of whatever kind, is kept, the rest of the work skipped, and `_process_model_after_weight_loading` raises it.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import warnings
 from abc import abstractmethod
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,29 +21,42 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from nf4lora import bitsandbytes
-from nf4lora.adapter_files import base_state_dict
+from nf4lora import bitsandbytes, quantized_checkpoint
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.model_tree import base_state_dict, replace_layers
+from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
+from nf4lora.weight_readers import read_weights
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
-__all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack"]
+__all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack", "mostly_16_bits"]
+
+quantized_checkpoint.install()
 
 
-def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[str, str]]:
+def layers_to_pack(
+    model: Any, config: NF4Config, new: Container[str] = frozenset()
+) -> tuple[dict[str, int], dict[str, str]]:
     """Which linear layers of a transformers model are packed, and why the others stay in 16 bits.
+
+    Args:
+        new: names of parameters that no checkpoint held; they are trained in full
 
     Returns:
         packed: blocksize by name of the layer
         skipped: reason by name of the layer or weight
     """
-    by_rule = HfQuantizer.get_modules_to_not_convert(model)
+    modules = dict(model.named_modules())
+    # The rule names the last parameter, which may be a bias; meant is its layer.
+    rule = HfQuantizer.get_modules_to_not_convert(model)
+    by_rule = [name if name in modules else name.rpartition(".")[0] for name in rule]
+    heads, readers = task_heads(model), read_weights(model)
     in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or [])
     packed: dict[str, int] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower():
                 skipped[f"{name}.{key}"] = "weights of several experts in one tensor are not packed yet"
@@ -50,10 +66,16 @@ def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[
             skipped[name] = "named in modules_to_not_convert"
         elif not should_convert_module(name, in_float32):
             skipped[name] = "the model keeps it in float32"
+        elif any(name == head or name.startswith(f"{head}.") for head in heads):
+            skipped[name] = bitsandbytes.TASK_HEAD
+        elif f"{name}.weight" in new:
+            skipped[name] = "in no checkpoint, trained in full"
         elif not should_convert_module(name, by_rule):
             skipped[name] = "output head, last layer or tied to one: stays by transformers' rule"
         elif type(module) is not nn.Linear:
             skipped[name] = f"{type(module).__name__} is not torch.nn.Linear itself"
+        elif reader := readers.get(id(module)):
+            skipped[name] = f"{reader} directly"
         elif config.layout == "bitsandbytes" and module.in_features % config.blocksize:
             skipped[name] = bitsandbytes.STRADDLES
         elif blocksize := blocksize_for(module.in_features, config.blocksize):
@@ -61,6 +83,12 @@ def layers_to_pack(model: Any, config: NF4Config) -> tuple[dict[str, int], dict[
         else:
             skipped[name] = f"in_features {module.in_features} is no multiple of {BLOCKSIZES[0]}"
     return packed, skipped
+
+
+def keep_in_16_bits(config: NF4Config, names: list[str]) -> None:
+    """Have the configuration that is saved with a model say that these layers are not packed."""
+    if more := [name for name in names if name not in (config.modules_to_not_convert or [])]:
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *more]
 
 
 @register_quantizer(METHOD)
@@ -74,9 +102,10 @@ class NF4Quantizer(HfQuantizer):
     quantization_config: NF4Config
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # loading writes into it, and it is the caller's
         self.failure: Exception | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self.new: set[str] = set()  # parameters that the checkpoint cannot hold
         self.freed = 0  # bytes of 16-bit weights that are packed, since memory was last returned
 
     # ---- before loading ----
@@ -110,30 +139,35 @@ class NF4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             config.layout = "native"  # a layout is read, never made
         native = self.pre_quantized and config.layout == "native"
-        packed, model.nf4lora_skipped = layers_to_pack(model, config)
+        self.new = set() if self.pre_quantized else not_in_checkpoint(model)
+        packed, model.nf4lora_skipped = layers_to_pack(model, config, self.new)
         if not packed:
             reasons = sorted(set(model.nf4lora_skipped.values()))
             raise ValueError(
                 f"NF4Config: {type(model).__name__} must have a linear layer to pack, got none"
                 + "".join(f"; {reason}" for reason in reasons[:3])
             )
-        for name, blocksize in packed.items():
-            linear = model.get_submodule(name)
+        if text := mostly_16_bits(model, packed, model.nf4lora_skipped):
+            warnings.warn(f"NF4Config: {text}", stacklevel=2)
+
+        def likeness(name: str, linear: Any) -> NF4Linear:
             layer = NF4Linear(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
-                blocksize=blocksize,
+                blocksize=packed[name],
                 double_quant=config.double_quant,
                 compute_dtype=config.compute_dtype,
                 device="meta",
                 dtype=linear.weight.dtype,
             )
             if not native:  # transformers until 5.22 casts what it reads to the dtype of the parameter
-                likeness = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
-                layer.weight = nn.Parameter(likeness, requires_grad=False)
+                weight = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
             layer._is_hf_initialized = True  # type: ignore[assignment]  # never to be drawn at random
-            model.set_submodule(name, layer)
+            return layer
+
+        replace_layers(model, packed, likeness)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     # ---- while loading ----
@@ -163,13 +197,13 @@ class NF4Quantizer(HfQuantizer):
             raise ValueError(
                 "NF4Config: device_map must not offload to disk, got 'disk'; packed weights stay in memory"
             )
-        check_loaded(model, self.shapes, packed_file=self.pre_quantized)
+        check_loaded(model, self.shapes, packed_file=self.pre_quantized, new=self.new)
+        if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
+            keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them
         if self.quantization_config.layout == "bitsandbytes":
             self.quantization_config.layout = "native"  # what save_pretrained writes
             straddling = [name for name, why in model.nf4lora_skipped.items() if why == bitsandbytes.STRADDLES]
-            if straddling:
-                kept = [*(self.quantization_config.modules_to_not_convert or []), *straddling]
-                self.quantization_config.modules_to_not_convert = kept
+            keep_in_16_bits(self.quantization_config, straddling)
         self.keep_names(model)
         self.return_memory()
         # So that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
@@ -203,12 +237,8 @@ class NF4Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Every NF4Linear becomes an nn.Linear again, one at a time; works under a PEFT wrapper too."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        for name in [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]:
-            packed = model.get_submodule(name)
-            linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-            linear.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
-            linear.register_parameter("bias", packed.bias)
-            bitsandbytes.replace_layer(model, name, linear.train(packed.training))
+        names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+        replace_layers(model, names, lambda _, packed: _dequantized(packed, dtype))
         model.__dict__.pop("_weight_conversions", None)  # so that it saves under the names of a 16-bit file again
         model.__dict__.pop("nf4lora_skipped", None)
         return model
@@ -224,6 +254,34 @@ class NF4Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def mostly_16_bits(model: Any, packed: Iterable[str], skipped: Mapping[str, str]) -> str:
+    """What to warn of where most of a model is not packed, embeddings and output head left aside; else nothing."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    aside = {id(getattr(layer, "weight", None)) for layer in ends}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) not in aside}
+    in_4_bits = sum(model.get_submodule(name).weight.numel() for name in packed)
+    total = sum(sizes.values())
+    if 2 * in_4_bits >= total:
+        return ""
+    reasons: dict[str, int] = {}
+    for name, reason in skipped.items():
+        size = sum(count for key, count in sizes.items() if key == name or key.startswith(f"{name}."))
+        reasons[reason] = reasons.get(reason, 0) + size
+    largest = sorted(reasons.items(), key=lambda item: -item[1])[:2]
+    return (
+        f"most of {type(model).__name__} stays in 16 bits: of {total / 1e6:.1f} M parameters, embeddings and output "
+        f"head left aside, {in_4_bits / 1e6:.1f} M are packed in 4 bits"
+        + "".join(f"; {size / 1e6:.1f} M: {reason}" for reason, size in largest if size)
+    )
+
+
+def _dequantized(packed: NF4Linear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    linear.weight = marked_as(nn.Parameter(packed.dequantize(dtype), requires_grad=False), packed.weight)
+    linear.register_parameter("bias", packed.bias)
+    return linear.train(packed.training)
 
 
 class _LoadOperation(ConversionOps):
@@ -246,7 +304,7 @@ class _LoadOperation(ConversionOps):
         try:
             if self.quantizer.failure is None:
                 return self.load(input_dict, full_layer_name, model)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # out of memory, too; KeyboardInterrupt goes through by itself
             self.quantizer.failure = error
         if missing_keys is not None:
             missing_keys.clear()  # the model is thrown away: nothing is to be drawn at random, no report to be printed

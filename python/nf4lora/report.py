@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nf4lora.adapter_files import WRAPPED, adapter_names, base_name, base_of
@@ -20,6 +21,13 @@ PACKED_KINDS = {"weight": "packed codes", "weight_absmax": "absmax", "weight_nes
 KINDS = (
     *("packed codes", "absmax", "nested absmax", "linear, not packed", "embeddings", "output head", "norms", "biases"),
     *("adapters", "other", "buffers"),
+)
+
+
+# Reasons for a matrix to stay in 16 bits that are no surprise.
+EXPECTED = (
+    *("an embedding", "output head", "named in modules_to_not_convert"),
+    *("head of the model's task", "in no checkpoint", "named in modules_to_save"),
 )
 
 
@@ -77,6 +85,26 @@ class Report:
     @property
     def adapted_layers(self) -> int:
         return sum(row.count for row in self.adapters)
+
+    def mostly_unpacked(self, most: float = 0.1) -> str | None:
+        """A sentence, where more than this share of the weights that could be packed stays in 16 or 32 bits.
+
+        Embeddings, the output head, what is trained in full, and what the user kept are not counted.
+        """
+        sizes: Counter[str] = Counter()
+        for row in self.kept:
+            if not row.reason.startswith(EXPECTED) and not row.name.startswith(self.trained_in_full):
+                sizes[row.reason] += row.bytes // getattr(torch, row.dtype).itemsize
+        kept = sum(sizes.values())
+        packed = 2 * sum(row.bytes for row in self.tensors if row.kind == "packed codes")
+        if not packed or kept <= most * (kept + packed):
+            return None
+        reasons = "; ".join(f"{reason} ({size / 1e6:.1f} M)" for reason, size in sizes.most_common(3))
+        return (
+            f"{kept / (kept + packed):.0%} of the weights beyond embeddings and head stay in 16 or 32 bits and take as "
+            f"much memory as before: {reasons}; print(nf4lora.report(model)) names each"
+            + ("; a dense model of the same family fits into 4 bits whole" if "experts" in reasons else "")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as JSON takes them."""
@@ -233,12 +261,17 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     quantization_config = getattr(getattr(model, "config", None), "quantization_config", None)
     skipped = getattr(quantization_config, "modules_to_not_convert", None)
     known = getattr(base_of(model), "nf4lora_skipped", {})  # what the quantizer said when it decided
+    # Training an embedding in full (modules_to_save) trains a copy, which the head does not share.
+    kept = [module._modules.get("original_module") for module in model.modules()]
+    untied = any(isinstance(module, nn.Embedding) and module.weight is getattr(head, "weight", None) for module in kept)
 
     def reason(name: str, module: nn.Module, new: bool) -> str:
         if isinstance(module, nn.Embedding):
             return "an embedding is looked up, not multiplied"
         if module is head:
-            return "output head" if new else "output head, tied to the embedding"
+            if new:
+                return "output head"
+            return "output head, tied to the embedding" + (" as it was before training" if untied else "")
         if name in known:
             return known[name]
         if not isinstance(module, nn.Linear):

@@ -270,16 +270,15 @@ def check_packing(trainer: Any) -> None:
     """
     import torch
 
+    from nf4lora.model_tree import evaluating
+
     model, scores = trainer.model, []
     size = model.config.get_text_config().vocab_size
-    mode = model.training
-    model.eval()
     for step in (7, 11):  # another first sample, the same second one
         ids = [(3 + step * i) % size for i in range(12)] + [(5 + 13 * i) % size for i in range(9)]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [12, 9]}])
         batch = {name: each for name, each in trainer._prepare_inputs(batch).items() if name != "labels"}
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             scores.append(model(**batch, use_cache=False).logits[0, 12:].float())
-    model.train(mode)
     if (scores[0] - scores[1]).abs().max() > 1e-3 * scores[0].std():
         raise RunError("packing: the attention of this model mixes the samples of a row; use packing false")
