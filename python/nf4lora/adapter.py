@@ -147,7 +147,8 @@ def install() -> None:
     replacement = staticmethod(create_new_module)
     replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
     model_class._create_new_module = replacement  # type: ignore[method-assign,assignment]
-    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works.
+    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
+    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
     NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
 
 
