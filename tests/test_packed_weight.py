@@ -14,7 +14,6 @@ from safetensors.torch import load, save
 from torch import nn
 
 from nf4lora.linear import NF4Linear
-from nf4lora.packed_weight import PackedWeight
 
 
 def packed(N=32, K=64):
@@ -40,6 +39,9 @@ WRONG = {
     "data in a product": lambda w: w.data @ torch.ones(32),
     "a detached one in a product": lambda w: w.detach().view(32, 32) * torch.ones(32),
     "concatenation": lambda w: torch.cat([w, torch.ones(1, 32)]),
+    "a copy in a product": lambda w: w.data.clone() @ torch.ones(32),
+    "a copy that is cast": lambda w: w.data.clone().to(torch.float32),
+    "a sum with another's codes": lambda w: w.data + torch.ones(32, 32).to(w.dtype),
     "a norm": lambda w: torch.linalg.norm(w.data.float()),
 }
 WRITES = {
@@ -79,9 +81,9 @@ def test_augmented_assignment_as_in_a_merge_changes_nothing():
     before = layer.weight.clone()
     with pytest.raises(ValueError, match="must not be an operand of"):
         layer.weight.data += torch.ones(32, 32)
-    merged = before + torch.ones(32, 32)
-    with pytest.raises(ValueError, match=r"an assignment to \.data"):
-        layer.weight.data = merged
+    for merged in (torch.ones(32, 32), torch.ones(32, 64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"an assignment to \.data"):
+            layer.weight.data = merged
     assert torch.equal(layer.weight, before)
 
 
@@ -94,10 +96,11 @@ def test_codes_may_be_asked_copied_moved_and_compared():
     assert not weight.requires_grad and weight.is_leaf and not weight.is_floating_point()
     assert weight.data_ptr() == plain.data_ptr() == weight.data.data_ptr()
     for copied in (weight.clone(), weight.cpu().clone(), weight.data.clone(), copy.deepcopy(weight)):
-        assert torch.equal(copied, plain) and not isinstance(copied, PackedWeight)
+        assert torch.equal(copied, plain) and copied.data_ptr() != plain.data_ptr()
     assert torch.equal(weight, plain) and bool((weight == plain).all())
     assert np.array_equal(weight.numpy(), plain.numpy()) and weight[0, 0].item() == plain[0, 0].item()
     assert torch.empty_like(weight).shape == (32, 32) and weight.new_zeros(3).dtype == torch.uint8
+    assert torch.zeros_like(weight, dtype=torch.float32).sum() == 0
     assert int((weight >> 4).max()) < 16 and "tensor" in repr(weight)
     weight.data.copy_(torch.flip(plain, (0,)))
     assert torch.equal(pickle.loads(pickle.dumps(weight)), plain)

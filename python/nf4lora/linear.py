@@ -159,7 +159,8 @@ class NF4Linear(nn.Linear):
         parameter: Any = self._parameters.get("weight", self.__dict__.get("weight"))
         if parameter is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
-        if type(parameter) is not nn.Parameter or torch.compiler.is_compiling():  # a shard guards itself
+        guarded = type(parameter) is nn.Parameter and parameter.dtype == torch.uint8  # a shard guards itself
+        if not guarded or torch.compiler.is_compiling():
             return parameter
         guard = self.__dict__.get("_guard")
         if guard is None or guard.source() is not parameter:

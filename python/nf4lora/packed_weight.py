@@ -18,6 +18,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # In-place functions that change no code, or put other codes in their place.
 HARMLESS_IN_PLACE = {"copy_", "requires_grad_", "share_memory_"}
+# A delta that was cast to uint8 is as wrong as one in floating point.
+ARITHMETIC = {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "true_divide",
+    "floor_divide",
+    "addmm",
+    "mm",
+    "bmm",
+    "matmul",
+    "linear",
+}
+CREATES = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")  # take no code
+COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # of codes, which are codes: merges begin with a copy
 
 
 class PackedWeight(nn.Parameter):
@@ -26,7 +43,7 @@ class PackedWeight(nn.Parameter):
     It has no memory of its own: every torch function is called with the parameter instead, unless it is refused.
 
     Raises:
-        ValueError: in any function that also takes, or would return, floating-point values, and in arithmetic in place.
+        ValueError: in arithmetic, and in any function that also takes, or would return, floating-point values.
 
     >>> weight = PackedWeight(nn.Parameter(torch.zeros(4, 32, dtype=torch.uint8), requires_grad=False))
     >>> weight.shape, weight.dtype, weight[:2].sum()
@@ -56,13 +73,17 @@ class PackedWeight(nn.Parameter):
         args, kwargs = tree_map_only(cls, lambda guard: guard.codes, (args, kwargs or {}))
         name = getattr(func, "__name__", str(func))
         in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS_IN_PLACE
-        if in_place or any(_is_float(leaf) for leaf in tree_leaves((args, kwargs))):
+        if in_place or name.strip("_") in ARITHMETIC or any(_is_float(leaf) for leaf in tree_leaves((args, kwargs))):
             raise ValueError(refusal(name))
         result = func(*args, **kwargs)
-        if any(_is_float(leaf) for leaf in tree_leaves(result)):
+        if not name.startswith(CREATES) and any(_is_float(leaf) for leaf in tree_leaves(result)):
             raise ValueError(refusal(name))
-        # A view of the codes (.data, .T, a slice) is guarded as they are; a copy is nobody's weight.
-        return tree_map_only(Tensor, lambda t: cls(t) if t.untyped_storage()._cdata in memory else t, result)
+
+        def guarded(tensor: Tensor) -> Tensor:  # .data, .T, a slice and a copy are packed codes as well
+            is_view = tensor.untyped_storage()._cdata in memory
+            return cls(tensor) if tensor.dtype == torch.uint8 and (is_view or name in COPIES) else tensor
+
+        return tree_map_only(Tensor, guarded, result)
 
     def __getattr__(self, name: str) -> Any:  # what somebody has noted on the parameter
         if name in ("source", "codes"):
@@ -70,7 +91,7 @@ class PackedWeight(nn.Parameter):
         return getattr(self.codes, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _is_float(value):
+        if _is_float(value) or (name == "data" and value.shape != self.codes.shape):
             raise ValueError(refusal(f"an assignment to .{name}"))
         setattr(self.codes, name, value)
 

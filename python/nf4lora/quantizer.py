@@ -23,6 +23,7 @@ from nf4lora.adapter_files import base_state_dict
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.loss import chunk_loss
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
 
@@ -176,6 +177,7 @@ class NF4Quantizer(HfQuantizer):
         from nf4lora import adapter
 
         adapter.install()
+        chunk_loss(model)  # for whatever puts an adapter on it and freezes its head
         return model
 
     def return_memory(self, above: int = 0) -> None:
