@@ -33,14 +33,17 @@ class CrossEntropy(torch.autograd.Function):
         targets: Tensor,
         steps: Steps = (),
         dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        entropy: bool = False,
+    ) -> tuple[Tensor, ...]:
         """hidden: [M, H]; weight: [V, H], frozen; bias: [V] or None; targets: [M] int64; dtype: of the product, that of
-        autocast where it is on, else hidden's -> [M] float32, [M] bool."""
+        autocast where it is on, else hidden's -> [M] float32, [M] bool, and where it is asked for the entropy of p, [M]
+        float32, which has no gradient."""
         kind = hidden.device.type
         dtype = dtype or product_dtype(hidden)
         rows = max(CHUNK // len(weight), 16)
         log_p = hidden.new_empty(len(targets), dtype=torch.float32)
         correct = torch.empty_like(targets, dtype=torch.bool)
+        entropies = log_p.new_empty(len(targets) if entropy else 0)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(kind, enabled=False):
             weight = weight.to(dtype)
@@ -64,6 +67,8 @@ class CrossEntropy(torch.autograd.Function):
                     torch.softmax(p, 1, out=p)
                 # The likeliest token's p is 1 / sum(exp(logit - largest)): its logarithm completes that of the target.
                 log_p[part] = (of_target - largest + p.amax(1, keepdim=True).log())[:, 0]
+                if entropy:
+                    entropies[part] = torch.special.entr(p).sum(1)
                 if grad is not None:
                     p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
                     if steps:
@@ -71,8 +76,8 @@ class CrossEntropy(torch.autograd.Function):
                     grad[part] = -(p.to(dtype) @ weight)
         if grad is not None:
             ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(correct)
-        return log_p, correct
+        ctx.mark_non_differentiable(correct, entropies)
+        return (log_p, correct, entropies) if entropy else (log_p, correct)
 
     @staticmethod
     @once_differentiable

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nf4lora import trl_head
 from nf4lora.cross_entropy import CrossEntropy
 from nf4lora.deferred_logits import deferred, is_deferrable
 
@@ -99,11 +100,13 @@ def chunk_loss(base: nn.Module) -> bool:
     The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
     at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
     chunk at a time (`nf4lora.deferred_logits`). Calls without labels and compiled models stay as they are. On
-    transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it.
+    transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it; where that one
+    would hold many logits, on a CPU, it is given the same numbers (`nf4lora.trl_head`).
     """
     if "forward" in vars(base) or output_head(base) is None:  # accelerate's hooks, or ourselves
         return False
     base.forward = types.MethodType(_with_deferred_logits(type(base).forward), base)
+    base.register_forward_pre_hook(trl_head.take_over, with_kwargs=True)
     return True
 
 
@@ -120,6 +123,8 @@ def output_head(base: nn.Module) -> nn.Linear | None:
 def _with_deferred_logits(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop(trl_head.TAKEN_OVER, False):
+            return trl_head.score(self, *args, **kwargs)
         if torch.compiler.is_compiling() or kwargs.get("labels") is None:
             return original(self, *args, **kwargs)
         head = output_head(self)
