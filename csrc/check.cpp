@@ -13,7 +13,7 @@ void lora_linear(const Tensor& x, const Tensor& qweight, const Tensor& absmax, c
   check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize);
 }
 
-void lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S, const Tensor& qweight,
+void lora_linear_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& S, const Tensor& qweight,
                           const Tensor& absmax, const OptionalTensor& nested, const OptionalTensor& lora_A,
                           const OptionalTensor& lora_B, double dropout, const OptionalTensor& seed, int64_t blocksize) {
   check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize);
@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(nf4lora_check, m) {
       "lora_linear(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
       "Tensor? lora_B, float dropout, Tensor? seed, int blocksize) -> ()");
   m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor qweight, Tensor absmax, Tensor? nested, "
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor qweight, Tensor absmax, Tensor? nested, "
       "Tensor? lora_A, Tensor? lora_B, float dropout, Tensor? seed, int blocksize) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(nf4lora_check, CompositeExplicitAutograd, m) {

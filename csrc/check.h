@@ -169,23 +169,19 @@ struct LinearShape {
   int64_t M, N, K, R;  // tokens, out features, in features, rank (0 without LoRA)
 };
 
-// x: [..., K]; qweight: uint8 [N, K/2]; absmax: float32 [N, K/blocksize], or uint8 with nested float32;
-// bias: [N]; lora_A: [R, K]; lora_B: [N, R]; seed: int64 [1], needed when dropout > 0.
-inline LinearShape check_lora_linear(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& absmax,
-                                     const OptionalTensor& nested, const OptionalTensor& bias,
-                                     const OptionalTensor& lora_A, const OptionalTensor& lora_B, double dropout,
-                                     const OptionalTensor& seed, int64_t blocksize) {
+// Of lora_linear and its backward, on the device of `x`: qweight: uint8 [N, K/2]; absmax: float32 [N, K/blocksize], or
+// uint8 with nested float32; bias: [N]; lora_A: [R, K]; lora_B: [N, R]; seed: int64 [1], needed when dropout > 0. M is
+// left to the caller.
+inline LinearShape check_lora_layer(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                                    const OptionalTensor& nested, const OptionalTensor& bias,
+                                    const OptionalTensor& lora_A, const OptionalTensor& lora_B, double dropout,
+                                    const OptionalTensor& seed, int64_t blocksize) {
   check_blocksize(op, blocksize);
-  check_float(op, "x", x);
   check_dtype(op, "qweight", qweight, ScalarType::Byte);
   require_value(qweight.dim() == 2, op, ": qweight must be [N, K/2], got shape ", shape_of(qweight));
   LinearShape shape{0, qweight.size(0), qweight.size(1) * 2, 0};
   require_value(shape.K % blocksize == 0, op, ": qweight must have a multiple of blocksize / 2 = ", blocksize / 2,
                 " columns, got shape ", shape_of(qweight));
-  require_value(x.dim() >= 1 && x.size(x.dim() - 1) == shape.K, op, ": the last dimension of x must be ", shape.K,
-                " (in features of qweight), got shape ", shape_of(x));
-  shape.M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.M *= x.size(i);
   check_same_device(op, "qweight", qweight, x);
   check_same_device(op, "absmax", absmax, x);
   const int64_t blocks = shape.N * (shape.K / blocksize);
@@ -225,22 +221,51 @@ inline LinearShape check_lora_linear(const char* op, const Tensor& x, const Tens
   return shape;
 }
 
-// dy: [..., N] of x's dtype; S: [M, R] of x's dtype, as the forward returned it.
-inline LinearShape check_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S, const Tensor& qweight,
-                                              const Tensor& absmax, const OptionalTensor& nested,
+// All dimensions but the last, multiplied.
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
+}
+
+inline void check_lora_x(const char* op, const Tensor& x, int64_t K) {
+  require_value(x.dim() >= 1 && x.size(x.dim() - 1) == K, op, ": the last dimension of x must be ", K,
+                " (in features of qweight), got shape ", shape_of(x));
+}
+
+// x: [..., K]; the rest as above.
+inline LinearShape check_lora_linear(const char* op, const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                                     const OptionalTensor& nested, const OptionalTensor& bias,
+                                     const OptionalTensor& lora_A, const OptionalTensor& lora_B, double dropout,
+                                     const OptionalTensor& seed, int64_t blocksize) {
+  check_float(op, "x", x);
+  LinearShape shape = check_lora_layer(op, x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize);
+  check_lora_x(op, x, shape.K);
+  shape.M = rows_of(x);
+  return shape;
+}
+
+// dy: [..., N]; x: [..., K] as in the forward, or none; S: [M, R] as the forward returned it, or none; all of one dtype.
+inline LinearShape check_lora_linear_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& S,
+                                              const Tensor& qweight, const Tensor& absmax, const OptionalTensor& nested,
                                               const OptionalTensor& lora_A, const OptionalTensor& lora_B,
                                               double dropout, const OptionalTensor& seed, int64_t blocksize) {
   constexpr const char* op = "lora_linear_backward";
-  const LinearShape shape =
-      check_lora_linear(op, x, qweight, absmax, nested, std::nullopt, lora_A, lora_B, dropout, seed, blocksize);
-  check_dtype(op, "dy", dy, x.scalar_type());
-  check_dtype(op, "S", S, x.scalar_type());
-  check_same_device(op, "dy", dy, x);
-  check_same_device(op, "S", S, x);
-  require_value(dy.dim() >= 1 && dy.size(dy.dim() - 1) == shape.N && dy.numel() == shape.M * shape.N, op,
-                ": dy must be [", shape.M, " tokens, ", shape.N, "], got shape ", shape_of(dy));
-  require_value(S.dim() == 2 && S.size(0) == shape.M && S.size(1) == shape.R, op, ": S must be [", shape.M, ", ",
-                shape.R, "], got shape ", shape_of(S));
+  const Tensor& like = x ? *x : dy;
+  check_float(op, x ? "x" : "dy", like);
+  LinearShape shape =
+      check_lora_layer(op, like, qweight, absmax, nested, std::nullopt, lora_A, lora_B, dropout, seed, blocksize);
+  if (x) check_lora_x(op, *x, shape.K);
+  shape.M = rows_of(like);
+  check_dtype(op, "dy", dy, like.scalar_type());
+  check_same_device(op, "dy", dy, like);
+  require_value(dy.dim() >= 1 && dy.size(dy.dim() - 1) == shape.N && rows_of(dy) == shape.M, op, ": dy must be [",
+                shape.M, " tokens, ", shape.N, "], got shape ", shape_of(dy));
+  if (!S) return shape;
+  check_dtype(op, "S", *S, like.scalar_type());
+  check_same_device(op, "S", *S, like);
+  require_value(S->dim() == 2 && S->size(0) == shape.M && S->size(1) == shape.R, op, ": S must be [", shape.M, ", ",
+                shape.R, "], got shape ", shape_of(*S));
   return shape;
 }
 

@@ -17,9 +17,10 @@ STABLE_TORCH_LIBRARY(nf4lora, m) {
   m.def(
       "lora_linear(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
       "Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize) -> (Tensor y, Tensor S)");
-  // dx = dy W + dropout'(scaling * T A), dA = scaling * T^T dropout(x), dB = scaling * dy^T S;  T = dy B
+  // dx = dy W + dropout'(scaling * T A), dA = scaling * T^T dropout(x), dB = scaling * dy^T S;  T = dy B. Without x there is
+  // no dA, without S no dB: both then come back empty, as dx does without need_dx.
   m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor qweight, Tensor absmax, Tensor? nested, "
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor qweight, Tensor absmax, Tensor? nested, "
       "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
       "(Tensor dx, Tensor dA, Tensor dB)");
 

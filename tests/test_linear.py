@@ -76,10 +76,10 @@ def test_no_cast_of_the_model_touches_weight_or_scales(cast, double_quant):
 def test_absmax_is_the_scale_of_each_block():
     linear = random_linear()
     exact = linear.weight.view(40, 4, 64).abs().amax(-1)
-    assert torch.equal(NF4Linear.from_linear(linear, double_quant=False).absmax, exact)
+    assert torch.equal(NF4Linear.from_linear(linear, double_quant=False).absmax(), exact)
     # 8 bits: half a step of the dynamic map near 1, 0.9 / 64 / 2, of the largest deviation from the mean
     deviation = (exact - exact.mean()).abs().max().item()
-    torch.testing.assert_close(NF4Linear.from_linear(linear).absmax, exact, rtol=0, atol=0.00704 * deviation)
+    torch.testing.assert_close(NF4Linear.from_linear(linear).absmax(), exact, rtol=0, atol=0.00704 * deviation)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -153,6 +153,29 @@ def test_compute_dtype_rules_the_weight_and_autocast_the_result(compute_dtype, a
         assert y.dtype == nn.Linear(256, 40, dtype=dtype)(x).dtype
     inside = compute_dtype or autocast or dtype
     assert torch.equal(y, plain(x.to(inside)).to(y.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_input_that_is_not_floating_point_is_refused_in_every_mode(dtype, autocast, compute_dtype, adapted):
+    layer = NF4Linear.from_linear(random_linear(), compute_dtype=compute_dtype)
+    lora = {"lora_A": torch.ones(4, 256), "lora_B": torch.ones(40, 4)} if adapted else {}
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=rf"^NF4Linear: x must be float32, .*got {dtype}; .*modules_to_not_convert"),
+    ):
+        layer(torch.ones(2, 256).to(dtype), **lora)
+
+
+def test_a_weight_without_a_dtype_is_that_of_the_layer_in_any_dtype():
+    layer = random_packed()
+    assert layer.dequantize().dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(layer.dequantize().to(dtype), layer.dequantize(dtype))
+    layer.compute_dtype = torch.bfloat16
+    assert torch.equal(layer.dequantize(), layer.dequantize(torch.bfloat16))
 
 
 def test_lora_branch_is_added_and_differentiated():

@@ -1,15 +1,18 @@
-"""Cross-entropy of the trained tokens against torch's, and the models for which it may stand in."""
+"""Cross-entropy of the trained tokens against torch's, and how it comes behind a model's own forward."""
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nf4lora import loss
-from nf4lora.loss import CrossEntropy, LossOutput, chunk_loss, has_plain_head, score
+from nf4lora import cross_entropy
+from nf4lora.cross_entropy import CrossEntropy
+from nf4lora.deferred_logits import DeferredLogits
+from nf4lora.loss import chunk_loss, has_plain_head, score
 
 from models import tiny_llama
 
@@ -17,7 +20,7 @@ from models import tiny_llama
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 25, 1])
 def test_log_probabilities_and_gradient_are_torchs(bias, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", chunk)  # one chunk, and chunks of 16 rows with a ragged last one
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)  # one chunk, and chunks of 16 rows with a ragged last one
     hidden, weight = torch.randn(50, 24, requires_grad=True), torch.randn(40, 24)
     offset = torch.randn(40) if bias else None
     targets, upstream = torch.randint(0, 40, (50,)), torch.randn(50)
@@ -75,6 +78,51 @@ def test_head_is_plain_only_if_the_logits_are_its_output():
     assert not has_plain_head(model, cpu)
 
 
+class Remembering(nn.Module):
+    """A part that notes each call in a buffer, draws random numbers, and counts in Python where it trains."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+        self.register_buffer("calls", torch.zeros(1))
+        self.mean = nn.BatchNorm1d(64)
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        self.calls = self.calls + torch.rand(1)
+        return self.part(*args, **kwargs)
+
+
+def test_trying_the_head_leaves_no_trace():
+    model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1).requires_grad_(False)
+    model.model.norm = Remembering(model.model.norm)
+    model.train()
+    model.model.layers.eval()  # a frozen part that its user keeps in evaluation mode
+    model.model.embed_tokens.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    same = dict(model.named_buffers())
+    state = torch.get_rng_state()
+    assert has_plain_head(model, torch.device("cpu")) in (True, False)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert all(buffer is same[name] for name, buffer in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Broken(nn.Module):
+    def forward(self, *args, **kwargs):
+        raise ZeroDivisionError("of a model that takes other inputs")
+
+
+def test_a_model_that_fails_when_it_is_tried_has_no_plain_head():
+    model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1).requires_grad_(False).train()
+    model.model.norm = Broken()
+    assert not has_plain_head(model, torch.device("cpu"))
+    assert model.training and model.model.training
+    assert not has_plain_head(nn.Linear(2, 2), torch.device("cpu"))
+
+
 def prepared(**options):
     model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1, **options).requires_grad_(False)
     original = copy.deepcopy(model)
@@ -87,61 +135,14 @@ def batch():
     return ids, ids.where(torch.rand(3, 20) < 0.4, torch.tensor(-100))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_models_own_loss_is_the_same_in_chunks(training):
-    model, original = (each.train(training) for each in prepared())
-    ids, labels = batch()
-    shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-    for extra in ({}, {"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": 7}, {"shift_labels": shifted}):
-        found, expected = (each(input_ids=ids, labels=labels, **extra) for each in (model, original))
-        assert isinstance(found, LossOutput)
-        torch.testing.assert_close(found.loss, expected.loss)
-        torch.testing.assert_close(found.logits, expected.logits)
-        assert found.loss is found["loss"] is found[0]
+def test_once_is_enough_and_a_model_without_an_output_head_is_left_alone():
+    model, _ = prepared()
+    assert not chunk_loss(model)
+    assert not chunk_loss(nn.Sequential(nn.Linear(2, 2)))
+    assert not chunk_loss(model.model), "the backbone has no logits"
+    from transformers import LlamaForSequenceClassification
 
-
-def test_gradients_pass_through_the_chunked_loss():
-    model, original = prepared()
-    ids, labels = batch()
-    grads = []
-    for each in (model, original):
-        embeds = each.get_input_embeddings()(ids).detach().requires_grad_()
-        each.train()(inputs_embeds=embeds, labels=labels).loss.backward()
-        grads.append(embeds.grad)
-    torch.testing.assert_close(*grads)
-
-
-def test_logits_are_computed_when_asked_for_and_listed_in_evaluation_only():
-    model, original = prepared()
-    ids, labels = batch()
-    calls = []
-    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    output = model.train()(input_ids=ids, labels=labels, use_cache=False)
-    assert list(output) == ["loss"] and len(output.to_tuple()) == 1 and not calls
-    assert output["logits"].shape == (3, 20, 259) and output.logits is output["logits"] and len(calls) == 1
-    output = model.eval()(input_ids=ids, labels=labels, use_cache=False)
-    expected = original.eval()(input_ids=ids, labels=labels, use_cache=False)
-    assert list(output) == list(expected) == ["loss", "logits"] and len(calls) == 1
-    torch.testing.assert_close(dict(output.items()), dict(expected.items()))
-    torch.testing.assert_close(output[1], expected[1])
-
-
-def test_calls_that_ask_for_something_else_get_what_they_ask_for():
-    model, original = prepared()
-    ids, labels = batch()
-    for wanted in ({}, {"labels": labels, "logits_to_keep": 20}, {"labels": labels, "return_dict": False}):
-        found, expected = (each(input_ids=ids, **wanted) for each in (model, original))
-        assert type(found) is type(expected) is not LossOutput
-        torch.testing.assert_close(found[0], expected[0])
-    model.loss_function = lambda logits, labels, **_: logits.sum()
-    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, original(input_ids=ids).logits.sum())
-
-
-def test_no_label_at_all_is_nan_as_for_torch():
-    model, original = prepared()
-    ids, _ = batch()
-    labels = torch.full_like(ids, -100)
-    assert model(input_ids=ids, labels=labels).loss.isnan() and original(input_ids=ids, labels=labels).loss.isnan()
+    assert not chunk_loss(LlamaForSequenceClassification(model.config))
 
 
 def test_a_copy_of_the_model_computes_its_own_loss():
@@ -154,15 +155,23 @@ def test_a_copy_of_the_model_computes_its_own_loss():
     assert "labels" in inspect.signature(model.forward).parameters
 
 
-def test_a_head_that_is_trained_or_scaled_keeps_its_models_loss():
-    model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    assert not chunk_loss(model)
-    model.requires_grad_(False)
-    assert chunk_loss(model) and not chunk_loss(model)  # once is enough
-    model.lm_head.weight.requires_grad_(True)
+def test_a_pickled_model_computes_the_same_loss():
+    model, _ = prepared()
     ids, labels = batch()
-    model(input_ids=ids, labels=labels).loss.backward()
-    assert model.lm_head.weight.grad.abs().sum() > 0
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(input_ids=ids, labels=labels).loss, model(input_ids=ids, labels=labels).loss)
+
+
+def test_whether_the_head_is_trained_is_asked_at_each_call():
+    # A model that was loaded is frozen by get_peft_model later, and a head may be trained later still.
+    model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    assert chunk_loss(model)
+    ids, labels = batch()
+    output = model(input_ids=ids, labels=labels)
+    output.loss.backward()
+    assert type(output.logits) is torch.Tensor and model.lm_head.weight.grad.abs().sum() > 0
+    model.requires_grad_(False)
+    assert type(model(input_ids=ids, labels=labels).logits) is DeferredLogits
 
 
 class Doubled(nn.Module):
@@ -183,12 +192,12 @@ def test_a_head_that_is_wrapped_later_is_not_bypassed():
     for each in (model, original):
         each.set_output_embeddings(Doubled(each.get_output_embeddings()))
     found = model(input_ids=ids, labels=labels)
-    assert type(found) is not LossOutput and found.loss != plain
+    assert type(found.logits) is torch.Tensor and found.loss != plain
     torch.testing.assert_close(found.loss, original(input_ids=ids, labels=labels).loss)
 
 
 def test_the_loss_holds_few_logits(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 16 * 259)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * 259)
     model, _ = prepared()
     ids = torch.randint(0, 259, (4, 200))
     sizes = []
@@ -196,3 +205,25 @@ def test_the_loss_holds_few_logits(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "amax", lambda t, *a, **k: sizes.append(t.numel()) or amax(t, *a, **k))
     model.train()(input_ids=ids, labels=ids)
     assert max(sizes) == 16 * 259
+
+
+def test_an_adapter_by_plain_peft_over_a_loaded_model_has_the_loss_in_chunks(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import nf4lora
+
+    tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4lora.NF4Config())
+    model = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    ids, labels = batch()
+    output = model(input_ids=ids, labels=labels)
+    assert type(output.logits) is DeferredLogits
+    output.loss.backward()
+    nf4lora.save_adapter(model, tmp_path / "adapter")
+    base = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4lora.NF4Config())
+    assert (
+        type(nf4lora.load_adapter(fresh, tmp_path / "adapter")(input_ids=ids, labels=labels).logits) is DeferredLogits
+    )
+    assert type(base(input_ids=ids, labels=labels).logits) is torch.Tensor

@@ -8,7 +8,7 @@
 
 namespace nf4lora {
 
-// The dropout mask over [M, K]: 1 where kept.
+// The dropout mask over [M, K]: all bits of an element set where it is kept.
 struct Dropout {
   const Loops& isa;
   double probability;
@@ -17,7 +17,7 @@ struct Dropout {
 
   bool active() const { return probability > 0.0; }
   double inverse_keep() const { return active() ? 1.0 / (1.0 - probability) : 1.0; }
-  void keep(int64_t row, int64_t column, int64_t count, float* out) const {
+  void keep(int64_t row, int64_t column, int64_t count, uint32_t* out) const {
     isa.dropout_mask(seed, dropout_threshold(probability), row * K + column, count, out);
   }
 };
@@ -34,11 +34,11 @@ inline Scratch<uint8_t> masked_rows(const Dropout& dropout, const Dense& x, int6
   Scratch<uint8_t> out(rows * row_bytes);
   const auto* source = static_cast<const uint8_t*>(x.data) + first * row_bytes;
   uint8_t* target = out.get();
-  torch::stable::parallel_for(0, rows, 1 + 4096 / K, [&](int64_t begin, int64_t end) {
-    Scratch<float> keep(K);
+  torch::stable::parallel_for(0, rows, 1 + 4096 / (K + 1), [&](int64_t begin, int64_t end) {
+    Scratch<uint32_t> keep(K);
     for (int64_t row = begin; row < end; ++row) {
       dropout.keep(first + row, 0, K, keep.get());
-      dropout.isa.multiply(source + row * row_bytes, keep.get(), K, x.dtype, target + row * row_bytes);
+      dropout.isa.keep(source + row * row_bytes, keep.get(), K, x.dtype, target + row * row_bytes);
     }
   });
   return out;

@@ -211,52 +211,55 @@ void combine_few(const Layer& layer, const Dense& A, int64_t rows, bool transpos
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& S,
-                                                        const Tensor& qweight, const Tensor& absmax,
-                                                        const OptionalTensor& nested, const OptionalTensor& lora_A,
-                                                        const OptionalTensor& lora_B, double scaling,
-                                                        double probability, const OptionalTensor& seed,
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const OptionalTensor& x,
+                                                        const OptionalTensor& S, const Tensor& qweight,
+                                                        const Tensor& absmax, const OptionalTensor& nested,
+                                                        const OptionalTensor& lora_A, const OptionalTensor& lora_B,
+                                                        double scaling, double probability, const OptionalTensor& seed,
                                                         int64_t blocksize, bool need_dx) {
   const LinearShape shape =
       check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
   const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
-  const Tensor grad = contiguous_view(dy), in = contiguous_view(x), low_rank = contiguous_view(S);
-  Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
-  layer.round_lora(x.scalar_type());
+  const bool need_dA = R && x, need_dB = R && S, need_T = R && (need_dx || need_dA);
+  const Tensor grad = contiguous_view(dy);
+  const Tensor in = need_dA ? contiguous_view(*x) : grad, low_rank = need_dB ? contiguous_view(*S) : grad;
+  Layer layer(shape, grad, qweight, absmax, nested, lora_A, lora_B, blocksize);
+  layer.round_lora(dy.scalar_type());
   const Gemm& gemm = layer.gemm;
   const Dropout dropout = dropout_of(layer.isa, probability, seed, shape);
   const auto scale_dx = static_cast<float>(scaling * dropout.inverse_keep());
 
-  Tensor dx = need_dx ? torch::stable::new_empty(in, in.sizes(), x.scalar_type())
-                      : torch::stable::new_empty(in, {0}, x.scalar_type());
-  Tensor dA = torch::stable::new_zeros(in, R ? std::vector<int64_t>{R, K} : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor dB = torch::stable::new_zeros(in, R ? std::vector<int64_t>{N, R} : std::vector<int64_t>{0}, ScalarType::Float);
-  const Dense rows = {in.const_data_ptr(), dtype_of(in), K}, grads = {grad.const_data_ptr(), dtype_of(in), N};
-  const Dense S_rows = {low_rank.const_data_ptr(), dtype_of(in), R};
-  const Dense out = {dx.mutable_data_ptr(), dtype_of(in), K};
+  std::vector<int64_t> dx_shape{0};
+  const Tensor& like = x ? *x : dy;
+  if (need_dx) dx_shape.assign(like.sizes().begin(), like.sizes().end()), dx_shape.back() = K;
+  Tensor dx = torch::stable::new_empty(grad, dx_shape, dy.scalar_type());
+  const auto zeros = [&](bool needed, int64_t rows, int64_t columns) {
+    return torch::stable::new_zeros(grad, needed ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0},
+                                    ScalarType::Float);
+  };
+  Tensor dA = zeros(need_dA, R, K), dB = zeros(need_dB, N, R);
+  const Dense rows = {in.const_data_ptr(), dtype_of(grad), K}, grads = {grad.const_data_ptr(), dtype_of(grad), N};
+  const Dense S_rows = {low_rank.const_data_ptr(), dtype_of(grad), R};
+  const Dense out = {dx.mutable_data_ptr(), dtype_of(grad), K};
   auto* out_A = static_cast<float*>(dA.mutable_data_ptr());
   auto* out_B = static_cast<float*>(dB.mutable_data_ptr());
 
   const bool few = M <= layer.few.rows;
   std::unique_ptr<Panels> panels_B;
-  if (R && M && !few) {
+  if (need_T && M && !few) {
     panels_B = std::make_unique<Panels>(gemm, R, N,
                                         [&](auto... where) { gemm.panel_columns(dense(*layer.lora_B), where...); });
   }
   for_row_chunks(M, gemm.rows, [&](int64_t first, int64_t count) {
-    const Tiles tiles(gemm, grads, Tiles::Source::rows, first, count, N);
-    Scratch<uint8_t> T_memory(count * R * bytes_of(rows.dtype));
+    const bool wanted = need_dx || (need_T && !few);
+    const Tiles tiles(gemm, grads, Tiles::Source::rows, first, wanted ? count : 0, N);
+    Scratch<uint8_t> T_memory(need_T ? count * R * bytes_of(rows.dtype) : 0);
     const Dense T = {T_memory.get(), rows.dtype, R};
-    std::unique_ptr<Tiles> tiles_T;
-    if (R) {
-      if (few) {
-        combine_few(layer, grads, M, true, dense(*layer.lora_B), R, 1.0f, T);
-      } else {
-        panels_B->multiply(tiles, 1.0f, T, 0);
-      }
-      tiles_T = std::make_unique<Tiles>(gemm, T, Tiles::Source::rows, 0, count, R);
-    }
+    if (need_T && few) combine_few(layer, grads, M, true, dense(*layer.lora_B), R, 1.0f, T);
+    if (need_T && !few) panels_B->multiply(tiles, 1.0f, T, 0);
     if (need_dx) {
+      std::unique_ptr<Tiles> tiles_T;
+      if (R) tiles_T = std::make_unique<Tiles>(gemm, T, Tiles::Source::rows, 0, count, R);
       const LowRankStart low{gemm, tiles_T.get(), scale_dx,
                              [&](auto... where) { gemm.panel_columns(dense(*layer.lora_A), where...); }};
       multiply(
@@ -266,39 +269,42 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
           [&](const Strip& strip, int64_t tile, uint32_t* room) {
             Start start = low.start(tile, room);
             if (!dropout.active()) return start;
-            auto* keep = reinterpret_cast<float*>(room + low.room());
-            std::fill_n(keep, gemm.rows * strip.lanes, 0.0f);
+            uint32_t* keep = room + low.room();
+            std::fill_n(keep, gemm.rows * strip.lanes, 0u);
             for (int64_t row = 0; row < tiles.rows_in(tile); ++row) {
               dropout.keep(first + tile * gemm.rows + row, strip.first, strip.valid, keep + row * strip.lanes);
             }
-            start.factors = keep;
+            start.keep = keep;
             return start;
           },
           rounded_into(gemm, tiles, out, first, 1.0f));
     }
-    if (R && few) {
+    if (need_dB && few) {
       combine_few(layer, grads, M, false, S_rows, R, static_cast<float>(scaling), {out_B, Dtype::f32, R});
-      Scratch<uint8_t> masked = masked_rows(dropout, rows, 0, dropout.active() ? M : 0);
-      const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
-      combine_few(layer, T, M, false, wide, K, scale_dx, {out_A, Dtype::f32, K});
-    } else if (R) {
+    } else if (need_dB) {
       const Tiles S_columns(gemm, S_rows, Tiles::Source::columns, first, R, count);
       add_outer(gemm, S_columns, N, static_cast<float>(scaling), true, out_B,
                 [&](int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth, void* panel) {
                   gemm.panel_columns(grads, n, valid, lanes, first + k, depth, panel);
                 });
-      const Tiles T_columns(gemm, T, Tiles::Source::columns, 0, R, count);
-      Scratch<uint8_t> masked = masked_rows(dropout, rows, first, dropout.active() ? count : 0);
-      const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
-      const int64_t offset = dropout.active() ? 0 : first;
-      add_outer(gemm, T_columns, K, scale_dx, false, out_A,
-                [&](int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth, void* panel) {
-                  gemm.panel_columns(wide, n, valid, lanes, offset + k, depth, panel);
-                });
     }
+    if (!need_dA) return;
+    Scratch<uint8_t> masked = masked_rows(dropout, rows, first, dropout.active() ? count : 0);
+    const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
+    const int64_t offset = dropout.active() ? 0 : first;
+    if (few) {
+      combine_few(layer, T, M, false, wide, K, scale_dx, {out_A, Dtype::f32, K});
+      return;
+    }
+    const Tiles T_columns(gemm, T, Tiles::Source::columns, 0, R, count);
+    add_outer(gemm, T_columns, K, scale_dx, false, out_A,
+              [&](int64_t n, int64_t valid, int lanes, int64_t k, int64_t depth, void* panel) {
+                gemm.panel_columns(wide, n, valid, lanes, offset + k, depth, panel);
+              });
   });
-  if (!R) return {dx, dA, dB};
-  return {dx, to_dtype(dA, lora_A->scalar_type()), to_dtype(dB, lora_B->scalar_type())};
+  if (need_dA) dA = to_dtype(dA, lora_A->scalar_type());
+  if (need_dB) dB = to_dtype(dB, lora_B->scalar_type());
+  return {dx, dA, dB};
 }
 
 }  // namespace

@@ -117,7 +117,7 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
         const int64_t depth = std::min(tiles.depth() - k, chunk), steps = (depth + gemm.step - 1) / gemm.step;
         for (int64_t i = 0; i < together; ++i) {
           const Strip strip = strips[group + i];
-          fill(strip.first, strip.valid, strip.lanes, k, depth, panel.get());
+          if (depth) fill(strip.first, strip.valid, strip.lanes, k, depth, panel.get());  // none in an empty row
           if (k == 0) open(strip, room.get());
           for (int64_t tile = 0; tile < tiles.count(); ++tile) {
             float* own = sums.get() + i * strip_sums + (once ? 0 : tile * gemm.rows * strip.lanes);

@@ -59,8 +59,9 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
   impl<"absmax_dequantize", Tensor(Tensor, Tensor)>(m);
   impl<"lora_linear", Pair(Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                            double, double, OptionalTensor, int64_t)>(m);
-  impl<"lora_linear_backward", Triple(Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor,
-                                      OptionalTensor, double, double, OptionalTensor, int64_t, bool)>(m);
+  impl<"lora_linear_backward", Triple(Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, OptionalTensor,
+                                      OptionalTensor, OptionalTensor, double, double, OptionalTensor, int64_t, bool)>(
+      m);
   impl<"adamw_step_", void(Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, OptionalTensor, double, double, double,
                            double, double, int64_t)>(m);
 }

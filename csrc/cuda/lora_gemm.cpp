@@ -47,33 +47,38 @@ struct Gradients {
   Tensor T, dA, dB;
 };
 
-// T = dy B, dB = scaling dy^T S in one pass over dy; dA = scaling T^T dropout(x) in one over x. All contiguous.
-Gradients gradients_of(const Tensor& dy, const Tensor& x, const Tensor& S, const Tensor& A, const Tensor& B,
-                       double scaling, const Dropout& dropout, void* stream) {
-  const int64_t M = S.size(0), R = S.size(1), N = B.size(0), K = A.size(1);
-  Gradients found{torch::stable::new_empty(x, {M, R}, x.scalar_type()),
-                  torch::stable::new_empty(x, {R, K}, A.scalar_type()),
-                  torch::stable::new_empty(x, {N, R}, B.scalar_type())};
+// T = dy B, dB = scaling dy^T S in one pass over dy; dA = scaling T^T dropout(x) in one over x. All contiguous. Without x
+// no dA and without S no dB: both are empty.
+Gradients gradients_of(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& S, const Tensor& A,
+                       const Tensor& B, double scaling, const Dropout& dropout, void* stream) {
+  const int64_t M = rows_of(dy), R = A.size(0), N = B.size(0), K = A.size(1);
+  const Tensor none = torch::stable::new_empty(dy, {0}, ScalarType::Float);
+  Gradients found{torch::stable::new_empty(dy, {M, R}, dy.scalar_type()),
+                  x ? torch::stable::new_empty(dy, {R, K}, A.scalar_type()) : none,
+                  S ? torch::stable::new_empty(dy, {N, R}, B.scalar_type()) : none};
   TallSkinny of_dy{};
   of_dy.dtype = dtype_of(dy);
   of_dy.Z = dy.const_data_ptr();
   of_dy.F = B.const_data_ptr(), of_dy.dtype_of_F = dtype_of(B);
-  of_dy.L = S.const_data_ptr();
   of_dy.inner_scale = 1.0f, of_dy.outer_scale = static_cast<float>(scaling);
   of_dy.P = found.T.mutable_data_ptr();
-  of_dy.G = found.dB.mutable_data_ptr(), of_dy.dtype_of_G = dtype_of(B);
+  if (S) {
+    of_dy.L = S->const_data_ptr();
+    of_dy.G = found.dB.mutable_data_ptr(), of_dy.dtype_of_G = dtype_of(B);
+  }
   of_dy.M = M, of_dy.D = N, of_dy.R = R;
-  run(kBackward, of_dy, x, stream);
+  run(kBackward, of_dy, dy, stream);
+  if (!x) return found;
 
   TallSkinny of_x{};
-  of_x.dtype = dtype_of(x);
-  of_x.Z = x.const_data_ptr();
+  of_x.dtype = dtype_of(*x);
+  of_x.Z = x->const_data_ptr();
   of_x.L = found.T.const_data_ptr();
   of_x.seed = dropout.word(), of_x.threshold = dropout.threshold;
   of_x.outer_scale = static_cast<float>(scaling * dropout.inverse_keep);
   of_x.G = found.dA.mutable_data_ptr(), of_x.dtype_of_G = dtype_of(A), of_x.G_is_transposed = true;
   of_x.M = M, of_x.D = K, of_x.R = R;
-  run(kBackward, of_x, x, stream);
+  run(kBackward, of_x, dy, stream);
   return found;
 }
 
@@ -110,25 +115,30 @@ std::tuple<Tensor, Tensor> lora_linear_gemm(const Tensor& x, const Tensor& qweig
   return {y, S};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& S,
-                                                             const Tensor& qweight, const Tensor& absmax,
-                                                             const OptionalTensor& nested, const OptionalTensor& lora_A,
-                                                             const OptionalTensor& lora_B, double scaling,
-                                                             double probability, const OptionalTensor& seed,
-                                                             int64_t blocksize, bool need_dx) {
+OptionalTensor aligned_if_given(const OptionalTensor& tensor) {
+  if (!tensor) return std::nullopt;
+  return aligned(*tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_gemm_backward(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& S, const Tensor& qweight, const Tensor& absmax,
+    const OptionalTensor& nested, const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
+    double probability, const OptionalTensor& seed, int64_t blocksize, bool need_dx) {
   const LinearShape shape =
       check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
-  const OnDeviceOf device(x);
-  const Tensor in = aligned(x), grad = aligned(dy);
+  const OnDeviceOf device(dy);
+  const Tensor grad = aligned(dy);
   const OptionalTensor A = contiguous(lora_A), B = contiguous(lora_B);
   const Dropout dropout(probability, seed, shape.R);
-  Gradients found{in, torch::stable::new_empty(in, {0}, ScalarType::Float),
-                  torch::stable::new_empty(in, {0}, ScalarType::Float)};
-  if (A) found = gradients_of(grad, in, torch::stable::contiguous(S), *A, *B, scaling, dropout, device.stream());
-  if (!need_dx) return {torch::stable::new_empty(in, {0}, x.scalar_type()), found.dA, found.dB};
+  const Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Float);
+  Gradients found{none, none, none};
+  if (A && (need_dx || x || S)) {
+    found = gradients_of(grad, aligned_if_given(x), contiguous(S), *A, *B, scaling, dropout, device.stream());
+  }
+  if (!need_dx) return {torch::stable::new_empty(grad, {0}, dy.scalar_type()), found.dA, found.dB};
 
   const Weight weight(qweight, absmax, nested);
-  Tensor dx = torch::stable::new_empty(in, in.sizes(), x.scalar_type());
+  Tensor dx = torch::stable::new_empty(grad, with_last(x ? *x : dy, shape.K), dy.scalar_type());
   LoraGemm gemm = gemm_of(shape, grad, weight, blocksize, dx);
   gemm.backward = true;
   gemm.low_rank = A ? found.T.const_data_ptr() : nullptr;
@@ -136,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_gemm_backward(const Tensor& dy, c
   if (A) gemm.dtype_of_factor = dtype_of(*A);
   gemm.seed = dropout.word(), gemm.threshold = dropout.threshold;
   gemm.scaling = static_cast<float>(scaling * dropout.inverse_keep);
-  run(kBackward, gemm, in, device.stream());
+  run(kBackward, gemm, grad, device.stream());
   return {dx, found.dA, found.dB};
 }
 
@@ -148,13 +158,14 @@ Tensor lora_low_rank(const Tensor& x, const Tensor& lora_A, double probability, 
   return low_rank_of(in, torch::stable::contiguous(lora_A), Dropout(probability, seed, lora_A.size(0)), M,
                      device.stream());
 }
-std::tuple<Tensor, Tensor, Tensor> lora_low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& S,
-                                                          const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                                          double probability, const OptionalTensor& seed) {
-  const OnDeviceOf device(x);
-  const Gradients found =
-      gradients_of(aligned(dy), aligned(x), torch::stable::contiguous(S), torch::stable::contiguous(lora_A),
-                   torch::stable::contiguous(lora_B), scaling, Dropout(probability, seed, S.size(1)), device.stream());
+std::tuple<Tensor, Tensor, Tensor> lora_low_rank_backward(const Tensor& dy, const OptionalTensor& x,
+                                                          const OptionalTensor& S, const Tensor& lora_A,
+                                                          const Tensor& lora_B, double scaling, double probability,
+                                                          const OptionalTensor& seed) {
+  const OnDeviceOf device(dy);
+  const Gradients found = gradients_of(aligned(dy), aligned_if_given(x), contiguous(S),
+                                       torch::stable::contiguous(lora_A), torch::stable::contiguous(lora_B), scaling,
+                                       Dropout(probability, seed, lora_A.size(0)), device.stream());
   return {found.T, found.dA, found.dB};
 }
 
@@ -165,12 +176,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nf4lora_cuda, m) {
       "lora_linear_gemm(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
       "Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize) -> (Tensor y, Tensor S)");
   m.def(
-      "lora_linear_gemm_backward(Tensor dy, Tensor x, Tensor S, Tensor qweight, Tensor absmax, Tensor? nested, "
+      "lora_linear_gemm_backward(Tensor dy, Tensor? x, Tensor? S, Tensor qweight, Tensor absmax, Tensor? nested, "
       "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
       "(Tensor dx, Tensor dA, Tensor dB)");
   m.def("lora_low_rank(Tensor x, Tensor lora_A, float dropout, Tensor? seed) -> Tensor S");
   m.def(
-      "lora_low_rank_backward(Tensor dy, Tensor x, Tensor S, Tensor lora_A, Tensor lora_B, float scaling, "
+      "lora_low_rank_backward(Tensor dy, Tensor? x, Tensor? S, Tensor lora_A, Tensor lora_B, float scaling, "
       "float dropout, Tensor? seed) -> (Tensor T, Tensor dA, Tensor dB)");
 }
 STABLE_TORCH_LIBRARY_IMPL(nf4lora_cuda, CUDA, m) {

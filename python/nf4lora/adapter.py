@@ -7,6 +7,7 @@ functions import it: `import nf4lora` does not.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,13 +15,19 @@ import peft
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from nf4lora.linear import NF4Linear
 
 SEEDS = 2**63 - 1
 # PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
+# PEFT's other methods whose layers call the base layer and leave its weight alone, but for merging: what each of them
+# computes over a packed layer is compared with what it computes over the dequantised one (tests/test_peft_methods.py).
+METHODS = {
+    *("LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY"),
+    *("PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
+}
 INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
 
 
@@ -59,8 +66,8 @@ class NF4LoraLinear(lora.Linear):
             and lora_B.bias is None
             and isinstance(scaling, (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
             and (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and dropout.p < 1))
-            and not _hooked(lora_A)
-            and not _hooked(lora_B)
+            and _is_plain(lora_A)
+            and _is_plain(lora_B)
         )
         if not plain:
             return None
@@ -93,6 +100,29 @@ class NF4LoraLinear(lora.Linear):
         super().merge(safe_merge, adapter_names)
 
 
+def check_method(tuner: Any, model: nn.Module, adapter_name: str) -> None:
+    """Refuse a method of PEFT that computes with the weight of a layer, where it would get a packed one."""
+    config = tuner.peft_config[adapter_name]
+    method = getattr(config.peft_type, "value", config.peft_type)
+    if method in METHODS:
+        return
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, NF4Linear) and _is_target(tuner, config, name):
+            raise ValueError(
+                f"{method}: target modules must be in 16 or 32 bits, got {name} in NF4, with whose weight this method "
+                f"computes; use LoRA (nf4lora.prepare), one of {', '.join(sorted(METHODS - {'LORA'}))}, or load the "
+                f"model without quantization_config"
+            )
+
+
+def _is_target(tuner: Any, config: Any, name: str) -> bool:
+    targets = getattr(config, "target_modules", None)
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return True  # PEFT fills them in later, with linear layers
+    return bool(tuner._check_target_module_exists(config, name))
+
+
 def check_init(who: str, config: LoraConfig) -> None:
     """Refuse ways to start an adapter that need a base in floating point."""
     init = config.init_lora_weights
@@ -103,13 +133,26 @@ def check_init(who: str, config: LoraConfig) -> None:
         )
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: the fused op reads the weight and would skip that."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module multiplies by its weight and does no more: the fused op reads the weight alone.
+
+    Hooks of every kind, a forward of its own (accelerate's, a user's) and parametrizations, which change the class, all
+    want the call.
+    """
+    state = module.__dict__
+    hooks = (
+        state["_forward_hooks"],
+        state["_forward_pre_hooks"],
+        state["_backward_hooks"],
+        state["_backward_pre_hooks"],
+    )
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in state and "_hf_hook" not in state
 
 
 def install() -> None:
     """Make every way into PEFT's LoRA put an `NF4LoraLinear` over an `NF4Linear`; a second call does nothing.
+
+    Other methods of PEFT are checked when they are put on a model (`check_method`).
 
     One function of PEFT decides on the class of a new layer, `LoraModel._create_new_module`: `get_peft_model`,
     `PeftModel.from_pretrained`, `add_adapter`, transformers' `load_adapter` and TRL's `peft_config` all come through
@@ -144,10 +187,19 @@ def install() -> None:
             )
         return NF4LoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
+    inject_adapter = BaseTuner.inject_adapter
+
+    @functools.wraps(inject_adapter)
+    def inject_checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_method(self, model, adapter_name)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_checked  # type: ignore[method-assign]
     replacement = staticmethod(create_new_module)
     replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
     model_class._create_new_module = replacement  # type: ignore[method-assign,assignment]
-    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works.
+    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
+    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
     NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
 
 

@@ -11,6 +11,7 @@ choice.json says which is the fastest (choice.py); where that one does not fit, 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Te
 
 
 def lora_linear_backward(
-    dy: Tensor, x: Tensor, S: Tensor, qweight: Tensor, *arguments: Any
+    dy: Tensor, x: Tensor | None, S: Tensor | None, qweight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB; arguments and results as in unfused.lora_linear_backward."""
-    match chosen("backward", x, qweight):
+    match chosen("backward", dy, qweight):
         case "fused":
             return torch.ops.nf4lora_cuda.lora_linear_gemm_backward.default(dy, x, S, qweight, *arguments)
         case "sliced":
@@ -47,20 +48,22 @@ def lora_linear_backward(
     return unfused.lora_linear_backward(dy, x, S, qweight, *arguments)
 
 
-def chosen(direction: str, x: Tensor, qweight: Tensor) -> str:
-    """The name of the kernel.
+def chosen(direction: str, rows: Tensor, qweight: Tensor) -> str:
+    """The name of the kernel for rows of x, or backward of dy.
 
     Raises:
         ValueError: `forced` names one that cannot take these arguments.
     """
-    if not x.is_cuda or x.dim() == 0 or qweight.dim() != 2:
+    if not rows.is_cuda or rows.dim() == 0 or qweight.dim() != 2:
         return "unfused"  # whose check says what is wrong; a CPU tensor comes here in tests alone
-    tokens = x.numel() // max(x.shape[-1], 1)
+    tokens = math.prod(rows.shape[:-1])
+    if tokens == 0 or qweight.shape[1] == 0:
+        return "unfused"  # torch knows what a sum over nothing is
     out_features = qweight.shape[0]
     if forced is None:
-        name = choice.kernel_for(_architecture(x.device), direction, tokens, 2 * qweight.numel())
-        return name if fits(name, direction, tokens, x.dtype, out_features) else "sliced"
-    able = [name for name in KERNELS if fits(name, direction, tokens, x.dtype, out_features)]
+        name = choice.kernel_for(_architecture(rows.device), direction, tokens, 2 * qweight.numel())
+        return name if fits(name, direction, tokens, rows.dtype, out_features) else "sliced"
+    able = [name for name in KERNELS if fits(name, direction, tokens, rows.dtype, out_features)]
     if forced not in able:
         raise ValueError(f"lora_linear: cuda.forced must be one of {', '.join(able)} here, got {forced!r}")
     return forced

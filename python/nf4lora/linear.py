@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nf4lora import ops
 from nf4lora.ops import BLOCKSIZES, NESTED_BLOCKSIZE
+from nf4lora.packed_weight import PackedWeight
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +52,8 @@ class NF4Linear(nn.Linear):
         weight_absmax: [N, K/blocksize] uint8; int32 (bits of float32) without double quantisation
         weight_nested: [ceil(N*K/blocksize/256) + 1] int32 (bits of float32), the offset last; double quantisation only
         bias: [N], as in the model
+    The attribute `weight` is a guard in front of the parameter of that name: code that multiplies by it, or writes
+    floating-point values into it, gets a ValueError (`nf4lora.packed_weight`).
 
     Raises:
         ValueError: a blocksize that is not legal or does not divide in_features; a compute_dtype that is none of
@@ -151,23 +154,53 @@ class NF4Linear(nn.Linear):
         return layer.train(linear.training)
 
     @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The packed codes, [N, K/2] uint8, for code that asks them something; they refuse to be computed with."""
+        parameter: Any = self._parameters.get("weight", self.__dict__.get("weight"))
+        if parameter is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        guarded = type(parameter) is nn.Parameter and parameter.dtype == torch.uint8  # a shard guards itself
+        if not guarded or torch.compiler.is_compiling():
+            return parameter
+        guard = self.__dict__.get("_guard")
+        if guard is None or guard.source() is not parameter:
+            guard = self.__dict__["_guard"] = PackedWeight(parameter)
+        return guard
+
+    @weight.setter
+    def weight(self, tensor: Tensor) -> None:  # parameters go the way of every module's: this is for a plain tensor
+        self.__dict__["weight"] = tensor
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param.codes if isinstance(param, PackedWeight) else param)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_guard"}
+
     def absmax(self) -> Tensor:
-        """The scale of each block: [N, K/blocksize] float32."""
+        """The scale of each block, decoded: [N, K/blocksize] float32."""
         arguments = self.op_arguments()
         if arguments["nested"] is None:
             return arguments["absmax"]
         return ops.absmax_dequantize(arguments["absmax"], arguments["nested"])
 
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The weight that the layer computes with in this dtype: [N, K]."""
-        return ops.nf4_dequantize(self.weight, self.absmax, self.blocksize, dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that the layer computes with in this dtype: [N, K].
+
+        Without one, in compute_dtype or else in float32: rounded to another dtype, that is the layer's weight in it.
+        """
+        codes = self._parameters["weight"]
+        return ops.nf4_dequantize(codes, self.absmax(), self.blocksize, dtype or self.compute_dtype or torch.float32)  # type: ignore[arg-type]
 
     def op_arguments(self) -> dict[str, Any]:
         """The layer's state as `ops.lora_linear` takes it: qweight, absmax, nested (float32 views) and blocksize."""
-        arguments: dict[str, Any] = {"qweight": self.weight, "blocksize": self.blocksize}
+        state: Any = self._parameters  # an attribute of a module takes half a microsecond to find
+        absmax, nested = state["weight_absmax"], None
         if self.double_quant:
-            return arguments | {"absmax": self.weight_absmax, "nested": self.weight_nested.view(torch.float32)}
-        return arguments | {"absmax": self.weight_absmax.view(torch.float32), "nested": None}
+            nested = state["weight_nested"].view(torch.float32)
+        else:
+            absmax = absmax.view(torch.float32)
+        return {"qweight": state["weight"], "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
 
     def forward(  # type: ignore[override]
         self,
@@ -188,6 +221,12 @@ class NF4Linear(nn.Linear):
         Returns:
             [..., N] in the dtype of x, or of autocast where it is on
         """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"NF4Linear: x must be float32, bfloat16 or float16, got {x.dtype}; if the model casts its hidden "
+                f"states to the dtype of this layer's weight, which is packed, keep the layer in 16 bits: "
+                f"NF4Config(modules_to_not_convert=[its name])"
+            )
         kind = x.device.type
         result_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x = x.to(self.compute_dtype or result_dtype)

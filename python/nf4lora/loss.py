@@ -1,65 +1,22 @@
-"""Cross-entropy of the labelled tokens from hidden states: no logits of other tokens, never all logits at once.
+"""The loss of a language model without all of its logits.
 
-`chunk_loss` puts it behind a model's own `model(input_ids, labels=labels)`. TRL has the same idea with Triton kernels;
-without Triton it scores every token and multiplies in float32, which on a CPU costs a fifth of a training step.
+`chunk_loss` puts it behind a model's own `model(input_ids, labels=labels)`; `score` gives it token by token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-CHUNK = 1 << 23  # logits at a time: 32 MB of float32, which a last cache level may hold
-
-
-class CrossEntropy(torch.autograd.Function):
-    """log p(target), and whether no token is likelier; the gradient is made in the forward pass, where one is wanted.
-
-    `d log p(target) / d hidden = W[target] - sum over v of p(v) W[v]`
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """hidden: [M, H]; weight: [V, H], frozen; bias: [V] or None; targets: [M] int64 -> [M] float32, [M] bool."""
-        rows = max(CHUNK // len(weight), 16)
-        weight = weight.to(hidden.dtype)
-        log_p = hidden.new_empty(len(targets), dtype=torch.float32)
-        correct = torch.empty_like(targets, dtype=torch.bool)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            logits, target = hidden[part] @ weight.T, targets[part, None]
-            if bias is not None:
-                logits = logits.float() + bias
-            largest, of_target = logits.amax(1, keepdim=True).float(), logits.gather(1, target).float()
-            correct[part] = (of_target == largest)[:, 0]
-            p = logits.float()  # softmax with dtype= makes two copies, and takes twice the time
-            torch.softmax(p, 1, out=p)
-            # The likeliest token's p is 1 / sum(exp(logit - largest)): its logarithm completes that of the target.
-            log_p[part] = (of_target - largest + p.amax(1, keepdim=True).log())[:, 0]
-            if grad is not None:
-                p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-                grad[part] = -(p.to(hidden.dtype) @ weight)
-        if grad is not None:
-            ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(correct)
-        return log_p, correct
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grads[0][:, None] * grad).to(grad.dtype), None, None, None
+from nf4lora import trl_head
+from nf4lora.cross_entropy import CrossEntropy
+from nf4lora.deferred_logits import deferred, is_deferrable
 
 
 def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -85,131 +42,95 @@ def score_hidden(base: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
 def has_plain_head(base: nn.Module, device: torch.device) -> bool:
     """Whether the logits are one frozen linear layer on the last hidden states: no scale, no cap, nothing trained.
 
-    It is tried, not looked up: every architecture has its own name for what it does to logits.
+    It is tried, not looked up: every architecture has its own name for what it does to logits. The trial leaves no
+    trace: the mode of each module, the random state and the buffers are as before.
     """
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    find: Any = getattr(base, "get_output_embeddings", None)
+    head = None if find is None else find()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.requires_grad:
         return False
     backbone: Any = getattr(base, "base_model", base)
     if backbone is base:
         return False
-    mode, ids = base.training, torch.arange(1, 9, device=device)[None]
-    base.eval()
+    ids = torch.arange(1, 9, device=device)[None].clamp(max=head.out_features - 1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(base), unchanged_buffers(base), unchanged_random_state(device):
             logits = base(input_ids=ids, use_cache=False).logits
             plain = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
-    except (TypeError, AttributeError):  # a model with other inputs or outputs
+    except Exception:  # a model with other inputs or outputs fails in its own way, and has its own loss
         return False
-    finally:
-        base.train(mode)
     return logits.shape == plain.shape and bool((logits - plain).abs().max() <= 1e-3 * logits.std())
 
 
-# ---- behind a model's own forward ------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while; then each module in its own mode again, which need not be that of the model."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
-@dataclass
-class LossOutput(ModelOutput):
-    """What a causal model returns, its `logits` computed when they are first asked for.
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    before = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = {id(b): (b, b.clone()) for _, buffers in before for b in buffers.values() if b is not None}
+    try:
+        yield
+    finally:
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, value in values.values():
+            buffer.data.copy_(value)
 
-    While it trains they are no item of the output (a trainer that walks over the items would ask for them); while it
-    is evaluated they are.
-    """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name != "logits" or value is not None:
-            return value
-        make = super().__getattribute__("__dict__").get("make_logits")
-        if make is not None:
-            value = self.__dict__["logits"] = make()
-        return value
-
-    def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        return self.logits if key == "logits" else OrderedDict.__getitem__(self, key)
-
-    def keys(self) -> Any:
-        names = list(super().keys())
-        return [names[0], "logits", *names[1:]] if self.__dict__.get("lists_logits") else names
-
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self.keys()]
-
-    def values(self) -> Any:
-        return [self[name] for name in self.keys()]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def to_tuple(self) -> tuple:
-        return tuple(self.values())
+@contextlib.contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def chunk_loss(base: nn.Module) -> bool:
-    """Let `base(input_ids, labels=labels)` compute its loss in chunks; says whether that was changed.
+    """Let `base(input_ids, labels=labels)` compute its loss without all logits; says whether that was changed.
 
-    Only where the model allows it: a frozen plain head, transformers' own loss for causal models, all of it on one
-    device. The logits of such a call are computed only if they are looked at; calls without labels, those that ask for
-    another loss or a part of the logits, and compiled models stay as they are. On transformers' side this is an
-    instance's `forward`, as TRL's fused head is, which wraps it.
+    The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
+    at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
+    chunk at a time (`nf4lora.deferred_logits`). Calls without labels and compiled models stay as they are. On
+    transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it; where that one
+    would hold many logits, on a CPU, it is given the same numbers (`nf4lora.trl_head`).
     """
-    devices = {parameter.device for parameter in base.parameters()}
-    replaceable = (
-        "forward" not in vars(base)  # accelerate's hooks, or ourselves
-        and getattr(base, "loss_type", None) == "ForCausalLM"
-        and len(devices) == 1
-        and next(iter(devices)).type != "meta"
-        and hasattr(base, "get_output_embeddings")
-    )
-    if not replaceable or not has_plain_head(base, next(iter(devices))):
+    if "forward" in vars(base) or output_head(base) is None:  # accelerate's hooks, or ourselves
         return False
-    base.forward = types.MethodType(_chunked(type(base).forward), base)
+    base.forward = types.MethodType(_with_deferred_logits(type(base).forward), base)
+    base.register_forward_pre_hook(trl_head.take_over, with_kwargs=True)
     return True
 
 
-def _chunked(original: Callable) -> Callable:
-    """The forward of a class of models with the loss in chunks where that gives the same loss."""
+def output_head(base: nn.Module) -> nn.Linear | None:
+    """The linear layer that makes logits, if there is one."""
+    find: Any = getattr(base, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    except (AttributeError, NotImplementedError):  # transformers' default looks for names that a model may lack
+        return None
+    return head if isinstance(head, nn.Linear) else None
 
+
+def _with_deferred_logits(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or not _asks_for_plain_loss(self, kwargs):
+        if kwargs.pop(trl_head.TAKEN_OVER, False):
+            return trl_head.score(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or kwargs.get("labels") is None:
             return original(self, *args, **kwargs)
-        labels, shifted = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
-        count = kwargs.pop("num_items_in_batch", None)
-        kwargs.pop("logits_to_keep", None)
-        outputs = self.base_model(**kwargs)
-        hidden = outputs.last_hidden_state
-        targets = F.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
-        log_p, _ = score_hidden(self, hidden, targets.to(hidden.device))
-        # The mean over no token at all is NaN, as it is for torch.
-        loss = -log_p.sum() / (len(log_p) if count is None else torch.as_tensor(count, device=log_p.device))
-        result = LossOutput(loss=loss)
-        for name, value in outputs.items():  # the cache, hidden states, attentions, as the backbone calls them
-            if name != "last_hidden_state":
-                result[name] = value
-        result.__dict__.update(make_logits=lambda: self.get_output_embeddings()(hidden), lists_logits=not self.training)
-        return result
+        head = output_head(self)
+        if head is None or not is_deferrable(head):
+            return original(self, *args, **kwargs)
+        with deferred(head):
+            return original(self, *args, **kwargs)
 
     return forward
-
-
-def _asks_for_plain_loss(model: Any, kwargs: dict[str, Any]) -> bool:
-    head = model.get_output_embeddings()
-    return (
-        kwargs.get("labels") is not None
-        and isinstance(head, nn.Linear)  # nobody has wrapped it since, with an adapter say
-        and not kwargs.get("logits_to_keep")
-        and kwargs.get("return_dict") is not False
-        and not {"ignore_index", "reduction", "label_smoothing", "weight"} & kwargs.keys()
-        and not (kwargs.get("output_router_logits") or getattr(model.config, "output_router_logits", False))
-        and getattr(model, "_loss_function", None) is None  # somebody set another
-        and not head.weight.requires_grad
-        and type(head.weight.data) is Tensor  # not sharded
-        and not torch.compiler.is_compiling()
-    )

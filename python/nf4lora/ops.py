@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from nf4lora import _C
@@ -186,7 +187,8 @@ def lora_linear(
     `y = x W^T + bias + scaling * S B^T`, with `S = dropout(x) A^T` and W exactly as nf4_dequantize gives it in x's
     dtype. A, B, S and, in the backward pass, T = dy B are rounded once to x's dtype; all sums are float32. Dropout
     keeps element (m, k) where the word of Philox4x32-10(seed, m * K + k) says so, on every device alike.
-    Differentiable in x, lora_A and lora_B. For that it keeps x, S and the seed; the bias and the weight are frozen.
+    Differentiable in x, lora_A and lora_B. For that it keeps x where lora_A wants a gradient, S where lora_B does, and
+    the seed; the bias and the weight are frozen. First derivatives by reverse mode only.
 
     Args:
         x: [..., K] float32, bfloat16 or float16
@@ -205,6 +207,7 @@ def lora_linear(
     Raises:
         ValueError: shapes that do not belong together; two devices; dropout outside [0, 1) or without a seed.
         TypeError: a dtype that is not as above.
+        NotImplementedError: forward-mode differentiation, or a transform of torch.func.
 
     Source: LoRA (arXiv:2106.09685); Philox: Salmon et al., SC'11.
 
@@ -217,10 +220,23 @@ def lora_linear(
     arguments = (x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize)
     if torch.compiler.is_compiling():
         return _ops.lora_linear.default(*arguments)[0]
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _refuse_transforms(x, bias, lora_A, lora_B)
     if _wants_gradient(x, lora_A, lora_B):
         return _LoraLinear.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # the way through Python that notes a gradient costs 10 microseconds
         return _ops.lora_linear.default(*arguments)[0]
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Both ways below go past what torch.func and forward mode have to see, and would drop their part of the result."""
+    duals = (tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if torch._C._are_functorch_transforms_active() or any(duals):
+        raise NotImplementedError(
+            "lora_linear: gradients must be taken by reverse mode (backward, torch.autograd.grad), got forward-mode "
+            "differentiation or a transform of torch.func (vmap, grad, jvp); call backward() per sample instead, or "
+            "dequantise the layer with model.dequantize()"
+        )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -239,10 +255,10 @@ def _(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, 
 
 @torch.library.register_fake("nf4lora::lora_linear_backward")
 def _(dy, x, S, qweight, absmax, nested, lora_A, lora_B, scaling, dropout, seed, blocksize, need_dx):
-    dx = x.new_empty(x.shape if need_dx else [0])
-    if lora_A is None:
-        return dx, x.new_empty([0], dtype=torch.float32), x.new_empty([0], dtype=torch.float32)
-    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    shape = [*dy.shape[:-1], 2 * qweight.shape[1]] if x is None else x.shape
+    dx, none = dy.new_empty(shape if need_dx else [0]), dy.new_empty([0], dtype=torch.float32)
+    dA = none if lora_A is None or x is None else lora_A.new_empty(lora_A.shape)
+    return dx, dA, none.clone() if lora_B is None or S is None else lora_B.new_empty(lora_B.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -252,18 +268,20 @@ def _setup_context(ctx, inputs, output):
 
 def _save(ctx, inputs, S):
     x, qweight, absmax, nested, _, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize = inputs
-    # x matters to dA alone; everything else here is there anyway, and is saved as it is, not copied.
+    # x matters to dA alone and S to dB: a layer whose adapter is frozen, or that has none, keeps neither alive. The
+    # rest is there anyway, and is saved as it is, not copied.
+    x = x if ctx.needs_input_grad[5] else None
+    S = S if ctx.needs_input_grad[6] else None
     ctx.save_for_backward(x, S, qweight, absmax, nested, lora_A, lora_B, seed)
 
 
 def _backward(ctx, dy, _=None):
     x, S, qweight, absmax, nested, lora_A, lora_B, seed = ctx.saved_tensors
-    need_dx, need_lora = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:7])
+    need_dx, need_dA, need_dB = (ctx.needs_input_grad[i] for i in (0, 5, 6))
     dx, dA, dB = _ops.lora_linear_backward.default(
         dy, x, S, qweight, absmax, nested, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize, need_dx
     )
-    dx = dx if need_dx else None
-    dA, dB = (dA, dB) if need_lora else (None, None)
+    dx, dA, dB = (grad if needed else None for grad, needed in ((dx, need_dx), (dA, need_dA), (dB, need_dB)))
     return dx, None, None, None, None, dA, dB, None, None, None, None
 
 

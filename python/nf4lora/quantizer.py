@@ -25,6 +25,7 @@ from nf4lora import bitsandbytes, quantized_checkpoint
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
+from nf4lora.loss import chunk_loss
 from nf4lora.model_tree import base_state_dict, replace_layers
 from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
 from nf4lora.weight_readers import read_weights
@@ -210,6 +211,7 @@ class NF4Quantizer(HfQuantizer):
         from nf4lora import adapter
 
         adapter.install()
+        chunk_loss(model)  # for whatever puts an adapter on it and freezes its head
         return model
 
     def return_memory(self, above: int = 0) -> None:

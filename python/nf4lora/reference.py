@@ -4,6 +4,7 @@
 to measure them against.
 """
 
+import math
 from functools import reduce
 from operator import add
 
@@ -120,14 +121,19 @@ def dropout_mask(M: int, K: int, dropout: float, seed: Tensor) -> Tensor:
     return (philox(int(seed), M * K) >= threshold).reshape(M, K)
 
 
+def kept(values: Tensor, mask: Tensor) -> Tensor:
+    """The values where the mask is True, else zero: a product with the mask would make NaN of a dropped infinity."""
+    return torch.where(mask, values, values.new_zeros(()))
+
+
 def _operands(x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc):
     """What forward and backward share, in the accumulation dtype: x and W as 2-D, A and B rounded to x's dtype."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 could be any number where K is 0
     if nested is not None:
         absmax = absmax_dequantize(absmax, nested)
     W = nf4_dequantize(qweight, absmax, blocksize, x.dtype).to(acc)
     A, B = (None if p is None else p.to(x.dtype).to(acc) for p in (lora_A, lora_B))
-    mask = torch.ones((), dtype=torch.bool)
+    mask = torch.ones((), dtype=torch.bool, device=x.device)
     if dropout > 0 and A is not None:
         mask = dropout_mask(rows.shape[0], rows.shape[1], dropout, seed).to(x.device)
     return rows.to(acc), W, A, B, mask, 1.0 / (1.0 - dropout)
@@ -144,7 +150,7 @@ def lora_linear(
     y = rows @ W.T
     S = rows.new_empty(len(rows), 0)
     if A is not None:
-        S = (((rows * mask) @ A.T) * inverse_keep).to(x.dtype)
+        S = ((kept(rows, mask) @ A.T) * inverse_keep).to(x.dtype)
         y = y + scaling * (S.to(acc) @ B.T)
     if bias is not None:
         y = y + bias.to(acc)
@@ -159,13 +165,13 @@ def lora_linear_backward(
     rows, W, A, B, mask, inverse_keep = _operands(
         x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc
     )
-    grad = dy.reshape(-1, dy.shape[-1]).to(acc)
+    grad = dy.reshape(len(rows), dy.shape[-1]).to(acc)
     dx = grad @ W
     if A is None:
         return dx.to(x.dtype).reshape(x.shape), None, None
     T = (grad @ B).to(x.dtype).to(acc)
-    dx = dx + mask * (scaling * inverse_keep) * (T @ A)
-    dA = scaling * inverse_keep * (T.T @ (rows * mask))
+    dx = dx + kept(scaling * inverse_keep * (T @ A), mask)
+    dA = scaling * inverse_keep * (T.T @ kept(rows, mask))
     dB = scaling * (grad.T @ S.to(acc))
     return dx.to(x.dtype).reshape(x.shape), dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 

@@ -69,7 +69,7 @@ def lora_linear(
         S: [M, R] of x's dtype, R = 0 without LoRA
     """
     _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # once: torch would copy awkward strides again for each slice
+    rows = unfused.as_rows(x).contiguous()  # once: torch would copy awkward strides again for each slice
     N, K = len(qweight), x.shape[-1]
     S = rows.new_empty(len(rows), 0) if lora_A is None else low_rank(rows, lora_A, dropout, seed)
     y = rows.new_empty(len(rows), N)
@@ -93,8 +93,8 @@ def lora_linear(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    S: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
     qweight: Tensor,
     absmax: Tensor,
     nested: Tensor | None,
@@ -112,29 +112,30 @@ def lora_linear_backward(
 
     Returns:
         dx: x's shape and dtype; [0] unless need_dx
-        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA
+        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA, dA without x, dB without S
     """
     _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
-    rows, grad = (t.reshape(len(S), t.shape[-1]).contiguous() for t in (x, dy))  # -1 could be any number where N is 0
-    T = dA = dB = x.new_empty(0, dtype=torch.float32)
+    grad, rows = unfused.as_rows(dy).contiguous(), None if x is None else unfused.as_rows(x).contiguous()
+    T = dA = dB = dy.new_empty(0, dtype=torch.float32)
     if lora_A is not None and lora_B is not None:
         T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
     if not need_dx:
-        return rows.new_empty(0), dA, dB
-    N, K = len(qweight), x.shape[-1]
+        return dy.new_empty(0), dA, dB
+    N, K = len(qweight), 2 * qweight.shape[1]
+    shape = unfused.dx_shape(dy, x, K)
     if N == 0:
-        return torch.zeros_like(rows).reshape(x.shape), dA, dB
-    dx = torch.empty_like(rows)
+        return dy.new_zeros(shape), dA, dB
+    dx = grad.new_empty(len(grad), K)
     if lora_A is not None:
-        dx.addmm_(T, lora_A.to(x.dtype), beta=0.0, alpha=scaling / (1.0 - dropout))
+        dx.addmm_(T, lora_A.to(dy.dtype), beta=0.0, alpha=scaling / (1.0 - dropout))
         if dropout > 0:
-            for part in unfused.slices_of(rows, grad.T):
-                dx[part].mul_(unfused.mask(rows, part, dropout, seed))
-    if len(rows) > 0:
-        rectangles = [Rectangle(slice(0, N), k) for k in _parts(K, N * x.element_size())]
+            for part in unfused.slices_of(dx, grad.T):
+                dx[part].masked_fill_(~unfused.mask(dx, part, dropout, seed), 0.0)
+    if len(grad) > 0:
+        rectangles = [Rectangle(slice(0, N), k) for k in _parts(K, N * dy.element_size())]
         for (_, k), W in unpacked(Packed(qweight, absmax, nested, blocksize), rectangles, grad):
             dx[:, k].addmm_(grad, W, beta=0.0 if lora_A is None else 1.0)
-    return dx.reshape(x.shape), dA, dB
+    return dx.reshape(shape), dA, dB
 
 
 def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
@@ -146,8 +147,8 @@ def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) 
 
 def low_rank_backward(
     grad: Tensor,
-    rows: Tensor,
-    S: Tensor,
+    rows: Tensor | None,
+    S: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -156,7 +157,7 @@ def low_rank_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """T, dA and dB; arguments and results as in unfused.low_rank_backward."""
     arguments = (grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
-    if _has_kernel(grad) and _has_kernel(rows):
+    if _has_kernel(grad) and (rows is None or _has_kernel(rows)):
         return torch.ops.nf4lora_cuda.lora_low_rank_backward(*arguments)
     return unfused.low_rank_backward(*arguments)
 

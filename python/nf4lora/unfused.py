@@ -7,6 +7,7 @@ tensors too, where the tests hold it against the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,7 +45,7 @@ def lora_linear(
         S: [M, R] of x's dtype, R = 0 without LoRA
     """
     _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     W = _weight(qweight, absmax, nested, blocksize, x.dtype)
     S = rows.new_empty(len(rows), 0) if lora_A is None else low_rank(rows, lora_A, dropout, seed)
     y = rows.new_empty(len(rows), len(W))
@@ -60,8 +61,8 @@ def lora_linear(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    S: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
     qweight: Tensor,
     absmax: Tensor,
     nested: Tensor | None,
@@ -79,26 +80,35 @@ def lora_linear_backward(
 
     Returns:
         dx: x's shape and dtype; [0] unless need_dx
-        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA
+        dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA, dA without x, dB without S
     """
     _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
-    rows, grad = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    T = dA = dB = x.new_empty(0, dtype=torch.float32)
+    grad, rows = as_rows(dy), None if x is None else as_rows(x)
+    T = dA = dB = dy.new_empty(0, dtype=torch.float32)
     if lora_A is not None and lora_B is not None:
         T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
     if not need_dx:
-        return rows.new_empty(0), dA, dB
-    W = _weight(qweight, absmax, nested, blocksize, x.dtype)
-    dx = torch.empty_like(rows)
-    for part in slices_of(rows, grad.T):
+        return dy.new_empty(0), dA, dB
+    W = _weight(qweight, absmax, nested, blocksize, dy.dtype)
+    dx = grad.new_empty(len(grad), W.shape[1])
+    for part in slices_of(grad, W.T):
         total = _product(grad[part], W)
         if lora_A is not None:
-            term = _product(T[part], lora_A.to(x.dtype))
+            term = _product(T[part], lora_A.to(dy.dtype))
             if dropout > 0:
-                term.mul_(mask(rows, part, dropout, seed))
+                term.masked_fill_(~mask(dx, part, dropout, seed), 0.0)
             total.add_(term, alpha=scaling / (1.0 - dropout))
         dx[part] = total
-    return dx.reshape(x.shape), dA, dB
+    return dx.reshape(dx_shape(dy, x, W.shape[1])), dA, dB
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """All dimensions but the last as one."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 could be any number where the last is 0
+
+
+def dx_shape(dy: Tensor, x: Tensor | None, K: int) -> tuple[int, ...]:
+    return tuple(x.shape) if x is not None else (*dy.shape[:-1], K)
 
 
 def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
@@ -112,23 +122,28 @@ def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) 
 
 def low_rank_backward(
     grad: Tensor,
-    rows: Tensor,
-    S: Tensor,
+    rows: Tensor | None,
+    S: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """T = grad B of the rows' dtype, dA and dB of the dtypes of lora_A and lora_B."""
-    B = lora_B.to(rows.dtype)
-    T = rows.new_empty(S.shape)
-    dA, dB = (torch.zeros_like(factor, dtype=torch.float32) for factor in (lora_A, lora_B))
-    for part in slices_of(rows, grad.T):
+    """T = grad B of grad's dtype; dA and dB of the dtypes of lora_A and lora_B, empty without rows or without S."""
+    B = lora_B.to(grad.dtype)
+    T = grad.new_empty(len(grad), B.shape[1])
+    dA, dB = (
+        torch.zeros_like(factor, dtype=torch.float32) if given is not None else grad.new_empty(0, dtype=torch.float32)
+        for factor, given in ((lora_A, rows), (lora_B, S))
+    )
+    for part in slices_of(grad, lora_A.T):
         T[part] = _product(grad[part], B)
-        dA.add_(_product(T[part].T, _dropped(rows, part, dropout, seed)), alpha=scaling / (1.0 - dropout))
-        dB.add_(_product(grad[part].T, S[part]), alpha=scaling)
-    return T, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+        if rows is not None:
+            dA.add_(_product(T[part].T, _dropped(rows, part, dropout, seed)), alpha=scaling / (1.0 - dropout))
+        if S is not None:
+            dB.add_(_product(grad[part].T, S[part]), alpha=scaling)
+    return T, dA if rows is None else dA.to(lora_A.dtype), dB if S is None else dB.to(lora_B.dtype)
 
 
 def _weight(qweight: Tensor, absmax: Tensor, nested: Tensor | None, blocksize: int, dtype: torch.dtype) -> Tensor:
@@ -154,7 +169,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _dropped(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
     """The rows with what dropout leaves out set to zero; the factor 1 / (1 - dropout) is applied in float32 later."""
-    return rows[part] if dropout == 0 else rows[part] * mask(rows, part, dropout, seed)
+    # Filled, not multiplied: zero times an infinity that is dropped would be NaN.
+    return rows[part] if dropout == 0 else rows[part].masked_fill(~mask(rows, part, dropout, seed), 0.0)
 
 
 def mask(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tensor:
@@ -163,7 +179,7 @@ def mask(rows: Tensor, part: slice, dropout: float, seed: Tensor | None) -> Tens
     K = rows.shape[1]
     threshold = min(int(dropout * 2.0**32 + 0.5), _WORD)
     words = _philox(seed.to(rows.device), part.start * K, part.stop * K)
-    return (words >= threshold).reshape(-1, K)
+    return (words >= threshold).reshape(part.stop - part.start, K)
 
 
 def _philox(seed: Tensor, start: int, stop: int) -> Tensor:

@@ -45,6 +45,7 @@ NF4LORA_INLINE uint8_t nearest_nested(float value) {
 // Blocks [begin, end) of `count` scales: the largest distance from the offset, then the nearest values of the map.
 static void absmax_quantize(const float* absmax, float offset, int64_t begin, int64_t end, int64_t count, float* nested,
                             uint8_t* absmax_q) {
+  const KeepDenormals keep;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kNestedBlocksize, size = smaller(kNestedBlocksize, count - first);
     float values[kNestedBlocksize] = {};

@@ -176,8 +176,11 @@ NF4LORA_INLINE void encode(const typename T::Element* weight, Float inverse, int
 
 #endif
 
+inline constexpr float kMostInverse = 1.0f / kMinAbsmax;
+
 static int64_t nf4_quantize(const void* weight, Dtype dtype, int64_t begin, int64_t end, int64_t blocksize,
                             uint8_t* qweight, float* absmax) {
+  const KeepDenormals keep;
   return with_dtype(dtype, [&](auto tag) __attribute__((always_inline)) -> int64_t {
     using T = decltype(tag);
     const auto* in = static_cast<const typename T::Element*>(weight);
@@ -187,7 +190,8 @@ static int64_t nf4_quantize(const void* weight, Dtype dtype, int64_t begin, int6
       if (largest >= 0x7F800000) return block;
       const float magnitude = float_of(largest);
       absmax[block] = magnitude;
-      const Float inverse = broadcast(1.0f / (magnitude > kMinAbsmax ? magnitude : kMinAbsmax));
+      // Compared as integers: kMinAbsmax lies below 2^-126, and may count as zero among floats.
+      const Float inverse = broadcast(largest > bits_of(kMinAbsmax) ? 1.0f / magnitude : kMostInverse);
       encode<T>(in + first, inverse, blocksize, qweight + first / 2);
     }
     return -1;

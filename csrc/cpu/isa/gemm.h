@@ -44,12 +44,11 @@ static __attribute__((noinline)) void begin_tile(const Start& start, const void*
       NF4LORA_UNROLL
       for (int j = 0; j < kWidth; ++j) sum[r][j] = multiply(sum[r][j], scale);
     }
-    if (start.factors) {
+    if (start.keep) {
       NF4LORA_UNROLL
       for (int r = 0; r < kRows; ++r) {
         NF4LORA_UNROLL
-        for (int j = 0; j < kWidth; ++j)
-          sum[r][j] = multiply(sum[r][j], load(start.factors + (r * kWidth + j) * kLanes));
+        for (int j = 0; j < kWidth; ++j) sum[r][j] = keep_bits(sum[r][j], start.keep + (r * kWidth + j) * kLanes);
       }
     }
   }

@@ -18,19 +18,12 @@ static void widen_row(const void* values, float scale, int64_t count, Dtype dtyp
   for (int64_t i = 0; i < count; ++i) out[i] *= scale;
 }
 
-static void multiply_row(const void* values, const float* factors, int64_t count, Dtype dtype, void* out) {
-  with_dtype(dtype, [&](auto tag) __attribute__((always_inline)) {
-    using T = decltype(tag);
-    const auto* in = static_cast<const typename T::Element*>(values);
-    auto* result = static_cast<typename T::Element*>(out);
-    float room[kPiece];
-    for (int64_t i = 0; i < count; i += kPiece) {
-      const int64_t piece = smaller(count - i, kPiece);
-      widen<T>(in + i, piece, room);
-      for (int64_t j = 0; j < piece; ++j) room[j] *= factors[i + j];
-      narrow<T>(room, broadcast(1.0f), piece, result + i);
-    }
-  });
+static void keep_row(const void* values, const uint32_t* keep, int64_t count, Dtype dtype, void* out) {
+  const auto select = [&](const auto* in, auto* result) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) result[i] = keep[i] ? in[i] : 0;
+  };
+  if (dtype == Dtype::f32) return select(static_cast<const uint32_t*>(values), static_cast<uint32_t*>(out));
+  select(static_cast<const uint16_t*>(values), static_cast<uint16_t*>(out));
 }
 
 #if defined(__AVX512BF16__)
@@ -59,7 +52,7 @@ const Loops& NF4LORA_TABLE(NF4LORA_ISA)() {
       adamw_step,
       dropout_mask,
       widen_row,
-      multiply_row,
+      keep_row,
       {&kGemm<Multiply<F32>>, &kGemm<Bf16Math>, &kGemm<Multiply<F16>>},
       {&kFew<Widened<F32>>, &kFew<Bf16Few>, &kFew<Widened<F16>>},
   };

@@ -33,13 +33,13 @@ struct Packed {
   int64_t blocksize;
 };
 
-// What the sums of a product begin with: scale * (A_low B_low) * factors + offset.
+// What the sums of a product begin with: keep(scale * (A_low B_low)) + offset.
 struct Start {
   const void* A;         // A tile of `steps`, of the low-rank product
   const void* B;         // B panel
   int64_t steps;         // 0: no such product
   float scale;           //
-  const float* factors;  // [rows][lanes], or null for ones
+  const uint32_t* keep;  // [rows][lanes] as dropout_mask writes them, or null to keep all
   const float* offset;   // [lanes], or null for zeros
 };
 
@@ -165,12 +165,12 @@ struct Loops {
   // One step of values [begin, end), begin a multiple of kMomentBlocksize. Returns how many gradients were not finite.
   int64_t (*adamw_step)(const AdamWValues& values, int64_t begin, int64_t end, const AdamW& numbers, float scale);
 
-  // keep[i] = 1 where element `begin + i` of the dropout mask is kept, else 0.
-  void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, float* keep);
+  // keep[i] = all bits where element `begin + i` of the dropout mask is kept, else 0.
+  void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, uint32_t* keep);
   // out = scale * values, widened.
   void (*widen)(const void* values, float scale, int64_t count, Dtype dtype, float* out);
-  // out = values * factors, element by element.
-  void (*multiply)(const void* values, const float* factors, int64_t count, Dtype dtype, void* out);
+  // out = values where kept, else zero. A factor of zero would make NaN of an infinity that is dropped.
+  void (*keep)(const void* values, const uint32_t* keep, int64_t count, Dtype dtype, void* out);
 
   const Gemm* gemm[3];  // by dtype of x
   const Few* few[3];

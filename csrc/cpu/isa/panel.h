@@ -282,9 +282,11 @@ static void panel_nf4_columns(const Packed& W, int64_t n, int64_t valid, int lan
   auto* out = static_cast<uint32_t*>(panel);
   const int64_t count = smaller(valid, lanes);
   for (int64_t row = k; row < k + depth; row += Math::kStep, out += lanes) {
-    // Rows lie far apart, which no hardware prefetcher follows.
+    // Rows lie far apart, which no hardware prefetcher follows. The last ones have no such rows: hence no pointer.
     for (int i = 0; i < Math::kStep; ++i) {
-      __builtin_prefetch(W.qweight + (row + kAhead + i) * (W.K / 2) + n / 2);
+      const int64_t ahead = (row + kAhead + i) * (W.K / 2) + n / 2;
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(W.qweight) + static_cast<uintptr_t>(ahead)));
     }
     for (int64_t lane = count; lane < lanes; ++lane) out[lane] = 0;
     if constexpr (Math::kStep == 1) {

@@ -5,7 +5,7 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-static void dropout_mask(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, float* keep) {
+static void dropout_mask(uint64_t seed, uint32_t threshold, int64_t begin, int64_t count, uint32_t* keep) {
   // Sixteen counters side by side: arrays that the compiler keeps in vectors.
   constexpr int kBlocks = 16;
   int64_t block = begin / 4;
@@ -29,16 +29,16 @@ static void dropout_mask(uint64_t seed, uint32_t threshold, int64_t begin, int64
       key0 += kPhiloxWeyl[0];
       key1 += kPhiloxWeyl[1];
     }
-    float words[4 * kBlocks];
+    uint32_t words[4 * kBlocks];
     for (int i = 0; i < kBlocks; ++i) {
-      words[4 * i] = c0[i] >= threshold ? 1.0f : 0.0f;
-      words[4 * i + 1] = c1[i] >= threshold ? 1.0f : 0.0f;
-      words[4 * i + 2] = c2[i] >= threshold ? 1.0f : 0.0f;
-      words[4 * i + 3] = c3[i] >= threshold ? 1.0f : 0.0f;
+      words[4 * i] = c0[i] >= threshold ? ~0u : 0u;
+      words[4 * i + 1] = c1[i] >= threshold ? ~0u : 0u;
+      words[4 * i + 2] = c2[i] >= threshold ? ~0u : 0u;
+      words[4 * i + 3] = c3[i] >= threshold ? ~0u : 0u;
     }
     const int64_t skip = done < 0 ? -done : 0;  // words before `begin` in its block
     const int64_t stop = smaller(4 * kBlocks, count - done);
-    if (stop > skip) std::memcpy(keep + done + skip, words + skip, static_cast<size_t>(stop - skip) * sizeof(float));
+    if (stop > skip) std::memcpy(keep + done + skip, words + skip, static_cast<size_t>(stop - skip) * sizeof *keep);
   }
 }
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,21 @@ NF4LORA_INLINE float float_of(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+// While one lives, values below 2^-126 count on this thread, whatever torch.set_flush_denormal says: what packs a weight
+// must give the same bytes everywhere.
+class KeepDenormals {
+#if defined(__SSE2__)
+ public:
+  KeepDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~(kFlushResults | kFlushOperands)); }
+  ~KeepDenormals() { _mm_setcsr(before_); }
+  KeepDenormals(const KeepDenormals&) = delete;
+
+ private:
+  static constexpr unsigned kFlushResults = 0x8000, kFlushOperands = 0x0040;
+  unsigned before_;
+#endif
+};
 
 // To bfloat16, nearest even, kept as float32. The carry of the addition would turn a NaN into an infinity or a zero.
 NF4LORA_INLINE float to_bf16(float value) {
@@ -85,6 +100,9 @@ NF4LORA_INLINE Float lesser(Float a, Float b) { return _mm512_min_ps(a, b); }
 using Mask = __mmask16;
 NF4LORA_INLINE Mask below(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
+NF4LORA_INLINE Float keep_bits(Float v, const uint32_t* bits) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_loadu_si512(bits)));
+}
 NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
 NF4LORA_INLINE float largest_lane(Float v) { return _mm512_reduce_max_ps(v); }
 
@@ -191,6 +209,9 @@ NF4LORA_INLINE Float lesser(Float a, Float b) { return _mm256_min_ps(a, b); }
 using Mask = __m256;
 NF4LORA_INLINE Mask below(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
+NF4LORA_INLINE Float keep_bits(Float v, const uint32_t* bits) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits))));
+}
 NF4LORA_INLINE int count(Mask mask) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(mask))); }
 NF4LORA_INLINE float largest_lane(Float v) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -271,6 +292,11 @@ typedef int32_t Mask __attribute__((vector_size(16)));
 NF4LORA_INLINE Mask below(Float a, Float b) { return a < b; }
 NF4LORA_INLINE Float select(Mask mask, Float yes, Float no) {
   return reinterpret_cast<Float>((mask & reinterpret_cast<Mask>(yes)) | (~mask & reinterpret_cast<Mask>(no)));
+}
+NF4LORA_INLINE Float keep_bits(Float v, const uint32_t* bits) {
+  Mask mask;
+  std::memcpy(&mask, bits, sizeof mask);
+  return reinterpret_cast<Float>(mask & reinterpret_cast<Mask>(v));
 }
 NF4LORA_INLINE Float larger(Float a, Float b) { return select(a > b, a, b); }
 NF4LORA_INLINE Float lesser(Float a, Float b) { return select(a < b, a, b); }

@@ -1,0 +1,115 @@
+"""What code outside of NF4Linear sees as its `weight`: the packed codes, which refuse to be computed with.
+
+Codes are no numbers. A model that multiplies by `layer.weight`, or a PEFT method that adds a delta to it, would compute
+garbage from them or overwrite them, mostly without an error. So `NF4Linear.weight` hands out a guard in front of the
+parameter. The parameter itself, which state dicts, files, FSDP and the layer's own forward use, is a plain one.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# In-place functions that change no code, or put other codes in their place.
+HARMLESS_IN_PLACE = {"copy_", "requires_grad_", "share_memory_"}
+# A delta that was cast to uint8 is as wrong as one in floating point.
+ARITHMETIC = {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "true_divide",
+    "floor_divide",
+    "addmm",
+    "mm",
+    "bmm",
+    "matmul",
+    "linear",
+}
+CREATES = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")  # take no code
+COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # of codes, which are codes: merges begin with a copy
+
+
+class PackedWeight(nn.Parameter):
+    """Packed codes that may be asked, copied, moved and compared, but meet no floating-point value.
+
+    It has no memory of its own: every torch function is called with the parameter instead, unless it is refused.
+
+    Raises:
+        ValueError: in arithmetic, and in any function that also takes, or would return, floating-point values.
+
+    >>> weight = PackedWeight(nn.Parameter(torch.zeros(4, 32, dtype=torch.uint8), requires_grad=False))
+    >>> weight.shape, weight.dtype, weight[:2].sum()
+    (torch.Size([4, 32]), torch.uint8, tensor(0))
+    >>> torch.ones(2, 32) @ weight.T                                        # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: NF4Linear: weight must not be an operand of matmul, which would take its packed 4-bit codes for ...
+    """
+
+    source: Callable[[], Tensor]
+
+    def __new__(cls, codes: Tensor) -> PackedWeight:
+        guard = Tensor._make_subclass(cls, torch.empty(0, dtype=torch.uint8), False)
+        # A layer keeps its guard, which must not keep a parameter that the layer has replaced, on another device say.
+        object.__setattr__(guard, "source", weakref.ref(codes) if isinstance(codes, nn.Parameter) else lambda: codes)
+        return guard
+
+    @property
+    def codes(self) -> Tensor:
+        return self.source()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        memory = {leaf.codes.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
+        args, kwargs = tree_map_only(cls, lambda guard: guard.codes, (args, kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS_IN_PLACE
+        if in_place or name.strip("_") in ARITHMETIC or any(_is_float(leaf) for leaf in tree_leaves((args, kwargs))):
+            raise ValueError(refusal(name))
+        result = func(*args, **kwargs)
+        if not name.startswith(CREATES) and any(_is_float(leaf) for leaf in tree_leaves(result)):
+            raise ValueError(refusal(name))
+
+        def guarded(tensor: Tensor) -> Tensor:  # .data, .T, a slice and a copy are packed codes as well
+            is_view = tensor.untyped_storage()._cdata in memory
+            return cls(tensor) if tensor.dtype == torch.uint8 and (is_view or name in COPIES) else tensor
+
+        return tree_map_only(Tensor, guarded, result)
+
+    def __getattr__(self, name: str) -> Any:  # what somebody has noted on the parameter
+        if name in ("source", "codes"):
+            raise AttributeError(name)
+        return getattr(self.codes, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_float(value) or (name == "data" and value.shape != self.codes.shape):
+            raise ValueError(refusal(f"an assignment to .{name}"))
+        setattr(self.codes, name, value)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.codes, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.codes.__reduce_ex__(protocol)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def refusal(what: str) -> str:
+    """The text of a ValueError: of a TypeError in an operator, Python would show its own text in place of this one."""
+    return (
+        f"NF4Linear: weight must not be an operand of {what}, which would take its packed 4-bit codes for numbers; "
+        f"call the layer, or layer.dequantize(dtype) for its values, or keep it in 16 bits: "
+        f"NF4Config(modules_to_not_convert=[its name]). To merge an adapter, call dequantize() on the base model first"
+    )

@@ -1,0 +1,117 @@
+"""PEFT's other methods over packed layers: right or refused by name, and merging none of them touches a packed byte."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import get_peft_model
+
+from nf4lora import adapter
+from nf4lora.linear import NF4Linear
+
+from adapted import IDS, dequantised, packed_llama
+
+# Options that a method needs for layers of 64 to 128 features.
+RIGHT = {
+    "AdaLoraConfig": {"total_step": 10},
+    "BeftConfig": {},
+    "BOFTConfig": {"boft_block_size": 4},
+    "C3AConfig": {"block_size": 16},
+    "FourierFTConfig": {"n_frequency": 64},
+    "GraloraConfig": {},
+    "IA3Config": {"feedforward_modules": ["up_proj"]},
+    "LilyConfig": {},
+    "MissConfig": {"r": 8},
+    "OFTConfig": {"oft_block_size": 4},
+    "PveraConfig": {},
+    "RandLoraConfig": {},
+    "RoadConfig": {"group_size": 16},
+    "VBLoRAConfig": {"vector_length": 16, "num_vectors": 8},
+    "VeraConfig": {},
+    "WaveFTConfig": {"n_frequency": 64},
+}
+REFUSED = {
+    "DeftConfig": {},
+    "DeloraConfig": {},
+    "HiraConfig": {},
+    "HRAConfig": {},
+    "LNTuningConfig": {},
+    "LoHaConfig": {},
+    "LoKrConfig": {},
+    "OSFConfig": {},
+    "ShiraConfig": {"r": 4},
+    "TinyLoraConfig": {},
+}
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+
+
+def config_of(name, options):
+    if not hasattr(peft, name):
+        pytest.skip(f"peft {peft.__version__} has no {name}")
+    return getattr(peft, name)(task_type="CAUSAL_LM", target_modules=list(TARGETS), **options)
+
+
+def on(base, config):
+    """The adapter on a model, away from its start, where many methods change nothing."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, copy.deepcopy(config))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def packed_bytes(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    return {f"{name}.{key}": t.clone() for name, layer in layers.items() for key, t in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_method_computes_what_it_does_over_the_dequantised_model(name):
+    adapter.install()
+    config, base = config_of(name, RIGHT[name]), packed_llama()
+    results = []
+    for model in (on(copy.deepcopy(base), config), on(dequantised(base), config)):
+        logits = model(input_ids=IDS).logits
+        logits.std().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((logits.detach(), grads))
+    (logits, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+    assert grads.keys() == expected_grads.keys() and grads
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_merging_is_refused_and_changes_no_byte(name, merge):
+    adapter.install()
+    model = on(packed_llama(), config_of(name, RIGHT[name]))
+    before = packed_bytes(model)
+    # Some methods refuse by themselves; for the others the weight says what it is and what to do.
+    with pytest.raises((ValueError, NotImplementedError), match="NF4Linear.*dequantize|no bias|not supported for Lily"):
+        getattr(model, merge)()
+    after = packed_bytes(model)
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_method_that_computes_with_the_weight_is_refused_by_name_and_the_model_is_as_before(name):
+    adapter.install()
+    config, base = config_of(name, REFUSED[name]), packed_llama()
+    before = {key: type(module) for key, module in base.named_modules()}
+    method = config.peft_type.value
+    with pytest.raises(
+        ValueError, match=rf"^{method}: target modules must be in 16 or 32 bits, got .*proj in NF4.*LoRA"
+    ):
+        get_peft_model(base, config)
+    assert {key: type(module) for key, module in base.named_modules()} == before
+
+
+def test_a_method_that_computes_with_weights_may_have_layers_in_16_bits():
+    adapter.install()
+    model = get_peft_model(packed_llama(), peft.LoHaConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
