@@ -46,16 +46,16 @@ def test_sums_that_wait_for_another_chunk_are_the_same(chunk_steps):
 
 
 @pytest.mark.parametrize("R", [1, 8, 16, 17, 40])
-@pytest.mark.parametrize("with_factors", [False, True])
+@pytest.mark.parametrize("with_keep", [False, True])
 @pytest.mark.parametrize("with_offset", [False, True])
-def test_sums_begin_with_the_low_rank_product_and_the_offset(R, with_factors, with_offset):
+def test_sums_begin_with_the_low_rank_product_and_the_offset(R, with_keep, with_offset):
     A, B, low = drawn(19, 64), drawn(70, 64, seed=1), (drawn(19, R, seed=2), drawn(70, R, seed=3))
-    factors = torch.rand(19, 70) if with_factors else None
+    keep = torch.rand(19, 70) < 0.7 if with_keep else None
     offset = torch.randn(70) if with_offset else None
-    got = amx.product(A, B, low=low, scale=0.3, factors=factors, offset=offset)
+    got = amx.product(A, B, low=low, scale=0.3, keep=keep, offset=offset)
     expected = summed_in_order(*low) * torch.tensor(0.3)
-    if with_factors:
-        expected = expected * factors
+    if with_keep:
+        expected = expected * keep
     if with_offset:
         expected = expected + offset
     for k in range(0, 64, 32):  # one instruction after the other is added to what they begin with
@@ -139,10 +139,9 @@ def test_forward_and_backward_of_a_layer(scalar, M, N, K, R, dropout):
     assert_close(y, wide_y, size_y, K + R, 2**-7 * low[1])
 
     T = amx.product(dy, B, b_columns=True)
-    factors = mask * torch.tensor(keep)
-    low = scaling * product_of(T, A) * factors.double()
+    low = scaling * keep * product_of(T, A) * mask.double()
     wide_dx, size_dx = dy.double() @ W.double() + low[0], product_of(dy, W)[1] + low[1]
-    got_dx = amx.product(dy, W, b_columns=True, low=(T, A), scale=scaling, factors=factors)
+    got_dx = amx.product(dy, W, b_columns=True, low=(T, A), scale=scaling * keep, keep=mask.bool())
     assert_close(got_dx, wide_dx, size_dx, N + R)
     assert_close(dx, wide_dx, size_dx, N + R, 2**-7 * low[1])
 

@@ -40,16 +40,20 @@ def product(
     b_columns: bool = False,
     low: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float = 1.0,
-    factors: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
     chunk_steps: int = 64,
 ) -> torch.Tensor:
-    """scale * (A_low B_low) * factors + offset + A B, bfloat16. A: [M, K] ([K, M]); B: [N, K] ([K, N] by columns)."""
+    """keep(scale * (A_low B_low)) + offset + A B, bfloat16. A: [M, K] ([K, M]); B: [N, K] ([K, N] by columns).
+
+    keep: [M, N] bool, which sums of the low-rank product are kept
+    """
     M, K = A.shape[::-1] if a_transposed else A.shape
     N = B.shape[1] if b_columns else B.shape[0]
+    keep_bits = None if keep is None else -keep.to(torch.int32)  # all bits, or none
     out = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
-    held = [t if t is None else t.contiguous() for t in (A, B, *(low or (None, None)), factors, offset)]
-    for t, dtype in zip(held, [torch.bfloat16] * 4 + [torch.float32] * 2, strict=True):
+    held = [t if t is None else t.contiguous() for t in (A, B, *(low or (None, None)), keep_bits, offset)]
+    for t, dtype in zip(held, [torch.bfloat16] * 4 + [torch.int32, torch.float32], strict=True):
         assert t is None or t.dtype == dtype
     at = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in held]
     sizes = [ctypes.c_int64(size) for size in (M, N, K)]

@@ -48,12 +48,12 @@ struct Tiles {
 
 }  // namespace
 
-// out [M, N] = scale * (A_low B_low) * factors + offset + A B. A: [M, K], or [K, M] where a_transposed; B: [N, K], or
+// out [M, N] = keep(scale * (A_low B_low)) + offset + A B. A: [M, K], or [K, M] where a_transposed; B: [N, K], or
 // [K, N] where b_columns, and so A_low [M, R] and B_low. A chunk is as many steps of the depth as are multiplied at once.
 // Returns how often the instructions were used wrongly.
 extern "C" int64_t product(const uint16_t* A, int a_transposed, const uint16_t* B, int b_columns, int64_t M, int64_t N,
                            int64_t K, const uint16_t* A_low, const uint16_t* B_low, int64_t R, float scale,
-                           const float* factors, const float* offset, int64_t chunk_steps, uint16_t* out) {
+                           const uint32_t* keep, const float* offset, int64_t chunk_steps, uint16_t* out) {
   const int64_t before = amx_emulated::wrongs;
   const Tiles tiles(A, a_transposed, M, K), low(A_low, false, R ? M : 0, R);
   const auto fill = [&](const uint16_t* D, int64_t depth_of_D, int64_t n, int64_t valid, int lanes, int64_t k,
@@ -71,7 +71,8 @@ extern "C" int64_t product(const uint16_t* A, int a_transposed, const uint16_t* 
     auto panel = garbage<uint32_t>(chunk_steps * gemm.max_lanes);
     auto low_panel = garbage<uint32_t>((R + 1) / 2 * gemm.max_lanes);
     if (R) fill(B_low, R, n, valid, lanes, 0, R, low_panel.data());
-    std::vector<float> line(static_cast<size_t>(lanes)), keep(static_cast<size_t>(gemm.rows * lanes));
+    std::vector<float> line(static_cast<size_t>(lanes));
+    std::vector<uint32_t> bits(static_cast<size_t>(gemm.rows * lanes));
     if (offset) std::copy_n(offset + n, valid, line.begin());
     auto sums = garbage<float>(tile_count * gemm.rows * lanes);
     const Entered entered(gemm);
@@ -82,10 +83,10 @@ extern "C" int64_t product(const uint16_t* A, int a_transposed, const uint16_t* 
         float* own = sums.data() + tile * gemm.rows * lanes;
         const int64_t rows = std::min<int64_t>(M - tile * gemm.rows, gemm.rows);
         if (k == 0) {
-          for (int64_t row = 0; factors && row < rows; ++row) {
-            std::copy_n(factors + (tile * gemm.rows + row) * N + n, valid, keep.begin() + row * lanes);
+          for (int64_t row = 0; keep && row < rows; ++row) {
+            std::copy_n(keep + (tile * gemm.rows + row) * N + n, valid, bits.begin() + row * lanes);
           }
-          gemm.begin({low.at(R ? tile : 0, 0), low_panel.data(), (R + 1) / 2, scale, factors ? keep.data() : nullptr,
+          gemm.begin({low.at(R ? tile : 0, 0), low_panel.data(), (R + 1) / 2, scale, keep ? bits.data() : nullptr,
                       offset ? line.data() : nullptr},
                      tiles.at(tile, 0), panel.data(), steps, lanes, own);
         } else {
