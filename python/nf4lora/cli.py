@@ -14,7 +14,7 @@ usage: nf4lora <command> [options]
   doctor    what was loaded, what was not, and what mends it
 
   --version, --help"""
-NEEDED_BY_TRAIN = ("yaml", "rich", "datasets", "trl", "matplotlib")
+NEEDED_BY_TRAIN = ("yaml", "rich", "datasets", "trl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -83,7 +83,7 @@ def show_model(console: Console, config: TrainConfig, model: Any, dtype: Any) ->
     console.print(Text(str(nf4lora.report(model))), soft_wrap=True)
 
 
-def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epochs: float) -> None:
+def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epochs: float, warmup: int) -> None:
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     say(
         console,
@@ -91,24 +91,39 @@ def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epoc
         f"{number(steps)} steps of {size} rows ({config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps}), {epochs:.3g} epochs of {number(rows)} rows, {config.optim}",
     )
+    if warmup >= steps and config.lr_scheduler_type != "constant":
+        say(
+            console,
+            "note",
+            f"the warm-up of {number(warmup)} steps is longer than the run: its learning rate only reaches "
+            f"{config.learning_rate * steps / (warmup + 1):.2g} of {config.learning_rate:g}",
+        )
 
 
-def how_to_use(config: TrainConfig, quantized: str) -> str:
-    """Three lines that load what was trained; `quantized` is the method that the base came quantised with."""
+def how_to_use(config: TrainConfig, quantized: str, opened_with: str) -> str:
+    """A program that loads what was trained.
+
+    Args:
+        quantized: the method that the base came quantised with, or nothing
+        opened_with: the Auto class that opens the base
+    """
     name, folder = config.model_name_or_path, config.output_dir
     revision = f", revision={config.model_revision!r}" if config.model_revision else ""
-    quant = ""
+    quant, package = "", "nf4lora"
     if config.load_in_4bit and not quantized:
         options = "" if config.bnb_4bit_use_double_quant else "double_quant=False"
         quant = f", quantization_config=nf4lora.NF4Config({options})"
-    model, adapter = f"AutoModelForCausalLM.from_pretrained({name!r}{revision}{quant})", "nf4lora.load_adapter"
+    model, adapter = f"{opened_with}.from_pretrained({name!r}{revision}{quant})", "nf4lora.load_adapter"
     if quantized == "bitsandbytes":
+        package = "nf4lora, peft"
         model = f"nf4lora.prepare({model}, peft.LoraConfig.from_pretrained({folder!r}))"
     if not config.load_in_4bit:
-        adapter = "peft.PeftModel.from_pretrained"
+        package, adapter = "peft", "peft.PeftModel.from_pretrained"
     return (
+        f"    import {package}\n"
+        f"    from transformers import {opened_with}, AutoTokenizer\n"
         f"    model = {model}\n"
-        f"    model = {adapter}(model, {folder!r})\n"
+        f"    model = {adapter}(model, {folder!r}).eval()\n"
         f"    tokenizer = AutoTokenizer.from_pretrained({folder!r})"
     )
 
@@ -120,8 +135,9 @@ def show_end(
     metrics: dict[str, Any],
     files: Sequence[Path],
     quantized: str,
+    opened_with: str,
 ) -> None:
-    """Held-out loss before and after, speed, memory, files, and the three lines."""
+    """Held-out loss before and after, speed, memory, files, and how to load them."""
     if len(losses) > 1:
         before, after = losses[0], losses[-1]
         perplexity = f"perplexity {math.exp(min(before, 99)):.4g} -> {math.exp(min(after, 99)):.4g}"
@@ -134,4 +150,4 @@ def show_end(
     )
     say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
     say(console, "use it", "")
-    console.print(Text(how_to_use(config, quantized)), soft_wrap=True)
+    console.print(Text(how_to_use(config, quantized, opened_with)), soft_wrap=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
+from nf4lora.train.folder import moved_from, write_text
 from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
@@ -42,7 +44,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     given_flags, files = _read_flags(arguments)
     if len(files) > 1:
         raise UsageError(f"one configuration file, got {', '.join(files)}")
-    file = _settings(read_yaml(Path(files[0])), files[0]) if files else Settings()
+    file = _settings(read_yaml(Path(files[0]).expanduser()), files[0]) if files else Settings()
     flags = _settings(given_flags, "")
     errors = [*file.errors, *flags.errors]
     if len(errors) > 1:
@@ -50,6 +52,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     if errors:
         raise UsageError(errors[0])
     _give_way(file.values, flags.values)
+    if "output_dir" in file.values and moved_from(Path(files[0]).expanduser(), file.values["output_dir"][0]):
+        file.values["output_dir"] = (str(Path(files[0]).expanduser().parent), files[0])
     values = {name: value for name, (value, _) in {**file.values, **flags.values}.items()}
     given = frozenset(values) - (file.wishes | flags.wishes)
     return check(TrainConfig(**values, given=given, notes=(*file.notes, *flags.notes)))
@@ -241,5 +245,5 @@ def write(config: TrainConfig, path: Path) -> None:
     if not config.load_in_4bit:
         values = {name: value for name, value in values.items() if not name.startswith("bnb_4bit")}
     values["report_to"] = config.report_to or "none"
-    head = f"# written by nf4lora {__version__}; run again with: nf4lora train {path}\n"
-    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    head = f"# written by nf4lora {__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -7,3 +7,9 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The options are right, but the data, the model or the run is not: exit code 1."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of the system or a library says, in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]

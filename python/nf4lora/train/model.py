@@ -6,10 +6,12 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.options import TrainConfig
+from nf4lora.train.reach import as_pattern, unreached
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 def choose_device(wanted: str) -> tuple[str, str]:
     """-> 'cuda' or 'cpu', and why not CUDA where it was left to us.
 
-    `cuda:1` hides the other devices: Trainer would put a model on device 0, or spread batches over all of them.
-    Call this before anything starts CUDA.
+    'cuda' is the chosen card from here on: the others are hidden from this process, or, where CUDA has started already,
+    it is made the current one. Call this before anything starts CUDA.
 
     Raises:
         UsageError: CUDA was asked for and cannot be had.
@@ -28,32 +30,47 @@ def choose_device(wanted: str) -> tuple[str, str]:
 
     if wanted == "cpu":
         return "cpu", ""
+    index = int(wanted.partition(":")[2] or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_initialized():
+        # The driver reads this once, when it is first asked for anything: before we know how many cards there are.
+        names = [str(index)] if visible is None else [name for name in visible.split(",") if name][index : index + 1]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     missing = _why_no_cuda()
     if missing:
+        _set_visible(visible)
+        if index and missing == NO_DEVICE:
+            missing = f"there is no such card among {'those of this machine' if visible is None else visible}"
         if wanted != "auto":
             raise UsageError(f"device {wanted}: {missing}")
         return "cpu", missing
-    index = int(wanted.partition(":")[2] or 0)
-    if not torch.cuda.is_initialized():
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        visible = visible or [str(each) for each in range(torch.cuda.device_count())]
-        if index >= len(visible):
-            raise UsageError(f"device {wanted}: there are {len(visible)} CUDA devices, counted from 0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index]
+    if torch.cuda.device_count() > 1:  # the driver had been asked before, and hides nothing any more
+        _set_visible(visible)
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        torch.cuda.set_device(index)
     return "cuda", ""
 
 
-def _why_no_cuda() -> str:
-    import nf4lora
+NO_DEVICE = "torch sees no CUDA device"
 
-    info = nf4lora.build_info()
-    if not info["cuda_torch"]:
+
+def _set_visible(value: str | None) -> None:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if value is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = value
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    from nf4lora import _C  # type: ignore[attr-defined]
+
+    if not torch.version.cuda:
         return "this torch was built without CUDA"
-    if not info["cuda_devices"]:
-        return "torch sees no CUDA device"
-    if not info["cuda_built"]:
-        return "nf4lora was built without CUDA kernels"
-    return ""
+    if not torch.cuda.is_available():
+        return NO_DEVICE
+    return "" if _C.CUDA_VERSION else "nf4lora was built without CUDA kernels"
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
@@ -87,7 +104,9 @@ def load_tokenizer(config: TrainConfig) -> tuple[Any, list[str], Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
     if not tokenizer.eos_token and not tokenizer.pad_token:
         raise RunError(f"the tokenizer of {name} has neither an end token nor a padding token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padded labels are -100 whatever the token
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if not tokenizer.pad_token or (size and tokenizer.eos_token and tokenizer.pad_token_id >= size):
+        tokenizer.pad_token = tokenizer.eos_token  # padded labels are -100 whatever the token, but it is looked up
     stops: list[str] = []
     with contextlib.suppress(OSError, ValueError):  # many models have no generation_config.json
         ends = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main").eos_token_id
@@ -113,15 +132,36 @@ def quantization_of(model_config: Any) -> str:
     return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", ""))
 
 
+def auto_class(model_config: Any, name: str) -> Any:
+    """The class of transformers that opens a checkpoint as what it was saved from: a language model, or one that reads
+    images too and whose text part is trained.
+
+    Raises:
+        RunError: it is neither.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    kind, saved = model_config.model_type, (model_config.architectures or [""])[0]
+    text = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    wrapper = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if wrapper and (saved == wrapper or not text):
+        return transformers.AutoModelForImageTextToText
+    if (not text and not getattr(model_config, "auto_map", None)) or model_config.is_encoder_decoder:
+        raise RunError(
+            f"{name} is a {saved or kind}; nf4lora train trains models that continue a text (decoder-only language "
+            "models, and the text part of those that read images too)"
+        )
+    return transformers.AutoModelForCausalLM
+
+
 def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch.dtype) -> Any:
     """The base model: quantised as it is loaded, or as its checkpoint has it.
 
     Raises:
         UsageError: the checkpoint is quantised already and the options deny it.
-        RunError: it cannot be loaded.
+        RunError: it cannot be loaded, or lacks a tensor.
     """
-    from transformers import AutoModelForCausalLM
-
     import nf4lora
 
     name = config.model_name_or_path or ""
@@ -140,11 +180,18 @@ def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch
     elif config.load_in_4bit:
         options["quantization_config"] = nf4lora.NF4Config(double_quant=config.bnb_4bit_use_double_quant)
     with failures(f"cannot load {name}"):
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        model, about = auto_class(model_config, name).from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(about["missing_keys"]):  # transformers fills them with random numbers
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RunError(
+            f"cannot load {name}: the checkpoint must hold every tensor of {type(model).__name__}, got none for "
+            f"{', '.join(missing[:3])}{more}"
+        )
+    return model
 
 
-def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, list[str]]:
-    """-> the PeftModel to train, and what `prepare` said.
+def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[Any, list[str]]:
+    """-> the PeftModel to train, and what is to be said about it. `ids` are tokens of the training data.
 
     Raises:
         RunError: the options do not fit the model.
@@ -153,26 +200,48 @@ def add_adapters(config: TrainConfig, model: Any) -> tuple[Any, list[str]]:
 
     import nf4lora
 
+    lines, excluded = [], config.lora_exclude_modules
+    if excluded is None and (names := unreached(model, ids, config.lora_target_modules)):
+        excluded = as_pattern(names)
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        lines.append(f"text does not pass through {shown}: no adapters there (lora_exclude_modules changes that)")
+    # Where embedding and head are one tensor, training a copy of one would part them without a word.
+    tied = bool(config.modules_to_save and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if tied:
+        lines.append("the embedding and the output head are one tensor, and are trained as one")
     with failures("cannot put adapters on the model"):
         lora = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
+            exclude_modules=excluded,
             target_parameters=config.lora_target_parameters,
             modules_to_save=config.modules_to_save,
+            ensure_weight_tying=tied,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             task_type="CAUSAL_LM",
             revision=config.model_revision,
         )
         if not config.load_in_4bit:
-            return in_float32(get_peft_model(model, lora)), []
+            model = get_peft_model(model, lora)
+            lines += unmatched(model, config.lora_target_modules)
+            return in_float32(model), lines
         said = io.StringIO()
         with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as warned:
             model = nf4lora.prepare(model, lora)
-        lines = [*said.getvalue().splitlines(), *(str(each.message) for each in warned)]
-        return in_float32(model), [line.removeprefix("nf4lora: ").removeprefix("prepare: ") for line in lines]
+        texts = [*said.getvalue().splitlines(), *(str(each.message) for each in warned)]
+        lines += [text.removeprefix("nf4lora: ").removeprefix("prepare: ") for text in texts]
+        return in_float32(model), lines
+
+
+def unmatched(model: Any, targets: str | list[str]) -> list[str]:
+    """Names in lora_target_modules that no layer has, which PEFT accepts in silence as long as another one fits."""
+    found = model.base_model.targeted_module_names
+    names = [] if isinstance(targets, str) else targets
+    idle = [name for name in names if not any(each == name or each.endswith(f".{name}") for each in found)]
+    return [f"nothing is called {', '.join(idle)}, which lora_target_modules names"] if idle else []
 
 
 def in_float32(model: Any) -> Any:
@@ -188,5 +257,7 @@ def failures(what: str) -> Any:
     """What libraries refuse is the user's to mend: their words, without the way through their code."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        raise RunError(f"{what}: {error}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, MemoryError) as error:
+        raise RunError(f"{what}: {error or type(error).__name__}") from error
+    except (TypeError, LookupError, AttributeError) as error:  # these may as well be a mistake in the code
+        raise RunError(f"{what}: {type(error).__name__}: {error} (--traceback shows where)") from error

@@ -17,10 +17,13 @@ from nf4lora.train.values import (
     device,
     dtype,
     integer,
+    limit,
     modules,
     names,
+    names_or_regex,
     one_of,
     optimizer,
+    path,
     positive,
     real,
     reports,
@@ -54,7 +57,7 @@ class TrainConfig:
     """All options of a run, checked; `given` names those that the user set."""
 
     # fmt: off
-    model_name_or_path: str | None = option(M, None, text,
+    model_name_or_path: str | None = option(M, None, path,
         "folder or Hub id of the base model; 16-bit, or already NF4", "model", "base_model", "base")
     model_revision: str | None = option(M, None, text, "branch, tag or commit on the Hub",
         "revision", "revision_of_model")
@@ -67,13 +70,13 @@ class TrainConfig:
         "torch_dtype", "bf16", "bnb_4bit_compute_dtype")
     device: str = option(M, "auto", device, "auto, cpu, cuda or cuda:<number>")
 
-    data: str | None = option(D, None, text, "file, directory with train/valid files, or Hub id", "dataset")
-    dataset_name: str | None = option(D, None, text, "the same, under TRL's name")
+    data: str | None = option(D, None, path, "file, directory with train/valid files, or Hub id", "dataset")
+    dataset_name: str | None = option(D, None, path, "the same, under TRL's name")
     dataset_config: str | None = option(D, None, text, "configuration of the Hub data set")
     dataset_train_split: str = option(D, "train", text, "split of the Hub data set to train on")
     dataset_test_split: str | None = option(D, None, text, "split of the Hub data set to evaluate on")
-    train_file: str | None = option(D, None, text, "file to train on (json, jsonl, csv, parquet, txt)")
-    eval_file: str | None = option(D, None, text, "file to evaluate on", "validation_file")
+    train_file: str | None = option(D, None, path, "file to train on (json, jsonl, csv, parquet, txt)")
+    eval_file: str | None = option(D, None, path, "file to evaluate on", "validation_file")
     val_size: float = option(D, 0, share_or_count, "hold out this share (or number) of the training rows",
         "val_set_size")
     dataset_format: str = option(D, "auto", one_of(*FORMATS),
@@ -97,6 +100,9 @@ class TrainConfig:
     lora_dropout: float = option(L, 0.0, real(0, 1, below=True), "")
     lora_target_modules: str | list = option(L, "all-linear", modules, "all-linear, or names of layers",
         "lora_target", "lora_modules", "target_modules")
+    lora_exclude_modules: str | list | None = option(L, None, names_or_regex,
+        "names of layers, or a regex, that get no adapter; default: what text does not pass through (a vision tower)",
+        "exclude_modules")
     lora_target_parameters: list | None = option(L, None, names, "names of 3-D expert parameters")
     modules_to_save: list | None = option(L, None, names, "modules trained in full and saved with the adapter",
         "lora_modules_to_save", "additional_target")
@@ -116,18 +122,18 @@ class TrainConfig:
     max_grad_norm: float = option(T, 1.0, real(0), "0: no clipping")
     optim: str = option(T, "auto", optimizer,
         "adamw, paged_adamw_32bit or paged_adamw_8bit; auto: paged_adamw_8bit on CUDA, adamw on the CPU", "optimizer")
-    page_to: str | None = option(T, None, text, "folder for the paged optimizer's state on a CPU, to be beyond RAM")
+    page_to: str | None = option(T, None, path, "folder for the paged optimizer's state on a CPU, to be beyond RAM")
     gradient_checkpointing: bool = option(T, True, checkpointing, "recompute activations: less memory, more time",
         "grad_checkpoint", "use_gradient_checkpointing")
     seed: int = option(T, 42, integer(0), "", "random_state")
     deterministic: bool = option(T, False, boolean, "refuse operations that are not reproducible")
 
-    output_dir: str = option(O, "outputs", text, "", "adapter_path")
+    output_dir: str = option(O, "outputs", path, "", "adapter_path")
     overwrite_output_dir: bool = option(O, False, boolean, "start anew in a folder that holds a run")
     save_strategy: str = option(O, "steps", one_of("steps", "epoch", "no"),
         "when to write checkpoints: steps, epoch or no")
     save_steps: float = option(O, 500, steps, "", "save_every")
-    save_total_limit: int = option(O, 2, integer(1), "keep this many checkpoints")
+    save_total_limit: int = option(O, 2, limit, "keep this many checkpoints; 0, null or none: all of them")
     resume_from_checkpoint: str | None = option(O, None, resume, "auto (the newest in output_dir) or a path")
     logging_steps: float = option(O, 10, steps, "", "steps_per_report")
     eval_strategy: str | None = option(O, None, one_of("steps", "epoch", "no"),
@@ -135,6 +141,7 @@ class TrainConfig:
     eval_steps: float | None = option(O, None, steps, "", "steps_per_eval")
     report_to: list = option(O, [], reports, "none, tensorboard, wandb")
     dry_run: bool = option(O, False, boolean, "read and tokenise the data, show a sample, train nothing")
+    traceback: bool = option(O, False, boolean, "after an error, show where in the code it was raised")
     # fmt: on
 
     given: frozenset = frozenset()
@@ -143,7 +150,7 @@ class TrainConfig:
 
 OPTIONS: dict[str, Field] = {each.name: each for each in fields(TrainConfig) if "section" in each.metadata}
 ALIASES: dict[str, str] = {alias: name for name, each in OPTIONS.items() for alias in each.metadata["aliases"]}
-PER_CALL = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run")  # of one call, not of the run
+PER_CALL = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "traceback")  # of one call, not of the run
 NULLABLE = ("save_total_limit",)  # null in a file is a value of these; elsewhere it means that nothing is given
 
 

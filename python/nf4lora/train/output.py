@@ -1,166 +1,221 @@
-"""The output folder: what is in it, whether it may be written to, what a run leaves there."""
+"""Where a run writes: whether it may, how it begins there, and what it leaves at its end."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import shutil
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from nf4lora.train import config as configuration
-from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train import folder as files
+from nf4lora.train.checkpoints import check_options, checkpoints, is_whole, lies_in, step_of
+from nf4lora.train.errors import RunError, UsageError, reason
+from nf4lora.train.options import TrainConfig
 
-HARMLESS = {  # options that change nothing in the weights
-    *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
-    "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file", "page_to",
-}  # fmt: skip
 RESULTS = (
     "adapter_model.safetensors", "adapter_config.json", "nf4lora.json", "chat_template.jinja", "config.yaml",
     "metrics.jsonl", "loss.png", "trainer_state.json", "train_results.json", "eval_results.json",
 )  # fmt: skip
-WHOLE = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+OF_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "additional_chat_templates",
+)  # fmt: skip
+LAST = ("trainer_state.json", "train_results.json", "eval_results.json")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; one whose writing was broken off lacks trainer_state.json, written last."""
-    found = [each for each in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name)]
-    return sorted(filter(is_whole, found), key=lambda each: int(each.name.partition("-")[2]))
+class Output:
+    """The output folder of this run. Nothing in it is changed before `begin`.
+
+    Attributes:
+        folder: where it is
+        checkpoint: the one that the run goes on from, or None
+    """
+
+    def __init__(self, config: TrainConfig, stack: ExitStack) -> None:
+        """
+        Raises:
+            UsageError: no such checkpoint, one of another adapter, a folder that is in use, holds another run or files
+                that no run wrote, or cannot be written to.
+        """
+        self.config, self.folder, self._stack, self._locked = config, Path(config.output_dir), stack, False
+        check_place(config)
+        if not config.dry_run:
+            self._lock()
+        self.checkpoint = self._check()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run continues one in this very folder."""
+        return self.checkpoint is not None and lies_in(self.checkpoint, self.folder)
+
+    def _lock(self) -> None:
+        if not self._locked and self.folder.is_dir():
+            self._stack.enter_context(files.lock(self.folder))
+            self._locked = True
+
+    def _check(self) -> Path | None:
+        config, folder = self.config, self.folder
+        checkpoint: Path | None = None
+        if config.resume_from_checkpoint == "auto":
+            checkpoint = next(reversed(checkpoints(folder)), None)
+        elif config.resume_from_checkpoint:
+            checkpoint = Path(config.resume_from_checkpoint)
+            if not is_whole(checkpoint):
+                inside = checkpoints(checkpoint)
+                hint = f"; the newest in it is {inside[-1]}" if inside else ""
+                raise UsageError(f"resume_from_checkpoint: {checkpoint} is not a whole checkpoint{hint}")
+        goes_on = checkpoint is not None and lies_in(checkpoint, folder)
+        if goes_on and config.overwrite_output_dir:
+            raise UsageError("resume_from_checkpoint and overwrite_output_dir contradict each other")
+        if checkpoint is not None:
+            check_options(config, checkpoint)
+        if config.dry_run:
+            return checkpoint
+        if not goes_on and not config.overwrite_output_dir and (found := results(folder, config)):
+            go_on = "go on with --resume_from_checkpoint, "
+            if config.resume_from_checkpoint == "auto":
+                go_on = "there is no checkpoint to go on from; "
+            raise UsageError(
+                f"output_dir {folder} holds a run; {go_on}start anew with --overwrite_output_dir, or name another "
+                f"folder (found {found})"
+            )
+        if others := foreign(folder, checkpoint if goes_on else None):
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise UsageError(
+                f"output_dir {folder} holds {', '.join(others[:3])}{more}, which no run of nf4lora train wrote there "
+                "and this one would replace; move that away, or name another folder"
+            )
+        return checkpoint
+
+    def begin(self) -> list[str]:
+        """Make the folder this run's own, just before training starts; returns what is to be said about it.
+
+        Raises:
+            UsageError: another process has taken the folder in the meantime.
+            RunError: it cannot be written to.
+        """
+        config, folder, said = self.config, self.folder, []
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self._locked:
+                self._lock()
+                if self._check() != self.checkpoint:
+                    raise UsageError(f"output_dir {folder}: another nf4lora train has put a checkpoint there meanwhile")
+            files.sweep(folder)
+            if not self.goes_on:
+                files.clear(folder)
+            elif config.resume_from_checkpoint != "auto":
+                assert self.checkpoint is not None
+                aside = files.set_aside(folder, step_of(self.checkpoint))
+                if aside is not None:
+                    moved = ", ".join(sorted(each.name for each in aside.glob("checkpoint-*")))
+                    said.append(f"{moved} and the results of the earlier course are kept in {aside}")
+            files.note_files(folder, RESULTS, output_dir=config.output_dir)
+            configuration.write(config, folder / "config.yaml")
+        return said
+
+    def draw(self, plot: Callable[[list[dict], Path], bool], history: list[dict]) -> str:
+        """loss.png; returns why there is none. A picture is no reason to lose a run."""
+        part = self.folder / ".loss.png.part"
+        try:
+            if plot(history, part) and part.exists():
+                os.replace(part, self.folder / "loss.png")
+        except ImportError as error:
+            return f"loss.png was not drawn: {error.name or error} is missing; pip install matplotlib"
+        except Exception as error:
+            part.unlink(missing_ok=True)
+            return f"loss.png was not drawn ({type(error).__name__}: {error})"
+        return ""
+
+    def save(self, trainer: Any, metrics: dict[str, Any]) -> list[Path]:
+        """Adapter, tokenizer, state and results; returns the files a user will look for.
+
+        Raises:
+            RunError: they cannot be written; the last checkpoint is named.
+        """
+        import nf4lora
+
+        state = trainer.state
+        with writing(self.folder, trainer.saved), files.staging(self.folder) as place:
+            if self.config.load_in_4bit:
+                nf4lora.save_adapter(trainer.model, place)
+            else:
+                trainer.model.save_pretrained(place)
+                (place / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
+            trainer.processing_class.save_pretrained(place)
+            state.save_to_json(str(place / "trainer_state.json"))
+            write_json(place / "train_results.json", metrics)
+            held_out = [entry for entry in state.log_history if "eval_loss" in entry]
+            if held_out:
+                write_json(place / "eval_results.json", {"eval_loss_before": held_out[0]["eval_loss"], **held_out[-1]})
+            files.publish(place, self.folder, LAST)
+        return [self.folder / name for name in RESULTS if (self.folder / name).exists()]
 
 
-def is_whole(checkpoint: Path) -> bool:
-    return all((checkpoint / name).is_file() for name in WHOLE)
-
-
-def lies_in(checkpoint: Path, folder: Path) -> bool:
-    return checkpoint.resolve().parent == folder.resolve()
-
-
-def step_of(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-
-
-def restore(trainer: Any, checkpoint: Path) -> None:
-    """Weights and history of a checkpoint, for a run that has nothing left to train."""
-    from transformers import TrainerState
-
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def check_output(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; refuses a folder that holds another run.
+def check_place(config: TrainConfig) -> None:
+    """Refuse an output folder that is something else already, or that cannot be.
 
     Raises:
-        UsageError: no such checkpoint, one of another adapter, or a folder in use.
+        UsageError: it is a file or a dead link, the model's or the data's folder, or not to be written to.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir: {folder} is a file")
-    checkpoint: Path | None = None
-    if config.resume_from_checkpoint == "auto":
-        checkpoint = next(reversed(checkpoints(folder)), None)
-    elif config.resume_from_checkpoint:
-        checkpoint = Path(config.resume_from_checkpoint)
-        if not is_whole(checkpoint):
-            raise UsageError(f"resume_from_checkpoint: {checkpoint} is not a whole checkpoint ({', '.join(WHOLE)})")
-    goes_on = checkpoint is not None and lies_in(checkpoint, folder)
-    if goes_on and config.overwrite_output_dir:
-        raise UsageError("resume_from_checkpoint and overwrite_output_dir contradict each other")
-    if checkpoint is not None:
-        check_same_adapter(config, checkpoint)
-    if not goes_on and not config.overwrite_output_dir and not config.dry_run and holds_run(folder):
-        raise UsageError(
-            f"output_dir {folder} holds a run; go on with --resume_from_checkpoint, start anew with "
-            "--overwrite_output_dir, or name another folder"
-        )
-    return checkpoint
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"output_dir: {folder} is a {'link to nothing' if folder.is_symlink() else 'file'}")
+    for name in ("model_name_or_path", "data", "page_to"):
+        other = getattr(config, name)
+        if other and os.path.isdir(other) and folder.resolve() == Path(other).resolve():
+            raise UsageError(f"output_dir must not be the folder of {name}, got {folder}; name another folder")
+    if config.dry_run:
+        return
+    existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not existing.is_dir():
+        raise UsageError(f"output_dir: {existing} is a file, so that {folder} cannot be made")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir: {existing} cannot be written to; name another folder")
 
 
-def holds_run(folder: Path) -> bool:
-    names = ("adapter_model.safetensors", "config.yaml", "metrics.jsonl")
-    return any(folder.glob("checkpoint-*")) or any((folder / name).exists() for name in names)
-
-
-def check_same_adapter(config: TrainConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose adapter has another shape or scaling than the options ask for."""
-    saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    for name, key in (
-        ("lora_r", "r"),
-        ("lora_alpha", "lora_alpha"),
-        ("lora_dropout", "lora_dropout"),
-        ("use_rslora", "use_rslora"),
-        ("use_dora", "use_dora"),
-    ):
-        if saved.get(key) != getattr(config, name):
-            raise UsageError(
-                f"{name} {getattr(config, name)} cannot go on from {checkpoint}, which has {saved.get(key)}"
-            )
-
-
-def check_same_tensors(model: Any, checkpoint: Path) -> None:
-    """Refuse a checkpoint that does not hold exactly the model's trainable tensors; PEFT would load what fits.
-
-    Raises:
-        RunError: a tensor is missing, left over or of another shape.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    differing = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-    if differing:
-        raise RunError(
-            f"{checkpoint} cannot be gone on from: {len(differing)} tensors of its adapter are not those of the model, "
-            f"the first {differing[0]}; check model_name_or_path and lora_target_modules"
-        )
-
-
-def changes(config: TrainConfig, checkpoint: Path) -> str:
-    """What differs from the run that wrote the checkpoint, and so from its exact continuation."""
-    path = checkpoint.parent / "config.yaml"
-    if not path.is_file():
-        return ""
-    with contextlib.suppress(UsageError):  # a file of an older version, or one that was edited
-        before = configuration.parse_arguments([str(path)])
-        differing = [
-            f"{name} {getattr(config, name)} (was {getattr(before, name)})"
-            for name in OPTIONS
-            if name not in HARMLESS and getattr(before, name) != getattr(config, name)
-        ]
-        return f"; this is another run from here on: {', '.join(differing)}" if differing else ""
+def results(folder: Path, config: TrainConfig) -> str:
+    """What the folder holds that a new run would destroy. A run that was broken off before it had anything to show is
+    nothing: the same command may simply be given again."""
+    own, resumes = files.own_files(folder), config.resume_from_checkpoint == "auto"
+    if (found := files.checkpoint_folders(folder)) and not resumes:  # where it resumes, none of them is whole
+        return next(reversed(found.values())).name
+    if "adapter_model.safetensors" in own:
+        return "adapter_model.safetensors"
+    logged = folder / "metrics.jsonl"
+    if not resumes and "metrics.jsonl" in own and logged.stat().st_size:
+        return "metrics.jsonl of a run that was broken off before its first checkpoint"
     return ""
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else."""
-    for each in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", each.name) and each.is_dir():
-            shutil.rmtree(each)
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
+def foreign(folder: Path, checkpoint: Path | None) -> list[str]:
+    """Files that a run would replace although none wrote them; with a checkpoint to go on from, only later ones."""
+    own = {files.RECORD, *files.own_files(folder)} if files.read_record(folder) else set()
+    names = [name for name in (*RESULTS, *OF_TOKENIZERS, files.RECORD) if os.path.lexists(folder / name)]
+    reached = -1 if checkpoint is None else step_of(checkpoint)
+    ours = files.own_checkpoints(folder)
+    steps = [step for step in files.checkpoint_folders(folder) if step not in ours and step > reached]
+    return [name for name in names if name not in own] + [f"checkpoint-{step}" for step in steps]
 
 
-def save(config: TrainConfig, trainer: Any, metrics: dict[str, Any]) -> list[Path]:
-    """Adapter, tokenizer, state and results; returns the files a user will look for."""
-    import nf4lora
+@contextmanager
+def writing(folder: Path, saved: Path | None = None) -> Iterator[None]:
+    """Say in one sentence why something could not be written, and what is there instead.
 
-    folder = Path(config.output_dir)
-    if config.load_in_4bit:
-        nf4lora.save_adapter(trainer.model, folder)
-    else:
-        trainer.model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    write_json(folder / "train_results.json", metrics)
-    held_out = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if held_out:
-        write_json(folder / "eval_results.json", {"eval_loss_before": held_out[0]["eval_loss"], **held_out[-1]})
-    return [folder / name for name in RESULTS if (folder / name).exists()]
+    Raises:
+        RunError: in place of what the system or a library raised.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        there = f"; the last whole checkpoint is {saved}" if saved else "; no checkpoint has been written yet"
+        raise RunError(f"{folder} could not be written to: {reason(error)}{there}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -23,5 +23,5 @@ def plot_loss(log_history: list[dict], path: Path) -> bool:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback
 
+from nf4lora.train.errors import reason
+from nf4lora.train.folder import write_text
 from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
 from nf4lora.train.words import duration, human, number
@@ -36,6 +39,7 @@ class Progress(TrainerCallback):
         self.first_began = 0.0
         self.first_step = self.first_tokens = 0
         self.evaluated = 0
+        self.unwritten = False  # whether metrics.jsonl has refused a line
 
     @property
     def tokens(self) -> int:
@@ -51,7 +55,8 @@ class Progress(TrainerCallback):
         return self.elapsed_before + time.monotonic() - self.began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.elapsed_before = trim_metrics(self.path, state.global_step)
+        with contextlib.suppress(OSError):  # as in `write`
+            self.elapsed_before = trim_metrics(self.path, state.global_step)
         self.began = time.monotonic()
         self.first_step, self.first_tokens = state.global_step, int(self.trainer._total_train_tokens)
         held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -138,8 +143,13 @@ class Progress(TrainerCallback):
             "throughput": round(self.throughput, 1),
             "peak_memory": peak_bytes(self.device),
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # the log is no reason to lose a run; a checkpoint that cannot be written will stop it
+            if not self.unwritten:
+                self.console.print(f"{self.path} cannot be written ({reason(error)}); going on without it")
+            self.unwritten = True
 
 
 def trim_metrics(path: Path, step: int) -> float:
@@ -147,12 +157,12 @@ def trim_metrics(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that was being written
             continue
-        if record.get("step", 0) <= step:
+        if isinstance(record, dict) and record.get("step", 0) <= step:
             records.append(record)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records[-1].get("elapsed_time", 0.0) if records else 0.0

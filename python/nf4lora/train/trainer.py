@@ -1,34 +1,71 @@
-"""What we change in TRL's SFTTrainer: nothing in how it trains, a few things in how it counts, saves and reports."""
+"""What we change in TRL's SFTTrainer: how it counts, saves, resumes and reports; not how it trains."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from trl import SFTTrainer
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from trl import SFTConfig, SFTTrainer
 
 from nf4lora.loss import has_plain_head, score
+from nf4lora.train import folder as files
 from nf4lora.train.errors import RunError
-from nf4lora.train.interrupt import Interrupt
+from nf4lora.train.guard import Guard, check_gradients
+from nf4lora.train.output import writing
+
+
+class Arguments(SFTConfig):
+    """TRL's options for one process on one card: by themselves they take card 0, and spread batches over all cards."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        card = torch.cuda.current_device() if not self.use_cpu and torch.cuda.is_available() else None
+        device = super()._setup_devices
+        if card is not None:
+            torch.cuda.set_device(card)
+            self._n_gpu, device = 1, torch.device("cuda", card)
+        return device
+
+
+class Stopped(Exception):
+    """The user has stopped the run while it was evaluated before its first step."""
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer for rows that are tokenised and labelled already."""
+    """SFTTrainer for rows that are tokenised and labelled already.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        record: what is written into each checkpoint, for `checkpoints.py` to compare
+        keep: how many checkpoints are kept; 0: all of them
+        stop: says whether the user has asked to stop
+    """
+
+    def __init__(
+        self, *, record: dict[str, Any], keep: int = 0, stop: Callable[[], bool] = lambda: False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
         model: Any = self.model
         self.plain_head = not self.aux_loss_enabled and has_plain_head(model.get_base_model(), self.args.device)
+        self.record, self.keep, self.stop = record, keep, stop
+        self.saved: Path | None = None  # the last checkpoint that was written, or the one gone on from
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
-        self._eval_loss, self._eval_tokens = 0.0, 0
+        self._checked = False  # whether the first step's gradients have arrived
+        self.in_step = False  # whether the weights are between two steps' values
+        self._sums: Tensor | None = None  # loss and tokens of this step, on the device: reading them waits for it
+        self._eval_sums: Tensor | None = None
+        self._staging: Path | None = None
         self.add_callback(Guard(self))
 
     def _send_telemetry(self) -> None:
@@ -37,38 +74,84 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The output folder holds what was asked for; no README about TRL."""
 
+    # ---- loss and gradients ------------------------------------------------------------------------------------------
+
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        tokens = int(inputs["labels"][..., 1:].ne(-100).sum())
+        tokens, seen = inputs["labels"][..., 1:].ne(-100).sum(), inputs["labels"].new_zeros(())
         if self.plain_head and not return_outputs:
+            ids = inputs["input_ids"]
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else seen + ids.numel()
             result = self._loss(model, inputs, num_items_in_batch, tokens)
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = (result[0] if return_outputs else result).detach().item()
-        if loss != loss or abs(loss) == float("inf"):
-            part = f"step {self.state.global_step + 1}" if model.training else "the evaluation"
-            raise RunError(
-                f"the loss is {loss} in {part}; a smaller learning_rate, dtype float32 or a look at the data may help"
-            )
+        loss = (result[0] if return_outputs else result).detach().double()
+        if loss.device.type == "cpu":  # where reading waits for nothing; elsewhere it is read once a step
+            check_finite(loss.item(), f"step {self.state.global_step + 1}" if model.training else "the evaluation")
         if model.training:
-            self.step_loss += loss
+            sums = torch.stack((loss, seen.double()))
+            self._sums = sums if self._sums is None else self._sums + sums
         else:
-            self._eval_loss += loss * tokens
-            self._eval_tokens += tokens
+            sums = torch.stack((loss * tokens, tokens.double()))
+            self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         return result
 
-    def _loss(self, model: Any, inputs: dict, num_items_in_batch: Any, tokens: int) -> Tensor:
+    def _loss(self, model: Any, inputs: dict, num_items_in_batch: Any, tokens: Tensor) -> Tensor:
         """TRL's loss and metrics, over trained tokens only."""
         with self.accelerator.autocast():
             log_p, correct = score(self.accelerator.unwrap_model(model).get_base_model(), inputs)
-        mode = "train" if model.training else "eval"
-        if mode == "train":
-            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._total_train_tokens += int(seen)
-        self._metrics[mode]["mean_token_accuracy"].append(correct.sum().item() / max(tokens, 1))
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return -log_p.sum() / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
+        tokens = tokens.clamp(min=1)
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(correct.sum() / tokens)
+        return -log_p.sum() / (tokens if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        norm = self._norm(model)
+        clip_grads_with_norm_(
+            [each for each in model.parameters() if each.requires_grad], self.args.max_grad_norm, norm
+        )
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, self._norm(model) if grad_norm is None else grad_norm)
+
+    def _norm(self, model: Any) -> Tensor:
+        """The norm of all gradients, before anything is changed in them; refuses what is not finite.
+
+        Here the device is waited for, once a step.
+
+        Raises:
+            RunError: the loss or a gradient is NaN or infinite; the weights are still those of the step before.
+        """
+        grads = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        norm = get_total_norm(grads.values())
+        assert self._sums is not None  # compute_loss has just run
+        size, self.step_loss, seen = torch.cat((norm.double()[None], self._sums.to(norm.device))).tolist()
+        self._sums = None
+        self._total_train_tokens += int(seen)
+        step = self.state.global_step + 1
+        check_finite(self.step_loss, f"step {step}")
+        if not math.isfinite(size):
+            bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
+            what = bad[0] if bad else "all parameters together"
+            raise RunError(
+                f"the gradient of {what} is not finite in step {step}; nothing of this step was kept. "
+                "A smaller learning_rate or dtype float32 may help"
+            )
+        if not self._checked:
+            check_gradients([(name, each) for name, each in model.named_parameters() if each.requires_grad])
+            self._checked = True
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for metrics in self._metrics.values():
+            if self.plain_head and metrics.get("mean_token_accuracy"):
+                metrics["num_tokens"] = [self._total_train_tokens]
+            for name, values in metrics.items():
+                metrics[name] = [float(value) for value in values]
+        super().log(logs, start_time)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
         self,
@@ -79,16 +162,129 @@ class Trainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The mean over all trained tokens, where Trainer takes the mean of the batches' means."""
-        self._eval_loss, self._eval_tokens = 0.0, 0
+        self._eval_sums = None
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss / max(self._eval_tokens, 1)
+        total, tokens = (0.0, 0.0) if self._eval_sums is None else self._eval_sums.tolist()
+        check_finite(total, "the evaluation")
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, without a trace in the random state; nothing is returned where the user stopped it.
+
+        Raises:
+            Stopped: that was before the first step.
+        """
         with unchanged_random_state():
-            return super().evaluate(*args, **kwargs)
+            try:
+                return super().evaluate(*args, **kwargs)
+            except Stopped:
+                if not self.state.global_step:
+                    raise
+                self._metrics["eval"].clear()
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stop():
+            raise Stopped
+        return super().prediction_step(*args, **kwargs)
+
+    # ---- learning rate -----------------------------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, with a warm-up whose first step is not lost at rate 0."""
+        made = self.lr_scheduler is None
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if made and warmup:
+            scheduler.lr_lambdas = [warmed_up(each, warmup) for each in scheduler.lr_lambdas]
+            set_rates(scheduler)
+        return scheduler
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any, rotate: bool = True) -> None:
+        """Write a checkpoint that is whole as soon as it has its name, then drop those that are too many.
+
+        Raises:
+            RunError: it could not be written; nothing of it is left.
+        """
+        folder = Path(self.args.output_dir or "")
+        final = folder / f"checkpoint-{self.state.global_step}"
+        with writing(final, self.saved), files.staging(folder) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                place, self._staging = self._staging / final.name, None
+            (place / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
+            (place / files.CHECKPOINT_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            files.finish(place)
+            if final.exists():  # of this very step, before an evaluation
+                files.remove(final)
+            place.rename(final)
+        self.saved = final
+        if rotate and self.keep:
+            for each in list(files.own_checkpoints(folder).values())[: -self.keep]:
+                with contextlib.suppress(OSError):  # one too many is no reason to stop
+                    files.remove(each)
+
+    def rescue(self) -> bool:
+        """After an error within a step: save the steps before, unless they are saved; says whether that was done."""
+        done = self.state.global_step
+        if self.in_step or done <= getattr(self, "_initial_global_step", done):
+            return False
+        if self.saved is not None and self.saved.name == f"checkpoint-{done}":
+            return False
+        self.model.zero_grad()  # type: ignore[union-attr]
+        with contextlib.suppress(Exception):  # the first error is the one to be told
+            self._save_checkpoint(self.model, None, rotate=False)
+            return True
+        return False
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # the intervals asked for now, in place of those of a checkpoint
+        self.state.train_batch_size = self._train_batch_size
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and position come from the checkpoint; learning rate and weight decay are those asked for now."""
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        asked = [{name: group[name] for name in ("weight_decay", "initial_lr")} for group in optimizer.param_groups]
+        rates = list(scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.update(options)
+            scheduler.base_lrs = rates
+            set_rates(scheduler)
+
+
+def check_finite(loss: float, part: str) -> None:
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss is {loss} in {part}; a smaller learning_rate, dtype float32 or a look at the data may help"
+        )
+
+
+def warmed_up(factor: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """The factor of each step (counted from 0): it rises to 1 in warmup + 1 equal parts, the first step has one."""
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else factor(step)
+
+
+def set_rates(scheduler: Any) -> None:
+    """Give the optimizer the rates that its schedule has for the step it stands at."""
+    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 @contextlib.contextmanager
@@ -96,72 +292,8 @@ def unchanged_random_state() -> Iterator[None]:
     """A data loader draws a seed when it starts: without this, evaluating would change the dropout masks that follow,
     and a run resumed behind an evaluation would differ from one that went through it."""
     state = random.getstate()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(state)
-
-
-class Guard(TrainerCallback):
-    """Refuses to step on gradients that are missing or not finite; resumes the token count; logs what it saves."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.checked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        self.trainer._total_train_tokens = counted[-1] if counted else 0  # TRL starts again from 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.step_loss = 0.0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        trainable = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-        grads = [each.grad for _, each in trainable if each.grad is not None]
-        if not self.checked:
-            self.checked = True
-            check_gradients(trainable)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            bad = next(name for name, each in trainable if each.grad is not None and not each.grad.isfinite().all())
-            raise RunError(
-                f"the gradient of {bad} is not finite in step {state.global_step + 1}; nothing of this step was kept. "
-                "A smaller learning_rate or dtype float32 may help"
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint forgets the losses since the last log: logging first makes the log of a resumed run the same.
-        control.should_log = control.should_log or control.should_save
-
-
-def check_gradients(trainable: list[tuple[str, Tensor]]) -> None:
-    """Every adapter tensor must have a gradient after the first step, else it would silently never be trained.
-
-    lora_A's is zero as long as B is; experts that no token was sent to have none.
-    """
-    dead = [name for name, each in trainable if each.grad is None or ("lora_B" in name and not each.grad.any())]
-    dead = [name for name in dead if "expert" not in name]
-    if dead:
-        shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-        raise RunError(
-            f"no gradient reaches {shown}: these would never be trained; take them out of lora_target_modules"
-        )
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Turns a requested interruption into a checkpoint and an end."""
-
-    def __init__(self, interrupt: Interrupt) -> None:
-        self.interrupt = interrupt
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupt.requested:
-            control.should_save = control.should_log = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupt.requested:  # Trainer takes breaking off for the end of the epoch
-            control.should_save = control.should_evaluate = False
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupt.requested and state.global_step:
-            control.should_save = control.should_training_stop = True
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)

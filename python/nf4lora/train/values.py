@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,19 @@ def text(value: Any) -> str:
     return str(value)
 
 
+def path(value: Any) -> str:
+    """A path, with ~ for the home folder; what else the text may name (a Hub id, say) passes as it is."""
+    expanded = os.path.expanduser(text(value))
+    if expanded.startswith("~"):
+        raise ValueError(f"must be a path; there is no user {expanded[1:].partition('/')[0]!r}")
+    return expanded
+
+
+def limit(value: Any) -> int:
+    """A number of things to keep; 0 (or null, none, all, -1) keeps all of them."""
+    return 0 if str(value).lower() in ("none", "null", "all", "-1") else integer(0)(value)
+
+
 def one_of(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if "no" in choices and value in (False, "false", "off"):
@@ -104,8 +118,11 @@ def names(value: Any) -> list[str] | None:
 
 def modules(value: Any) -> str | list[str]:
     """all-linear, or the names of modules; a single string with regex characters is PEFT's regex."""
-    if value in ("all", "all-linear", ["all"], ["all-linear"]):
-        return "all-linear"
+    return "all-linear" if value in ("all", "all-linear", ["all"], ["all-linear"]) else names_or_regex(value)
+
+
+def names_or_regex(value: Any) -> str | list[str]:
+    """The names of modules; a single string with regex characters is PEFT's regex."""
     if isinstance(value, str) and any(character in value for character in r"*\[(|^$"):
         return value
     return names(value) or []
@@ -151,7 +168,7 @@ def reports(value: Any) -> list[str]:
 def resume(value: Any) -> str | None:
     if isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no", "on", "off"):
         return "auto" if boolean(value) else None
-    return text(value)
+    return path(value)
 
 
 def template(value: Any) -> str | None:
@@ -159,7 +176,7 @@ def template(value: Any) -> str | None:
     name = text(value)
     if name in ("tokenizer_default", "tokenizer_default_fallback_chatml", "tokenizer", "default", "auto"):
         return None
-    return name
+    return path(name)
 
 
 def tokens(value: Any) -> dict[str, str]:

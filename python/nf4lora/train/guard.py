@@ -1,0 +1,62 @@
+"""What watches a training run: gradients that do not arrive, the count of tokens, requests to stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from nf4lora.train.interrupt import Interrupt
+from nf4lora.train.reach import refuse_unreached
+
+if TYPE_CHECKING:
+    from nf4lora.train.trainer import Trainer
+
+
+class Guard(TrainerCallback):
+    """Resumes the token count, knows when weights are between two steps, logs what is worth reading."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.trainer._total_train_tokens = int(counted[-1]) if counted else 0  # TRL starts again from 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.in_step = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.in_step = False
+        # A checkpoint forgets the losses since the last log: logging first makes the log of a resumed run the same. The
+        # last step is logged too, so that a run of fewer steps than logging_steps shows where it ended.
+        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns a requested interruption into a checkpoint and an end."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.interrupt = interrupt
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupt.requested:
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupt.requested:  # Trainer takes breaking off for the end of the epoch
+            control.should_save = control.should_evaluate = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupt.requested and state.global_step:
+            control.should_save = control.should_training_stop = True
+
+
+def check_gradients(trainable: list[tuple[str, Tensor]]) -> None:
+    """Every adapter tensor must have a gradient after the first step, else it would silently never be trained.
+
+    lora_A's is zero as long as B is; experts that no token was sent to have none.
+    """
+    dead = {name for name, each in trainable if each.grad is None or ("lora_B" in name and not each.grad.any())}
+    refuse_unreached(dead, [name for name, _ in trainable])
