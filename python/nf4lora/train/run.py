@@ -117,7 +117,8 @@ def check_tokens(data: reading.Data, tokenizer: Any, size: int | None) -> None:
     for split in (data.train, data.eval):
         if split is None or size is None:
             continue
-        kept = [index for index in range(len(split.table.rows)) if index not in set(split.dropped)]
+        dropped = set(split.dropped)
+        kept = [index for index in range(len(split.table.rows)) if index not in dropped]
         for position, ids in enumerate(split.input_ids):
             if ids.max() >= size:
                 token = int(ids.max())

@@ -176,7 +176,7 @@ def template(value: Any) -> str | None:
     name = text(value)
     if name in ("tokenizer_default", "tokenizer_default_fallback_chatml", "tokenizer", "default", "auto"):
         return None
-    return name
+    return path(name)
 
 
 def tokens(value: Any) -> dict[str, str]:
