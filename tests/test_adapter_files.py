@@ -97,6 +97,17 @@ def test_we_read_the_folder_of_plain_peft(tmp_path):
     assert relative(model(IDS).logits, plain(IDS).logits) < 1e-5
 
 
+def test_an_adapter_on_the_embedding_is_read_with_the_weight_that_peft_writes_beside_it(tmp_path):
+    plain = adapted(dequantised(packed_llama()), target_modules=["q_proj", "embed_tokens"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        plain.save_pretrained(tmp_path)
+    assert any(
+        key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    for base in (packed_llama(), adapted(packed_llama(), target_modules=["q_proj", "embed_tokens"])):
+        assert relative(load_adapter(base, tmp_path)(IDS).logits, plain(IDS).logits) < 1e-5
+
+
 def test_our_file_equals_pefts(saved, tmp_path):
     model = load_adapter(packed_llama(), saved[0])
     model.save_pretrained(tmp_path / "peft")

@@ -279,6 +279,20 @@ def test_a_second_save_hashes_no_weight_again_unless_it_has_changed(monkeypatch)
     assert base_identity.identity(copy.deepcopy(model)) == base_identity.identity(model)
 
 
+def test_sums_of_a_large_frozen_weight_are_remembered_until_it_changes(monkeypatch):
+    monkeypatch.setattr(base_identity, "LARGE", 1000)
+    model, summed = packed_llama(), []
+    original = base_identity.sums
+    monkeypatch.setattr(base_identity, "sums", lambda tensor: summed.append(tensor.numel()) or original(tensor))
+    model.requires_grad_(False)
+    first = base_identity.identity(model)
+    summed.clear()
+    assert base_identity.identity(model) == first
+    assert summed and max(summed) < 1000
+    model.lm_head.weight.add_(1)
+    assert base_identity.identity(model) != first
+
+
 def test_an_identity_in_inference_mode_is_the_same():
     expected = base_identity.identity(packed_llama())
     with torch.inference_mode():

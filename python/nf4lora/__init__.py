@@ -110,9 +110,10 @@ def __dir__() -> list[str]:
 
 def _is_command_line() -> bool:
     """Whether this process was started as `nf4lora` or `python -m nf4lora`."""
-    if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run
+    (started, *_) = [*getattr(sys, "argv", ()), ""]  # a program that embeds Python may give none
+    if started == "-m":  # while Python looks for the module to run
         return "nf4lora" in sys.orig_argv
-    return bool(sys.argv) and Path(sys.argv[0]).stem in ("nf4lora", "nf4lora-script")
+    return Path(started).stem in ("nf4lora", "nf4lora-script")
 
 
 sys.modules[__name__].__class__ = _Package

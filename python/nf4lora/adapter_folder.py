@@ -43,6 +43,9 @@ def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"load_adapter: {folder / CONFIG_FILE} must describe a LoRA adapter, got {error}") from error
+    # PEFT writes the weight of an embedding that carries an adapter beside it, under the name inside its wrapper.
+    inside = ".base_layer.weight"
+    tensors = {key.replace(inside, ".weight") if key.endswith(inside) else key: each for key, each in tensors.items()}
     return config, tensors, about
 
 

@@ -31,6 +31,8 @@ ROW, ROWS = 1 << 14, 64  # values of a row, and rows that are summed at a time: 
 # largest; that is 0.1 % of the largest. A weight that was drawn anew differs by 1.4, scales of another weight by 0.1.
 TOLERANCE = 2**-7
 
+LARGE = 1 << 24  # values of a 16-bit weight from which on its sums are remembered: experts, large embeddings
+
 _found: Any = WeakIdKeyDictionary()  # tensor -> {what: (state of the tensors it was taken from, value)}
 
 
@@ -80,7 +82,7 @@ def identity(model: nn.Module, left_out: Container[str] = ()) -> dict[str, Any]:
     for name, parameter in other_parameters(model).items():
         if name not in left_out and not parameter.is_meta:
             if id(parameter) not in of_tensor:
-                of_tensor[id(parameter)] = sums(parameter)
+                of_tensor[id(parameter)] = _sums_of_weight(parameter)
             weights[name] = {"shape": list(parameter.shape), "sums": of_tensor[id(parameter)]}
     return {"packed": packed, "weights": weights}
 
@@ -118,7 +120,7 @@ def differences(saved: Mapping[str, Any], model: nn.Module, rename: Mapping[str,
             wrong += [] if there in trained else [f"{name} is not there"]
         elif list(parameter.shape) != about["shape"]:
             wrong.append(f"{name} has shape {list(parameter.shape)} instead of {about['shape']}")
-        elif not parameter.is_meta and not close(sums(parameter), about["sums"]):
+        elif not parameter.is_meta and not close(_sums_of_weight(parameter), about["sums"]):
             wrong.append(f"{name} has other values")
     return wrong
 
@@ -256,6 +258,12 @@ def _bytes(tensor: Tensor) -> Any:
 
 def _hash_of_codes(layer: NF4Linear) -> str:
     return _once("codes", [layer.weight], lambda: hashlib.sha256(_bytes(layer.weight)).hexdigest()[:16])
+
+
+def _sums_of_weight(parameter: nn.Parameter) -> list[float]:
+    # Small ones are summed each time: who writes through `.data` leaves no trace in the version.
+    small = parameter.numel() < LARGE or parameter.requires_grad
+    return sums(parameter) if small else _once("sums", [parameter], lambda: sums(parameter))
 
 
 def _sums_of_scales(layer: NF4Linear) -> list[float]:
