@@ -19,14 +19,15 @@ from .timing import alternate
 
 QUESTION = "How fast is a layer on a processor with AVX2, or with AVX-512 but no BF16, beside torch held to the same?"
 
-# What both sides are held to, the dtype, and what our time over torch's must not exceed with 512 tokens, forward.
-HELD: dict[str, tuple[dict[str, str], str, float]] = {
-    "avx2, float32": (
-        {"NF4LORA_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        "float32",
-        0.9,
-    ),
-    "avx512, bfloat16": ({"NF4LORA_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "bfloat16", 1.0),
+AVX2 = {"NF4LORA_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX512 = {"NF4LORA_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+# What both sides are held to, the dtype, and what our time over torch's must not exceed with 512 tokens, forward. The
+# others show what bfloat16 costs where it is played by float32 instructions: `nf4lora train` follows that.
+HELD: dict[str, tuple[dict[str, str], str, float | None]] = {
+    "avx2, float32": (AVX2, "float32", 0.9),
+    "avx2, bfloat16": (AVX2, "bfloat16", None),
+    "avx512, float32": (AVX512, "float32", None),
+    "avx512, bfloat16": (AVX512, "bfloat16", 1.0),
 }
 SHAPE = named("Llama-3.1-8B q, o")[0]
 TOKENS = (1, 16, 512)
@@ -42,7 +43,8 @@ def run(settings: Settings) -> list[Table]:
         with Process("isa", held, dtype=dtype, quick=settings.quick) as process:
             for found in next(process)["rows"]:
                 rows.append({"held to": name, **found})
-                if not settings.quick and found["M"] == TOKENS[-1] and found["pass"] == "forward":
+                timed = not settings.quick and found["M"] == TOKENS[-1] and found["pass"] == "forward"
+                if timed and limit is not None:
                     ratio = found["ours / torch"]["median"]
                     claim = f"{name}, {found['M']} tokens: at most {limit} of torch's time, got {ratio:.2f}"
                     targets.append((claim, ratio <= limit))

@@ -156,15 +156,15 @@ def test_rows_have_the_same_tokens_from_every_kind_of_file(tmp_path, form, templ
     data = [prepared(rows_as(each, tmp_path), template=TEMPLATES[template]) for each in ("jsonl", form)]
     for one, other in zip(data[0].train.input_ids, data[1].train.input_ids, strict=True):
         assert one.tolist() == other.tolist()
-    assert data[0].fingerprint() == data[1].fingerprint()
-    assert data[0].fingerprint()["rows"] == len(ROWS)
+    assert data[0].train.fingerprint() == data[1].train.fingerprint()
+    assert data[0].train.fingerprint()["rows"] == len(ROWS)
 
 
 def test_fingerprint_changes_with_tokens_labels_and_order(tmp_path):
     def print_of(*rows, arguments=()):
         path = tmp_path / "d.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return prepared(path, *arguments, template=TEMPLATES["chatml"]).fingerprint()["sha256"]
+        return prepared(path, *arguments, template=TEMPLATES["chatml"]).train.fingerprint()["sha256"]
 
     a, b = ({"messages": [{"role": "user", "content": x}, {"role": "assistant", "content": x}]} for x in "ab")
     prints = [print_of(a, b), print_of(b, a), print_of(a), print_of(a, b, arguments=["--assistant_only_loss", "false"])]

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nf4lora import _C  # type: ignore[attr-defined]
+from nf4lora import _C, heap  # type: ignore[attr-defined]
 from nf4lora.adapter_folder import BASE_FILE, FORMAT_VERSION, TENSOR_FILE, as_json, read_folder
 from nf4lora.base_identity import base_hash, differences, identity, other_parameters
 from nf4lora.model_tree import (
@@ -214,6 +214,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             parameter.copy_(tensors.pop(key))
         setattr(parameter, HELD, True)
     set_peft_model_state_dict(loaded, tensors, adapter_name=name)
+    heap.keep_small(base_of(loaded))
     return loaded
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from nf4lora import heap
 from nf4lora.adapter_files import base_of
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss
@@ -125,6 +126,7 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
             prepared.nf4lora_asked = plan.asked
         fused = adapter.fuse(model) if isinstance(model, PeftModel) else 0
         chunked = chunk_loss(base)
+        heap.keep_small(base)
         if getattr(base, "is_activation_checkpointing", False):
             base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
         if done or plan.lora or fused or chunked:

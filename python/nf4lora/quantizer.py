@@ -7,7 +7,6 @@ failure, of whatever kind, is kept, the rest of the work skipped, and `_process_
 from __future__ import annotations
 
 import copy
-import ctypes
 import warnings
 from abc import abstractmethod
 from collections.abc import Container, Iterable, Mapping
@@ -21,7 +20,7 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from nf4lora import bitsandbytes, quantized_checkpoint
+from nf4lora import bitsandbytes, heap, quantized_checkpoint
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
@@ -222,9 +221,7 @@ class NF4Quantizer(HfQuantizer):
         """
         if self.freed > above:
             self.freed = 0
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-            if trim is not None:
-                trim(0)
+            heap.trim()
 
     def keep_names(self, model: Any) -> None:
         """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""

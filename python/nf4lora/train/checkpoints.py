@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.data import Split
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.folder import CHECKPOINT_RECORD, checkpoint_folders
 from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
@@ -52,9 +51,11 @@ def rows_per_step(config: TrainConfig) -> int:
 # ---- what a checkpoint says of its run -------------------------------------------------------------------------------
 
 
-def data_identity(split: Split, config: TrainConfig) -> dict[str, Any]:
-    """What says that two runs have the same training rows in the same order."""
-    return {**split.fingerprint(), "packed_to": config.max_length if config.packing else None}
+def data_identity(split: Any, config: TrainConfig) -> dict[str, Any]:
+    """Number of training rows and a hash of their tokens, labels and packing, in order."""
+    found = split.fingerprint()
+    packed = f"{found['sha256']} packing {config.max_length if config.packing else False}"
+    return found | {"sha256": hashlib.sha256(packed.encode()).hexdigest()}
 
 
 def base_identity(model: Any) -> str:

@@ -70,10 +70,6 @@ class Data:
     choice: str  # which format was taken, where the rows fit several
     notes: list[str]
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Rows and hash of what is trained on; a run that is resumed must find the same."""
-        return self.train.fingerprint()
-
 
 def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
     """Rows to train on, rows to evaluate on, and notes.

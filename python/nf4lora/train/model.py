@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -74,12 +75,21 @@ def _why_no_cuda() -> str:
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
-    """bfloat16 on a CPU and on every GPU that computes it; float32 elsewhere."""
+    """bfloat16 where the device multiplies it, else float32.
+
+    An x86 processor without AVX512-BF16 has bfloat16 played by float32 instructions: torch's products then take two to
+    three times as long as in float32 (`python -m bench isa`).
+    """
     import torch
+
+    from nf4lora import _C  # type: ignore[attr-defined]
 
     if wanted != "auto":
         return getattr(torch, wanted)
-    fast = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = platform.machine() not in ("x86_64", "AMD64") or "avx512bf16" in _C.cpu_instruction_sets()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -199,6 +209,7 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
     from peft import LoraConfig, get_peft_model
 
     import nf4lora
+    from nf4lora import heap
 
     lines, excluded = [], config.lora_exclude_modules
     if excluded is None and (names := unreached(model, ids, config.lora_target_modules)):
@@ -225,6 +236,7 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
             revision=config.model_revision,
         )
         if not config.load_in_4bit:
+            heap.keep_small(model)
             model = get_peft_model(model, lora)
             lines += unmatched(model, config.lora_target_modules)
             return in_float32(model), lines
