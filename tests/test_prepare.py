@@ -380,7 +380,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_packed(value):
     [
         ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
         ("fp8", r"FineGrainedFP8Config\(dequantize=True\)"),
-        ("compressed-tensors", r"CompressedTensorsConfig\(run_compressed=False\)"),
+        ("compressed-tensors", r"CompressedTensorsConfig\(dequantize=True\)"),
         ("gptq", "load the 16-bit checkpoint that it was made from"),
     ],
 )

@@ -25,6 +25,7 @@ from nf4lora.model_tree import (
     base_of,
     base_state_dict,
     nf4_layers,
+    token_layers,
     unchanged_on_failure,
 )
 from nf4lora.new_weights import grown_vocabulary, new_parameters
@@ -143,8 +144,8 @@ def _resized(base: Any) -> set[int]:
     """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
     if grown_vocabulary(base) is None:
         return set()
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    return {id(layer.weight) for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
+    weights = [getattr(layer, "weight", None) for layer in token_layers(base)]
+    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter)}
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nf4lora import ops
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Linear
-from nf4lora.model_tree import replace_layers
+from nf4lora.model_tree import base_name, output_head, replace_layers
 from nf4lora.new_weights import marked_as, task_heads
 from nf4lora.weight_readers import read_weights
 
@@ -179,8 +179,8 @@ def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, 
 
     def adopted(name: str, layer: Any) -> nn.Module:
         weight = packed.pop(name)  # popped, so that a dequantised layer's packed bytes are freed at once
-        if reason := wanted.get(_base_name(name)) or (STRADDLES if weight.straddles else ""):
-            reasons[_base_name(name)] = reason
+        if reason := wanted.get(base_name(name)) or (STRADDLES if weight.straddles else ""):
+            reasons[base_name(name)] = reason
             return _dequantized_layer(layer, weight)
         blocksizes.append(weight.blocksize)
         return _packed_layer(layer, weight)
@@ -206,18 +206,18 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
 
 def to_dequantize(model: nn.Module) -> dict[str, str]:
     """Layers of a bitsandbytes model that must be in 16 bits, although they are packed: reason by name."""
-    head, readers = _output_head(model), read_weights(model)
+    head, readers = output_head(model), read_weights(model)
     heads = tuple(f"{name}." for name in task_heads(model))
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if not is_linear4bit(module):
             continue
         if module is head:
-            reasons[_base_name(name)] = HEAD
-        elif f"{_base_name(name)}.".startswith(heads):
-            reasons[_base_name(name)] = f"{TASK_HEAD}: dequantised"
+            reasons[base_name(name)] = HEAD
+        elif f"{base_name(name)}.".startswith(heads):
+            reasons[base_name(name)] = f"{TASK_HEAD}: dequantised"
         elif reader := readers.get(id(module)):
-            reasons[_base_name(name)] = f"{reader} directly: dequantised"
+            reasons[base_name(name)] = f"{reader} directly: dequantised"
     return reasons
 
 
@@ -342,17 +342,6 @@ def _nested_map(device: torch.device) -> Tensor:
 
 def _has_bitsandbytes_base(module: nn.Module, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
-
-
-def _base_name(name: str) -> str:
-    """The layer's name in the model below PEFT's wrappers."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part != "base_layer")
 
 
 def _error(name: str, must: str, got: str) -> ValueError:

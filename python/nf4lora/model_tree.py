@@ -26,6 +26,29 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that turns tokens to vectors; None where the model has none."""
+    return _asked(model, "get_input_embeddings")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of tokens; None where the model has none."""
+    return _asked(model, "get_output_embeddings")
+
+
+def token_layers(model: nn.Module) -> list[nn.Module]:
+    """Of input embedding and output head those that the model has."""
+    return [layer for layer in (input_embedding(model), output_head(model)) if layer is not None]
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        layer = getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):  # a model without one says so in these ways
+        return None
+    return layer if isinstance(layer, nn.Module) else None
+
+
 def base_name(name: str) -> str:
     """Name of a module or tensor without what PEFT's layers put into it."""
     return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPED)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nf4lora.linear import NF4Linear
+from nf4lora.model_tree import input_embedding, output_head
 
 
 def was_loaded(parameter: torch.Tensor) -> bool:
@@ -38,7 +39,7 @@ def task_heads(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return []
-    if _found(model.get_output_embeddings) is not None:  # logits of tokens
+    if output_head(model) is not None:  # logits of tokens
         return []
     trained = (name for name, child in model.named_children() if next(child.parameters(), None) is not None)
     return [name for name in trained if name != model.base_model_prefix]
@@ -102,7 +103,7 @@ def grown_vocabulary(model: nn.Module) -> int | None:
 
     Asks the configuration of the checkpoint, if it is on this machine.
     """
-    config, embedding = getattr(model, "config", None), _found(getattr(model, "get_input_embeddings", None))
+    config, embedding = getattr(model, "config", None), input_embedding(model)
     path, weight = getattr(config, "_name_or_path", None), getattr(embedding, "weight", None)
     if not path or weight is None or not any(map(was_loaded, model.parameters())):
         return None
@@ -112,10 +113,3 @@ def grown_vocabulary(model: nn.Module) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return rows if rows != now else None
-
-
-def _found(find: Any) -> Any:
-    try:
-        return find() if find is not None else None
-    except (AttributeError, NotImplementedError):  # a model without a head says so in these ways
-        return None

@@ -18,10 +18,9 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nf4lora import bitsandbytes
-from nf4lora.adapter_files import adapter_names, base_name, nf4_layers
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
-from nf4lora.model_tree import replace_layers
+from nf4lora.model_tree import adapter_names, base_name, nf4_layers, replace_layers
 from nf4lora.new_weights import marked_as
 from nf4lora.quantized_checkpoint import way_to_16_bits
 from nf4lora.quantizer import keep_in_16_bits, layers_to_pack

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nf4lora.adapter_files import adapter_names, base_name, base_of
 from nf4lora.config import NF4Config
+from nf4lora.model_tree import adapter_names, base_name, base_of, token_layers
 from nf4lora.new_weights import grown_vocabulary, modules_of, new_parameters, task_heads, was_loaded
 from nf4lora.pack import Packing, check_packable, plan_packing
 from nf4lora.rehearsal import rehearse
@@ -114,23 +114,13 @@ def _new_modules(base: nn.Module, asked: LoraConfig) -> dict[str, str]:
             f"load it from there, then prepare it"
         )
     if asked.trainable_token_indices is not None or grown_vocabulary(base) is not None:
-        tokens = {name for name, module in base.named_modules() if module in _token_layers(base)}
+        tokens = {name for name, module in base.named_modules() if module in token_layers(base)}
         modules = [name for name in modules if name not in tokens]
     return dict.fromkeys(task_heads(base), HEAD) | {
         name: NEW
         for name in modules
         if not any(name == head or name.startswith(f"{head}.") for head in task_heads(base))
     }
-
-
-def _token_layers(base: nn.Module) -> list[nn.Module]:
-    found = []
-    for find in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(base, find)())
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _full_names(config: Any) -> list[str]:
@@ -182,7 +172,7 @@ def _trained(new: dict[str, str]) -> list[str]:
 
 def _untied(base: nn.Module, config: LoraConfig) -> list[str]:
     """What happens to a head that shares its weight with an embedding of which one alone is trained in full."""
-    layers = _token_layers(base)
+    layers = token_layers(base)
     if len(layers) < 2 or getattr(layers[0], "weight", None) is not getattr(layers[1], "weight", layers):
         return []
     names = [next(base_name(name) for name, module in base.named_modules() if module is layer) for layer in layers]
@@ -219,7 +209,7 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
         )
     rows = grown_vocabulary(base)
     if rows is not None and config.trainable_token_indices is None:
-        embedding: Any = next(iter(_token_layers(base)), None)
+        embedding: Any = next(iter(token_layers(base)), None)
         name = next((base_name(n) for n, module in base.named_modules() if module is embedding), "")
         if embedding is not None and not any(name.endswith(ending) for ending in config.modules_to_save or []):
             now = embedding.weight.shape[0]
@@ -242,7 +232,7 @@ def upcast(base: nn.Module) -> str | None:
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    embedding = next(iter(_token_layers(base)), None)
+    embedding = next(iter(token_layers(base)), None)
     weight = getattr(embedding, "weight", None)
     is_wide = isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 and not weight.requires_grad
     return str(dtype).removeprefix("torch.") if is_wide else None

@@ -13,10 +13,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from nf4lora import heap
-from nf4lora.adapter_files import base_of
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss
-from nf4lora.model_tree import unchanged_on_failure
+from nf4lora.model_tree import base_of, unchanged_on_failure
 from nf4lora.pack import pack
 from nf4lora.plan import Plan, plan_preparation
 from nf4lora.report import Report, report

@@ -25,7 +25,7 @@ from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
 from nf4lora.loss import chunk_loss
-from nf4lora.model_tree import base_state_dict, replace_layers
+from nf4lora.model_tree import base_state_dict, replace_layers, token_layers
 from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
 from nf4lora.weight_readers import read_weights
 
@@ -257,8 +257,7 @@ class NF4Quantizer(HfQuantizer):
 
 def mostly_16_bits(model: Any, packed: Iterable[str], skipped: Mapping[str, str]) -> str:
     """What to warn of where most of a model is not packed, embeddings and output head left aside; else nothing."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    aside = {id(getattr(layer, "weight", None)) for layer in ends}
+    aside = {id(getattr(layer, "weight", None)) for layer in token_layers(model)}
     sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) not in aside}
     in_4_bits = sum(model.get_submodule(name).weight.numel() for name in packed)
     total = sum(sizes.values())

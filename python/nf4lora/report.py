@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora.adapter_files import WRAPPED, adapter_names, base_name, base_of
 from nf4lora.linear import BLOCKSIZES, NF4Linear
+from nf4lora.model_tree import WRAPPED, adapter_names, base_name, base_of, output_head
 
 PACKED_KINDS = {"weight": "packed codes", "weight_absmax": "absmax", "weight_nested": "nested absmax", "bias": "biases"}
 KINDS = (
@@ -156,7 +156,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     of_adapters, wrappers = adapter_names(model), _wrappers(model)
-    head, why_kept = _output_head(model), _reasons(model)
+    head, why_kept = _bare_head(model), _reasons(model)
     seen: set[Any] = set()
     sizes: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
@@ -257,7 +257,7 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     """A function from a matrix's owner to the reason why it is not packed."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    head, packed = _output_head(model), any(isinstance(module, NF4Linear) for module in model.modules())
+    head, packed = _bare_head(model), any(isinstance(module, NF4Linear) for module in model.modules())
     quantization_config = getattr(getattr(model, "config", None), "quantization_config", None)
     skipped = getattr(quantization_config, "modules_to_not_convert", None)
     known = getattr(base_of(model), "nf4lora_skipped", {})  # what the quantizer said when it decided
@@ -291,13 +291,9 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     return reason
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _bare_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes logits, without PEFT's wrapper."""
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        head = find() if find is not None else None
-    except (AttributeError, NotImplementedError):  # a PEFT model over a plain module; a model without a head
-        return None
+    head = output_head(model)
     for child in WRAPPED:
         head = getattr(head, child, head)
     return head

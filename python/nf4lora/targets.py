@@ -15,9 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nf4lora import bitsandbytes
-from nf4lora.adapter_files import adapter_names, base_name
 from nf4lora.linear import NF4Linear
-from nf4lora.model_tree import evaluating
+from nf4lora.model_tree import adapter_names, base_name, evaluating, output_head
 from nf4lora.task import text_part
 from nf4lora.weight_readers import read_weights
 
@@ -117,10 +116,7 @@ def linear_names(base: nn.Module) -> set[str]:
 
 
 def head_name(base: nn.Module) -> str | None:
-    try:
-        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # a model without a head says so in these ways
-        head = None
+    head = output_head(base)
     return next((base_name(name) for name, module in base.named_modules() if head is not None and module is head), None)
 
 
