@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nf4lora.adapter_files import adapter_names, base_name, base_of
 from nf4lora.config import NF4Config
-from nf4lora.loss import chunk_loss
+from nf4lora.loss import chunk_loss, has_chunked_loss
 from nf4lora.pack import check_packable, check_same_packing, pack
 from nf4lora.report import report
 
@@ -114,7 +114,7 @@ def prepare(
         done.append(f"float32 adapters of rank {asked.r} on {report(prepared).adapted_layers} layers")
     elif fused := adapter.fuse(model):
         done.append(f"the fused op under the adapters of {fused} layers")
-    if chunk_loss(base):
+    if (chunk_loss(base) or prepared is not model) and has_chunked_loss(base):
         done.append("a loss that never holds all logits")
     if getattr(base, "is_activation_checkpointing", False):
         base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out for quantised models

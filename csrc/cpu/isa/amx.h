@@ -98,14 +98,14 @@ NF4LORA_INLINE void multiply_add_tiles(const void* A, const void* B, int64_t ste
   multiply_tiles<kWidth>(a, rest);
 }
 
-// sums[r][lane] = sums * scale * factors + offset, as begin_tile has it.
+// sums[r][lane] = keep(sums * scale) + offset, as begin_tile has it.
 static void adjust_sums(const Start& start, int lanes, float* sums) {
   for (int r = 0; r < kTileRows; ++r) {
     for (int lane = 0; lane < lanes; lane += kLanes) {
       Float sum = broadcast(0.0f);
       if (start.steps) {
         sum = multiply(load(sums + r * lanes + lane), broadcast(start.scale));
-        if (start.factors) sum = multiply(sum, load(start.factors + r * lanes + lane));
+        if (start.keep) sum = keep_bits(sum, start.keep + r * lanes + lane);
       }
       if (start.offset) sum = add(sum, load(start.offset + lane));
       store(sums + r * lanes + lane, sum);
