@@ -128,3 +128,13 @@ def test_import_registers_the_quantizer():
         "print('nf4lora' in m)"
     )
     assert run(code) == ["True"]
+
+
+def test_no_cpu_source_may_fuse_a_multiply_and_an_add():
+    # Which processor a compiler aims at would decide on a rounding: fused products are written where they are meant.
+    build = (ROOT / "CMakeLists.txt").read_text()
+    targets = set(re.findall(r"(?:add_library|pybind11_add_module)\((\S+) (?:OBJECT|MODULE)", build)) - {"kernels"}
+    options = {
+        t for t, text in re.findall(r"target_compile_options\((\S+)([^)]*)\)", build) if "-ffp-contract=off" in text
+    }
+    assert targets == {"loops_${isa}", "_C"} and targets <= options

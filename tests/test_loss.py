@@ -12,7 +12,7 @@ from torch import nn
 from nf4lora import cross_entropy
 from nf4lora.cross_entropy import CrossEntropy
 from nf4lora.deferred_logits import DeferredLogits
-from nf4lora.loss import chunk_loss, has_plain_head, score
+from nf4lora.loss import chunk_loss, has_chunked_loss, has_plain_head, score
 
 from models import tiny_llama
 
@@ -165,13 +165,13 @@ def test_a_pickled_model_computes_the_same_loss():
 def test_whether_the_head_is_trained_is_asked_at_each_call():
     # A model that was loaded is frozen by get_peft_model later, and a head may be trained later still.
     model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    assert chunk_loss(model)
+    assert chunk_loss(model) and not has_chunked_loss(model)
     ids, labels = batch()
     output = model(input_ids=ids, labels=labels)
     output.loss.backward()
     assert type(output.logits) is torch.Tensor and model.lm_head.weight.grad.abs().sum() > 0
     model.requires_grad_(False)
-    assert type(model(input_ids=ids, labels=labels).logits) is DeferredLogits
+    assert has_chunked_loss(model) and type(model(input_ids=ids, labels=labels).logits) is DeferredLogits
 
 
 class Doubled(nn.Module):

@@ -110,6 +110,11 @@ def chunk_loss(base: nn.Module) -> bool:
     return True
 
 
+def has_chunked_loss(base: nn.Module) -> bool:
+    """Whether a call with labels would compute its loss in chunks: `chunk_loss` was there, and the head is frozen."""
+    return getattr(vars(base).get("forward"), "in_chunks", False) and is_deferrable(output_head(base))
+
+
 def output_head(base: nn.Module) -> nn.Linear | None:
     """The linear layer that makes logits, if there is one."""
     find: Any = getattr(base, "get_output_embeddings", None)
@@ -133,4 +138,5 @@ def _with_deferred_logits(original: Callable) -> Callable:
         with deferred(head):
             return original(self, *args, **kwargs)
 
+    forward.in_chunks = True  # type: ignore[attr-defined]
     return forward

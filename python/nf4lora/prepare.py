@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from nf4lora import heap
 from nf4lora.config import NF4Config
-from nf4lora.loss import chunk_loss
+from nf4lora.loss import chunk_loss, has_chunked_loss
 from nf4lora.model_tree import base_of, unchanged_on_failure
 from nf4lora.pack import pack
 from nf4lora.plan import Plan, plan_preparation
@@ -124,7 +124,7 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
             prepared = get_peft_model(base, copy.deepcopy(plan.lora))
             prepared.nf4lora_asked = plan.asked
         fused = adapter.fuse(model) if isinstance(model, PeftModel) else 0
-        chunked = chunk_loss(base)
+        chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)
         heap.keep_small(base)
         if getattr(base, "is_activation_checkpointing", False):
             base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
