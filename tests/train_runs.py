@@ -93,3 +93,22 @@ def losses(folder, *keys):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def use(said):
+    """Run the lines that a run ends with, and nothing beside them: the model and the tokenizer."""
+    scope = {}
+    lines = [line for line in said[said.index("use it") :].splitlines() if line.startswith("    ")]
+    exec("\n".join(line[4:] for line in lines), scope)
+    assert not any(module.training for module in scope["model"].modules())
+    return scope["model"], scope["tokenizer"]
+
+
+def check_use(said):
+    model, tokenizer = use(said)
+    ids = tokenizer.apply_chat_template([user("Say one")], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        with_adapter = model(ids).logits
+        with model.disable_adapter():
+            without = model(ids).logits
+    assert (with_adapter - without).abs().max() > 0.1
