@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("trl")
 import torch
 
+from nf4lora.train import model as loading
 from nf4lora.train import output
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.trainer import Trainer
@@ -267,6 +268,19 @@ def test_another_batch_size_neither_skips_nor_repeats_rows(base, data, tmp_path)
     for ours, theirs in zip(resumed, whole, strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-5)  # float32 sums in another order
         assert ours[1] == theirs[1]
+
+
+def test_a_type_that_was_left_open_is_written_down(base, data, tmp_path, monkeypatch):
+    choose = loading.choose_dtype
+    given = iter([torch.float32, torch.bfloat16, torch.bfloat16])
+    monkeypatch.setattr(loading, "choose_dtype", lambda w, d: next(given) if w == "auto" else choose(w, d))
+    out = tmp_path / "out"
+    arguments = options(base, data, out, "--dtype", "auto", "--max_steps", "2", "--save_steps", "1")
+    train(*arguments)
+    shutil.rmtree(out / "checkpoint-2")
+    with pytest.raises(RunError, match=r"another base than .*; dtype bfloat16 \(was float32\)"):
+        train(*arguments, "--resume_from_checkpoint")
+    assert train(str(out / "config.yaml"), "--resume_from_checkpoint")[0] == 0
 
 
 def test_another_seed_is_refused(base, data, tmp_path):

@@ -69,6 +69,7 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         config.eval_strategy = "no"
 
     dtype = loading.choose_dtype(config.dtype, device)
+    config.dtype = str(dtype).removeprefix("torch.")  # written down: on another machine `auto` may be another one
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
     quantized = loading.quantization_of(model_config)
     with console.status("loading the model", spinner="line"):
