@@ -110,7 +110,7 @@ def __dir__() -> list[str]:
 
 def _is_command_line() -> bool:
     """Whether this process was started as `nf4lora` or `python -m nf4lora`."""
-    (started, *_) = [*getattr(sys, "argv", ()), ""]  # a program that embeds Python may give none
+    started = (getattr(sys, "argv", None) or [""])[0]  # a program that embeds Python may give none
     if started == "-m":  # while Python looks for the module to run
         return "nf4lora" in sys.orig_argv
     return Path(started).stem in ("nf4lora", "nf4lora-script")
