@@ -4,13 +4,12 @@ import ctypes
 import functools
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ptx.device import Buffer, Device
 from ptx.grid import Launch
 from ptx.memory import PtxError
-from ptx.nvcc import CSRC, FLAGS, NVCC, run
+from ptx.nvcc import CSRC, compile_library
 
 LAUNCH = ctypes.CFUNCTYPE(
     None,
@@ -27,16 +26,14 @@ FETCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
 
 @functools.cache
 def build() -> tuple[Path, dict[str, str]]:
-    """The library of all launchers, compiled once a session, and its functions: plain name -> mangled name.
+    """The library of all launchers, and its functions: plain name -> mangled name.
 
     A CUDA build of torch brings the real runtime into the process, where its functions come first in the search for a
     name. `-Bsymbolic` makes the library call its own, and `-z defs` makes a function that cudart.cpp lacks an error of
     the linker, where it would have been one of the real runtime's.
     """
-    library = _folder() / "launchers.so"
     sources = [*sorted(CSRC.glob("cuda/*.cu")), Path(__file__).with_suffix(".cpp")]
-    options = ["-arch=compute_80", "-shared", "-Xcompiler", "-fPIC", "--cudart", "none", "-o", str(library)]
-    run([NVCC, *FLAGS, *options, "-Xlinker", "-Bsymbolic,-z,defs", *map(str, sources)])
+    library = compile_library(sources, "--cudart", "none", "-Xlinker", "-Bsymbolic,-z,defs")
     listings = (
         subprocess.run(["nm", "-D", *flag, library], capture_output=True, text=True, check=True).stdout.splitlines()
         for flag in ([], ["-C"])
@@ -129,13 +126,6 @@ class Launchers:
     def _require_valid(self, address: int, size: int) -> None:
         if not self._device.memory.valid[address : address + size].all():
             raise PtxError(f"out of bounds: {size} bytes at {address:#x} from the host")
-
-
-@functools.cache
-def _folder() -> Path:
-    """A folder that lasts as long as the interpreter that holds it."""
-    _folder.keep = tempfile.TemporaryDirectory(prefix="nf4lora-launchers-")
-    return Path(_folder.keep.name)
 
 
 def _as_c(argument):
