@@ -1,25 +1,40 @@
-# make demo   fine-tune a small model on the data in examples/ and show what changed
-# make test   the test suite, against the installed package
+# make demo    fine-tune a small model on the data in examples/ and show what changed
+# make test    the test suite, against the installed package; ARGS="-k nf4" goes on to pytest
+# make oldest  the test suite on the lowest versions that pyproject.toml names
 #
-# Both make a virtual environment of their own in $(VENV) and need only Python, a C++ compiler and the package index.
+# All make a virtual environment of their own in $(VENV) and need only Python, a C++ compiler and the package index.
 # TORCH chooses the torch to install: make test TORCH=torch==2.13.0
+# WHEEL installs a wheel of nf4lora that was built before: make test WHEEL=nf4lora-0.1.0-....whl
 
 PYTHON ?= python3
 TORCH ?= torch>=2.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+INSTALL := $(RUN) tools/install.py
+# The demo needs no kernels for a card that is not there; compiling them takes longer than everything else.
+DEMO := $(if $(wildcard $(VENV)/test /dev/nvidia* /dev/dxg),wheel,wheel-demo)
+BUILT := $(or $(WHEEL),$(VENV)/wheel)
+DEMO_BUILT := $(or $(WHEEL),$(VENV)/$(DEMO))
 SOURCES := $(shell find csrc python bench _build -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null) \
            CMakeLists.txt pyproject.toml
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test lint format gate sanitize gpu clean
+.PHONY: demo test oldest lint format gate sanitize gpu clean
 
 demo: $(VENV)/train
 	$(RUN) examples/demo.py
 
 test: $(VENV)/test
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(ARGS)
+
+# The file of constraints holds the bounds that can be installed; the others are named before and after the tests.
+OLDEST := .venv-oldest
+oldest:
+	rm -rf $(OLDEST)
+	mkdir $(OLDEST)
+	$(PYTHON) tools/oldest.py constraints $(OLDEST)/constraints.txt
+	PIP_CONSTRAINT=$(abspath $(OLDEST))/constraints.txt $(MAKE) test VENV=$(OLDEST)
+	$(OLDEST)/bin/python tools/oldest.py installed
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff format --check .
@@ -35,7 +50,7 @@ format: $(VENV)/lint
 # Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json, and the instructions of
 # its machine code, where a disassembler is there or can be installed. Needs nvcc, which compiles once for both.
 gate: $(VENV)/torch
-	-$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	-$(INSTALL) "installing disassemblers" install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(RUN) tools/ptxas_gate.py --objects build/gate
 	$(RUN) tools/sass_gate.py --objects build/gate
 
@@ -48,21 +63,41 @@ gpu:
 	$(PYTHON) tools/gpu.py $(ARGS)
 
 $(VENV)/torch:
+	@echo 'making a virtual environment in $(VENV)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) '$(TORCH)' numpy
+	@$(if $(filter torch>=2.11,$(TORCH)),$(TORCH_IS_LARGE),:)
+	$(INSTALL) 'installing $(TORCH)' install '$(TORCH)' numpy
 	touch $@
 
-# pip builds a local project anew each time it is asked, so a changed source is never tested as it was.
-$(VENV)/train: $(VENV)/torch $(SOURCES)
-	$(PIP) '.[train]' gguf
+TORCH_IS_LARGE = \
+  echo 'torch with CUDA and its libraries: about 3 GB to fetch and 6 GB on disk. Without an NVIDIA GPU a build for' && \
+  echo 'CPUs does the same work (0.2 GB to fetch). Ctrl-C, and:' && \
+  echo '    make $(MAKECMDGOALS) TORCH=torch==2.13.0' && \
+  echo 'Where the package index has no such build of 2.13.0, torch'"'"'s own has it:' && \
+  echo '    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS) TORCH=torch==2.13.0'
+
+# The package is compiled once, for whatever will install it.
+$(VENV)/wheel: $(VENV)/torch $(SOURCES)
+	rm -rf $@
+	$(INSTALL) "compiling nf4lora (some minutes where nvcc compiles its CUDA kernels)" wheel -v --no-deps -w $@ .
+
+$(VENV)/wheel-demo: $(VENV)/torch $(SOURCES)
+	rm -rf $@
+	NF4LORA_CUDA=$${NF4LORA_CUDA:-OFF} $(INSTALL) "compiling nf4lora for CPUs" wheel -v --no-deps -w $@ .
+
+# pip leaves an installed package of the same version alone, whatever its files are: so it is told to put them anew.
+$(VENV)/train: $(VENV)/torch $(DEMO_BUILT)
+	$(INSTALL) "installing nf4lora" install --force-reinstall --no-deps $$(find $(DEMO_BUILT) -name '*.whl')
+	$(INSTALL) "installing what training needs (about 0.2 GB)" install "$$(find $(DEMO_BUILT) -name '*.whl')[train]" gguf
 	touch $@
 
-$(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(PIP) '.[test]'
+$(VENV)/test: $(VENV)/torch $(BUILT)
+	$(INSTALL) "installing nf4lora" install --force-reinstall --no-deps $$(find $(BUILT) -name '*.whl')
+	$(INSTALL) "installing what the tests need (about 0.3 GB)" install "$$(find $(BUILT) -name '*.whl')[test]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
-	$(PIP) ruff mypy clang-format types-PyYAML
+	$(INSTALL) "installing ruff, mypy, clang-format" install ruff mypy clang-format types-PyYAML
 	touch $@
 
 clean:

@@ -83,6 +83,7 @@ def test_short_names():
     assert gate.short_name("nf4lora::cuda::(anonymous namespace)::k(float const*)") == "k"
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_table_knows_the_kernels_that_are_there():
     costs = gate.read_log(gate.compile_log(["80"]))

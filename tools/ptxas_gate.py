@@ -12,10 +12,12 @@ than the table's, only spills and local memory count.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,14 +43,16 @@ def compile_objects(wanted: list[str], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.o"):
         stale.unlink()
-    log = ""
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+
+    def compile_one(source: Path) -> str:
         command = ["nvcc", *FLAGS, *codes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"ptxas_gate: {source.name} must compile, got\n{result.stderr}")
-        log += result.stdout + result.stderr
-    return log
+        return result.stdout + result.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as several:
+        return "".join(several.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
 
 
 def compile_log(wanted: list[str]) -> str:

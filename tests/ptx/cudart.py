@@ -4,13 +4,12 @@ import ctypes
 import functools
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ptx.device import Buffer, Device
 from ptx.grid import Launch
 from ptx.memory import PtxError
-from ptx.nvcc import CSRC, FLAGS, NVCC, run
+from ptx.nvcc import CSRC, compile_library
 
 LAUNCH = ctypes.CFUNCTYPE(
     None,
@@ -26,12 +25,15 @@ FETCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
 
 
 @functools.cache
-def _build(folder: Path) -> tuple[ctypes.CDLL, dict[str, str]]:
-    """The library of all launchers, and its functions: plain name -> mangled name."""
-    library = folder / "launchers.so"
+def build() -> tuple[Path, dict[str, str]]:
+    """The library of all launchers, and its functions: plain name -> mangled name.
+
+    A CUDA build of torch brings the real runtime into the process, where its functions come first in the search for a
+    name. `-Bsymbolic` makes the library call its own, and `-z defs` makes a function that cudart.cpp lacks an error of
+    the linker, where it would have been one of the real runtime's.
+    """
     sources = [*sorted(CSRC.glob("cuda/*.cu")), Path(__file__).with_suffix(".cpp")]
-    options = ["-arch=compute_80", "-shared", "-Xcompiler", "-fPIC", "--cudart", "none", "-o", str(library)]
-    run([NVCC, *FLAGS, *options, *map(str, sources)])
+    library = compile_library(sources, "--cudart", "none", "-Xlinker", "-Bsymbolic,-z,defs")
     listings = (
         subprocess.run(["nm", "-D", *flag, library], capture_output=True, text=True, check=True).stdout.splitlines()
         for flag in ([], ["-C"])
@@ -40,7 +42,7 @@ def _build(folder: Path) -> tuple[ctypes.CDLL, dict[str, str]]:
     for mangled, plain in zip(*listings, strict=True):
         if match := re.search(r" T nf4lora::cuda::(\w+)\(", plain):
             names[match[1]] = mangled.split()[-1]
-    return ctypes.CDLL(str(library)), names
+    return library, names
 
 
 def _without_hash(name: str) -> str:
@@ -57,8 +59,8 @@ class Launchers:
 
     def __init__(self, device: Device):
         self._device = device
-        self._folder = _folder()
-        self._library, self._names = _build(self._folder)
+        library, self._names = build()
+        self._library = ctypes.CDLL(str(library))
         self._error: BaseException | None = None
         self._kernels = {_without_hash(name): kernel for name, kernel in device.kernels.items()}
         self._handlers = LAUNCH(self._launch), FILL(self._fill), FETCH(self._fetch)  # kept alive here
@@ -124,13 +126,6 @@ class Launchers:
     def _require_valid(self, address: int, size: int) -> None:
         if not self._device.memory.valid[address : address + size].all():
             raise PtxError(f"out of bounds: {size} bytes at {address:#x} from the host")
-
-
-@functools.cache
-def _folder() -> Path:
-    """A folder that lasts as long as the interpreter that holds it."""
-    _folder.keep = tempfile.TemporaryDirectory(prefix="nf4lora-launchers-")
-    return Path(_folder.keep.name)
 
 
 def _as_c(argument):

@@ -1,10 +1,15 @@
-"""nvcc as the tests use it: the PTX of a source for one architecture, compiled once a session."""
+"""nvcc as the tests use it. What it makes of the sources is kept in build/ptx until a source, a flag or nvcc changes:
+compiling takes minutes, and a second run of the tests, on another torch say, needs the same files."""
 
 import functools
+import hashlib
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -12,6 +17,7 @@ CSRC = ROOT / "csrc"
 ARCHITECTURES = re.findall(r"(\w+)-real", (ROOT / "CMakeLists.txt").read_text())
 FLAGS = ["-std=c++20", "-O3"]  # as CMakeLists.txt has them
 NVCC = "nvcc"
+KEPT = ROOT / "build" / "ptx"
 
 
 def find_nvcc() -> str | None:
@@ -21,10 +27,50 @@ def find_nvcc() -> str | None:
 @functools.cache
 def compile_ptx(source: Path, architecture: str, *flags: str) -> str:
     """The PTX of a source, for compute_<architecture>."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernel.ptx"
-        run([NVCC, *FLAGS, *flags, f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(output)])
-        return output.read_text()
+    command = [NVCC, *FLAGS, *flags, f"-arch=compute_{architecture}", "-ptx", str(source)]
+    return kept(command, lambda path: run([*command, "-o", str(path)])).read_text()
+
+
+def compile_library(sources: list[Path], *options: str) -> Path:
+    """A shared library of CUDA sources, which are compiled side by side."""
+
+    def make(library: Path) -> None:
+        def compile_one(source: Path) -> str:
+            target = f"{library}.{source.stem}.o"
+            run([NVCC, *FLAGS, "-arch=compute_80", "-Xcompiler", "-fPIC", "-c", str(source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as several:
+            objects = list(several.map(compile_one, sources))
+        run([NVCC, "-arch=compute_80", "-shared", *options, "-o", str(library), *objects])
+
+    return kept([*FLAGS, *options, *map(str, sources)], make)
+
+
+def kept(key: list[str], make: Callable[[Path], None]) -> Path:
+    """The file that `make` writes, unless an earlier run has made it of the same key, sources and nvcc."""
+    folder = _folder()
+    path = folder / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "made"
+            make(made)
+            os.replace(made, path)  # at once, so that a run beside this one finds all of it or nothing
+    return path
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where files made of the present sources are kept; those of earlier ones are removed."""
+    digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
+    for source in sorted([*CSRC.rglob("*"), *Path(__file__).parent.glob("*.c*")]):
+        if source.is_file():
+            digest.update(str(source).encode() + b"\0" + source.read_bytes() + b"\0")
+    folder = KEPT / digest.hexdigest()[:16]
+    if not folder.exists():
+        shutil.rmtree(KEPT, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def run(command: list[str]) -> None:
