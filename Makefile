@@ -72,9 +72,7 @@ $(VENV)/torch:
 TORCH_IS_LARGE = \
   echo 'torch with CUDA and its libraries: about 3 GB to fetch and 6 GB on disk. Without an NVIDIA GPU a build for' && \
   echo 'CPUs does the same work (0.2 GB to fetch). Ctrl-C, and:' && \
-  echo '    make $(MAKECMDGOALS) TORCH=torch==2.13.0' && \
-  echo 'Where the package index has no such build of 2.13.0, torch'"'"'s own has it:' && \
-  echo '    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS) TORCH=torch==2.13.0'
+  echo '    make $(MAKECMDGOALS) TORCH=torch==2.13.0'
 
 # The package is compiled once, for whatever will install it.
 $(VENV)/wheel: $(VENV)/torch $(SOURCES)
