@@ -214,10 +214,14 @@ def test_no_limit_keeps_all_checkpoints_and_still_does_when_the_run_goes_on(base
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text("{}")
-    names = ("model_name_or_path", "output_dir", "page_to", "resume_from_checkpoint", "eval_file", "train_file")
-    config = parse_arguments([f"--{name}=~/rows.jsonl" for name in names])
+    (tmp_path / "model").mkdir()
+    names = ("output_dir", "page_to", "resume_from_checkpoint", "eval_file", "train_file")
+    config = parse_arguments(["--model=~/model", *(f"--{name}=~/rows.jsonl" for name in names)])
     assert {getattr(config, name) for name in names} == {str(tmp_path / "rows.jsonl")}
+    assert config.model_name_or_path == str(tmp_path / "model")
     assert parse_arguments(["--model", "m", "--data", "~/x"]).data == str(tmp_path / "x")
+    with pytest.raises(UsageError, match=r"model_name_or_path: .*/rows.jsonl is not a folder \(it is a file\)"):
+        parse_arguments(["--model", "~/rows.jsonl", "--data", "x"])
     with pytest.raises(UsageError, match="--output_dir must be a path; there is no user 'nobody-of-that-name'"):
         parse_arguments(["--model", "m", "--data", "x", "--output_dir", "~nobody-of-that-name/x"])
 
