@@ -45,7 +45,8 @@ class PackedWeight(nn.Parameter):
     Raises:
         ValueError: in arithmetic, and in any function that also takes, or would return, floating-point values.
 
-    >>> weight = PackedWeight(nn.Parameter(torch.zeros(4, 32, dtype=torch.uint8), requires_grad=False))
+    >>> codes = nn.Parameter(torch.zeros(4, 32, dtype=torch.uint8), requires_grad=False)
+    >>> weight = PackedWeight(codes)
     >>> weight.shape, weight.dtype, weight[:2].sum()
     (torch.Size([4, 32]), torch.uint8, tensor(0))
     >>> torch.ones(2, 32) @ weight.T                                        # doctest: +ELLIPSIS
@@ -83,7 +84,8 @@ class PackedWeight(nn.Parameter):
             is_view = tensor.untyped_storage()._cdata in memory
             return cls(tensor) if tensor.dtype == torch.uint8 and (is_view or name in COPIES) else tensor
 
-        return tree_map_only(Tensor, guarded, result)
+        # A torch.Size stays one: tree_map would make a plain tuple of it.
+        return result if isinstance(result, torch.Size) else tree_map_only(Tensor, guarded, result)
 
     def __getattr__(self, name: str) -> Any:  # what somebody has noted on the parameter
         if name in ("source", "codes"):
