@@ -247,7 +247,7 @@ def test_adopting_copies_no_weight_and_changes_no_logit(load_with_bnb, double_qu
     for name, layer in ((name, model.get_submodule(name)) for name in layers):
         assert isinstance(layer, NF4Linear)
         assert (layer.weight.data_ptr(), layer.weight_absmax.data_ptr()) == memory[name]
-        assert type(layer.weight) is nn.Parameter
+        assert type(layer._parameters["weight"]) is nn.Parameter
         assert torch.equal(layer.dequantize(dtype), weights[name])
         assert layer.training
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
