@@ -103,6 +103,10 @@ def test_codes_may_be_asked_copied_moved_and_compared():
     assert torch.zeros_like(weight, dtype=torch.float32).sum() == 0
     assert int((weight >> 4).max()) < 16 and "tensor" in repr(weight)
     weight.data.copy_(torch.flip(plain, (0,)))
+    weight.data[0, 0].bitwise_xor_(1)
+    other = packed()
+    other.weight.data = weight.data
+    assert other.weight.data_ptr() == plain.data_ptr() and torch.equal(other.weight, plain)
     assert torch.equal(pickle.loads(pickle.dumps(weight)), plain)
 
 

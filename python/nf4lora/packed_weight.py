@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # In-place functions that change no code, or put other codes in their place.
-HARMLESS_IN_PLACE = {"copy_", "requires_grad_", "share_memory_"}
+HARMLESS_IN_PLACE = ("copy_", "requires_grad_", "share_memory_", "bitwise_")
 # A delta that was cast to uint8 is as wrong as one in floating point.
 ARITHMETIC = {
     "add",
@@ -73,7 +73,7 @@ class PackedWeight(nn.Parameter):
         memory = {leaf.codes.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
         args, kwargs = tree_map_only(cls, lambda guard: guard.codes, (args, kwargs or {}))
         name = getattr(func, "__name__", str(func))
-        in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS_IN_PLACE
+        in_place = name.endswith("_") and not name.endswith("__") and not name.startswith(HARMLESS_IN_PLACE)
         if in_place or name.strip("_") in ARITHMETIC or any(_is_float(leaf) for leaf in tree_leaves((args, kwargs))):
             raise ValueError(refusal(name))
         result = func(*args, **kwargs)
@@ -95,7 +95,7 @@ class PackedWeight(nn.Parameter):
     def __setattr__(self, name: str, value: Any) -> None:
         if _is_float(value) or (name == "data" and value.shape != self.codes.shape):
             raise ValueError(refusal(f"an assignment to .{name}"))
-        setattr(self.codes, name, value)
+        setattr(self.codes, name, value.codes if isinstance(value, PackedWeight) else value)
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.codes, memo)
