@@ -142,8 +142,8 @@ inline void check_absmax_quantized(const float* nested, int64_t count) {
   require_value(std::isfinite(nested[count - 1]), "absmax_quantize: absmax must be finite, got NaN or Inf");
   for (int64_t block = 0; block + 1 < count; ++block) {
     require_value(std::isfinite(nested[block]),
-                  "absmax_quantize: absmax must lie within 3.4e38 of its mean, got values further away in block ", block,
-                  " (flat elements from ", block * kNestedBlocksize, ")");
+                  "absmax_quantize: absmax must lie within 3.4e38 of its mean, got values further away in block ",
+                  block, " (flat elements from ", block * kNestedBlocksize, ")");
   }
 }
 

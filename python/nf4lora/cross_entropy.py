@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nf4lora.processor import times, times_transposed
+
 CHUNK = 1 << 23  # logits at a time: 32 MB of float32, which a last cache level may hold
 
 Steps = tuple[Callable[[Tensor], Tensor], ...]  # what happens to logits behind the head, element by element
@@ -49,7 +51,7 @@ class CrossEntropy(torch.autograd.Function):
             weight = weight.to(dtype)
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
-                raw, target = hidden[part].to(dtype) @ weight.T, targets[part, None]
+                raw, target = times_transposed(hidden[part].to(dtype), weight), targets[part, None]
                 if bias is not None:
                     raw = raw.float() + bias if not steps else raw + bias.to(dtype)
                 logits = raw
@@ -73,7 +75,7 @@ class CrossEntropy(torch.autograd.Function):
                     p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
                     if steps:
                         (p,) = torch.autograd.grad(logits, raw, p.to(logits.dtype))
-                    grad[part] = -(p.to(dtype) @ weight)
+                    grad[part] = -times(p, weight)
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct, entropies)

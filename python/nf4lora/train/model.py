@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import platform
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -75,21 +74,17 @@ def _why_no_cuda() -> str:
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it, else float32.
-
-    An x86 processor without AVX512-BF16 has bfloat16 played by float32 instructions: torch's products then take two to
-    three times as long as in float32 (`python -m bench isa`).
-    """
+    """bfloat16 where the device multiplies it, else float32."""
     import torch
 
-    from nf4lora import _C  # type: ignore[attr-defined]
+    from nf4lora.processor import multiplies
 
     if wanted != "auto":
         return getattr(torch, wanted)
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = platform.machine() not in ("x86_64", "AMD64") or "avx512bf16" in _C.cpu_instruction_sets()
+        fast = multiplies(torch.bfloat16)
     return torch.bfloat16 if fast else torch.float32
 
 

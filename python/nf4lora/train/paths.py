@@ -41,7 +41,7 @@ def _digits(name: str) -> list[str]:
 
 
 def nearby(name: str) -> str:
-    """Words for an error about a path that is not what it should be: the name that is most like it, or what its folder holds."""
+    """Words for an error about a path that is not what it should be: what is most like it, or what its folder holds."""
     path = Path(name).expanduser()
     if path.exists():
         return f" (it is a {'folder' if path.is_dir() else 'file'})"
