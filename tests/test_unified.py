@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_an_error_of_the_device_reaches_the_caller(fake):
 
 
 @pytest.fixture
-def mesh():
+def mesh(monkeypatch):
     """Of the device meta, to which DTensor.from_local copies what lies on the CPU, as it does to a card."""
     distributed = pytest.importorskip("torch.distributed", reason="torch was built without distributed")
     if not distributed.is_available():
@@ -234,6 +235,9 @@ def mesh():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    # torch asks the module of a mesh's device, which meta has not, how many there are.
+    device = SimpleNamespace(device_count=lambda: 1, current_device=lambda: 0, is_initialized=lambda: True)
+    monkeypatch.setattr(torch, "meta", device, raising=False)
     distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield init_device_mesh("meta", (2,))
     distributed.destroy_process_group()
