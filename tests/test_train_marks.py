@@ -73,7 +73,8 @@ def test_long_row_of_calls_has_the_same_mask_either_way(name, reasoning):
     assert not isinstance(found, str)
 
 
-words = st.text("ab \n<{\"'é🙂", max_size=6) | st.sampled_from(
+# No text that is a bare "<", as the marks of some templates begin: rendering alone cannot tell where such an answer begins.
+words = st.text("ab \n{\"'é🙂", max_size=6) | st.sampled_from(
     ["<think>\nhm\n</think>\n\nyes", "assistant", " x\n", "<tool_response>x</tool_response>", '{"a": 1}']
 )
 turn = st.one_of(
