@@ -73,7 +73,7 @@ def test_long_row_of_calls_has_the_same_mask_either_way(name, reasoning):
     assert not isinstance(found, str)
 
 
-# No text that is a bare "<", as the marks of some templates begin: rendering alone cannot tell where such an answer begins.
+# No bare "<", with which the marks of some templates begin: rendering alone cannot tell where such an answer begins.
 words = st.text("ab \n{\"'é🙂", max_size=6) | st.sampled_from(
     ["<think>\nhm\n</think>\n\nyes", "assistant", " x\n", "<tool_response>x</tool_response>", '{"a": 1}']
 )
@@ -95,13 +95,13 @@ turn = st.one_of(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(turn, min_size=1, max_size=10))
 def test_any_conversation_has_the_same_mask_either_way(name, messages):
     same_either_way(encoder(name), messages)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(words, words), min_size=4, max_size=8))
 def test_alternating_conversation_has_the_same_mask_either_way(name, pairs):
     messages = []
