@@ -33,8 +33,8 @@ oldest:
 	rm -rf $(OLDEST)
 	mkdir $(OLDEST)
 	$(PYTHON) tools/oldest.py constraints $(OLDEST)/constraints.txt
-	PIP_CONSTRAINT=$(abspath $(OLDEST))/constraints.txt $(MAKE) test VENV=$(OLDEST)
-	$(OLDEST)/bin/python tools/oldest.py installed
+	PIP_CONSTRAINT=$(abspath $(OLDEST))/constraints.txt $(MAKE) test VENV=$(OLDEST); code=$$?; \
+	$(OLDEST)/bin/python tools/oldest.py installed && exit $$code
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff format --check .

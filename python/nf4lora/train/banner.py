@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ def say(console: Console, name: str, text: str) -> None:
     console.print(Text(f"{name:<9}", style="bold") + Text(text), soft_wrap=True)
 
 
-def count(console: Console, status: Status, pause: float = 15.0) -> Callable[[str], None]:
+@contextmanager
+def working(console: Console, text: str) -> Iterator[Status]:
+    """Says what takes a while: in a live line of a terminal, elsewhere in a line that stays."""
+    if not console.is_terminal:
+        say(console, "now", text)
+    with console.status(text, spinner="line") as status:
+        yield status
+
+
+def count(console: Console, status: Status, pause: float = 5.0) -> Callable[[str], None]:
     """Shows how far something is: in the live line of a terminal, elsewhere as a line now and then."""
     started = said = time.monotonic()
 

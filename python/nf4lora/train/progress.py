@@ -19,12 +19,15 @@ from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
 from nf4lora.train.words import duration, human, number
 
+PAUSE = 5.0  # seconds without a line where there is no terminal
+
 
 class Progress(TrainerCallback):
     """Shows step, loss, held-out loss, learning rate, tokens/s, peak memory and time left.
 
-    On a terminal it is one line that is rewritten; elsewhere one line for each log. tokens/s counts tokens that are not
-    padding, over the time spent in steps: evaluations and checkpoints are left out.
+    On a terminal it is one line that is rewritten; elsewhere a line for each log, and one where none was printed for
+    PAUSE seconds. tokens/s counts tokens that are not padding, over the time spent in steps: evaluations and
+    checkpoints are left out.
     """
 
     def __init__(self, trainer: Trainer, console: Console, path: Path, device: str) -> None:
@@ -35,7 +38,7 @@ class Progress(TrainerCallback):
         self.rate: float | None = None
         self.training_seconds = 0.0
         self.elapsed_before = 0.0
-        self.began = self.step_began = time.monotonic()
+        self.began = self.step_began = self.said = time.monotonic()
         self.first_began = 0.0
         self.first_step = self.first_tokens = 0
         self.evaluated = 0
@@ -93,7 +96,7 @@ class Progress(TrainerCallback):
         elif "loss" in logs:
             self.loss, self.rate = logs["loss"], logs["learning_rate"]
             if self.live is None:
-                self.console.print(self.line(state), highlight=False, soft_wrap=True)
+                self.print(self.line(state))
         if "loss" in logs or "eval_loss" in logs:
             self.write(logs, state)
 
@@ -108,6 +111,13 @@ class Progress(TrainerCallback):
     def show(self, line: str) -> None:
         if self.live is not None:
             self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        elif time.monotonic() - self.said >= PAUSE:
+            self.print(line)
+
+    def print(self, line: str) -> None:
+        """A line that stays."""
+        self.said = time.monotonic()
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def remaining(self, state: Any) -> float | None:
         """Seconds, at the pace since the first step began: with evaluations and checkpoints, without loading."""

@@ -39,12 +39,13 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
 
 
 def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: ExitStack) -> int:
-    import transformers
+    with banner.working(console, "loading torch and transformers"):
+        import transformers
 
-    loading.check_one_process()
-    device, why = loading.choose_device(config.device)
+        loading.check_one_process()
+        device, why = loading.choose_device(config.device)
     output = Output(config, stack)
-    with console.status("reading the data", spinner="line") as status:
+    with banner.working(console, "reading the data") as status:
         tables = reading.read(config)
         quiet()
         config.optim = optimizer.choose(config, device)
@@ -72,7 +73,7 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
     config.dtype = str(dtype).removeprefix("torch.")  # written down: on another machine `auto` may be another one
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
     quantized = loading.quantization_of(model_config)
-    with console.status("loading the model", spinner="line"):
+    with banner.working(console, "loading the model"):
         model = loading.load_model(config, model_config, device, dtype)
         check_tokens(data, tokenizer, model.get_input_embeddings().num_embeddings)
         model, said = loading.add_adapters(config, model, data.train.input_ids[0])
