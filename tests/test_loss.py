@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nf4lora import cross_entropy
 from nf4lora.cross_entropy import CrossEntropy
@@ -227,3 +228,26 @@ def test_an_adapter_by_plain_peft_over_a_loaded_model_has_the_loss_in_chunks(tmp
         type(nf4lora.load_adapter(fresh, tmp_path / "adapter")(input_ids=ids, labels=labels).logits) is DeferredLogits
     )
     assert type(base(input_ids=ids, labels=labels).logits) is torch.Tensor
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_generating_never_copies_the_frozen_head_for_each_prompt(prompts):
+    """torch makes a batched product of a slice of hidden states and a frozen weight: the weight once for each row."""
+    model = prepared()[0].eval()
+    ids = torch.arange(prompts * 6).reshape(prompts, 6)
+    wanted = [model.generate(ids[i : i + 1], max_new_tokens=4, do_sample=False) for i in range(prompts)]
+
+    class Products(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                self.largest = max(self.largest, *(tensor.numel() for tensor in args[:2]))
+            return func(*args, **(kwargs or {}))
+
+    with Products() as seen:
+        found = model.generate(ids, max_new_tokens=4, do_sample=False)
+        logits = model(ids, logits_to_keep=2).logits
+    assert torch.equal(found, torch.cat(wanted))
+    assert seen.largest < model.get_output_embeddings().weight.numel()
+    torch.testing.assert_close(logits, model(ids).logits[:, -2:])

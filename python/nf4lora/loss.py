@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nf4lora import trl_head
 from nf4lora.cross_entropy import CrossEntropy
-from nf4lora.deferred_logits import deferred, is_deferrable
+from nf4lora.deferred_logits import deferred, is_deferrable, of_contiguous
 
 
 def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ def chunk_loss(base: nn.Module) -> bool:
 
     The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
     at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
-    chunk at a time (`nf4lora.deferred_logits`). Calls without labels and compiled models stay as they are. On
-    transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it; where that one
+    chunk at a time (`nf4lora.deferred_logits`). Compiled models stay as they are, and so do calls without labels, but
+    that their head gets contiguous hidden states. On transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it; where that one
     would hold many logits, on a CPU, it is given the same numbers (`nf4lora.trl_head`).
     """
     if "forward" in vars(base) or output_head(base) is None:  # accelerate's hooks, or ourselves
@@ -130,12 +130,10 @@ def _with_deferred_logits(original: Callable) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop(trl_head.TAKEN_OVER, False):
             return trl_head.score(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or kwargs.get("labels") is None:
-            return original(self, *args, **kwargs)
-        head = output_head(self)
+        head = None if torch.compiler.is_compiling() else output_head(self)
         if head is None or not is_deferrable(head):
             return original(self, *args, **kwargs)
-        with deferred(head):
+        with of_contiguous(head) if kwargs.get("labels") is None else deferred(head):
             return original(self, *args, **kwargs)
 
     forward.in_chunks = True  # type: ignore[attr-defined]
