@@ -39,7 +39,7 @@ def run(settings: Settings) -> list[Table]:
                     if found["batch"] != batch or found["tokens"] != batch * answer:
                         raise WrongAnswer(f"{name} wrote {found['tokens']} tokens, not {batch} times {answer}")
                     if number >= 0:
-                        took[*name, batch].append(found["seconds"])
+                        took[(*name, batch)].append(found["seconds"])
     finally:
         for process in open_:
             process.__exit__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nf4lora import trl_head
 from nf4lora.cross_entropy import CrossEntropy
-from nf4lora.deferred_logits import deferred, is_deferrable, of_contiguous
+from nf4lora.deferred_logits import as_matrix, deferred, is_deferrable
 
 
 def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -99,9 +99,10 @@ def chunk_loss(base: nn.Module) -> bool:
 
     The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
     at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
-    chunk at a time (`nf4lora.deferred_logits`). Compiled models stay as they are, and so do calls without labels, but
-    that their head gets contiguous hidden states. On transformers' side this is an instance's `forward`, as TRL's fused head is, which wraps it; where that one
-    would hold many logits, on a CPU, it is given the same numbers (`nf4lora.trl_head`).
+    chunk at a time (`nf4lora.deferred_logits`). Compiled models stay as they are. So do calls without labels, but that
+    their head multiplies hidden states as one matrix. On transformers' side this is an instance's `forward`, as TRL's
+    fused head is, which wraps it; where that one would hold many logits, on a CPU, it is given the same numbers
+    (`nf4lora.trl_head`).
     """
     if "forward" in vars(base) or output_head(base) is None:  # accelerate's hooks, or ourselves
         return False
@@ -133,7 +134,7 @@ def _with_deferred_logits(original: Callable) -> Callable:
         head = None if torch.compiler.is_compiling() else output_head(self)
         if head is None or not is_deferrable(head):
             return original(self, *args, **kwargs)
-        with of_contiguous(head) if kwargs.get("labels") is None else deferred(head):
+        with as_matrix(head) if kwargs.get("labels") is None else deferred(head):
             return original(self, *args, **kwargs)
 
     forward.in_chunks = True  # type: ignore[attr-defined]
