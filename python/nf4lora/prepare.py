@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from nf4lora import heap
+from nf4lora import heap, onednn
 from nf4lora.config import NF4Config
 from nf4lora.loss import chunk_loss, has_chunked_loss
 from nf4lora.model_tree import base_of, unchanged_on_failure
@@ -97,6 +97,7 @@ def prepare(
     given = {key: value for key, value in options.items() if not isinstance(value, LeftOut)} | lora_options
     defaults = {key: DEFAULTS[key].value for key in options.keys() - given.keys()}
     _check_model(model)
+    onednn.bound_caches()
     asked = _lora_config(base_of(model), lora_config, given, defaults)
     packing = _nf4_config(quantization_config)
     plan = plan_preparation(model, asked, packing, set(given) if lora_config is None else None)

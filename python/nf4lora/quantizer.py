@@ -20,7 +20,7 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from nf4lora import bitsandbytes, heap, quantized_checkpoint
+from nf4lora import bitsandbytes, heap, onednn, quantized_checkpoint
 from nf4lora.checkpoint import check_files, check_loaded, describe
 from nf4lora.config import METHOD, NF4Config
 from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
@@ -103,6 +103,7 @@ class NF4Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # loading writes into it, and it is the caller's
+        onednn.bound_caches()
         self.failure: Exception | None = None
         self.shapes: dict[str, torch.Size] = {}
         self.new: set[str] = set()  # parameters that the checkpoint cannot hold

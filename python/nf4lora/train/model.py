@@ -204,7 +204,7 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
     from peft import LoraConfig, get_peft_model
 
     import nf4lora
-    from nf4lora import heap
+    from nf4lora import heap, onednn
 
     lines, excluded = [], config.lora_exclude_modules
     if excluded is None and (names := unreached(model, ids, config.lora_target_modules)):
@@ -231,6 +231,7 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[A
             revision=config.model_revision,
         )
         if not config.load_in_4bit:
+            onednn.bound_caches()
             heap.keep_small(model)
             model = get_peft_model(model, lora)
             lines += unmatched(model, config.lora_target_modules)
