@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import re
+import warnings
 import weakref
 
 import peft
@@ -515,3 +516,9 @@ def test_trl_trains_every_adapter(how, tmp_path):
     # Two steps: B leaves zero in the first, so that A moves in the second.
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     assert base_hash(trainer.model) == frozen
+
+
+def test_preparing_warns_of_nothing_that_its_user_did_not_do():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(tiny_llama())

@@ -122,7 +122,9 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
     prepared: Any = model
     with unchanged_on_failure(base):
         if plan.lora is not None:
-            prepared = get_peft_model(base, copy.deepcopy(plan.lora))
+            with warnings.catch_warnings():  # PEFT asks transformers for an attribute by its former name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                prepared = get_peft_model(base, copy.deepcopy(plan.lora))
             prepared.nf4lora_asked = plan.asked
         fused = adapter.fuse(model) if isinstance(model, PeftModel) else 0
         chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)
