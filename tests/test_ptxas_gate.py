@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from ptx import compile_ptx
 
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))  # the gate imports its neighbour
@@ -143,13 +146,13 @@ def test_short_names():
     assert gate.short_name("nf4lora::cuda::(anonymous namespace)::k(float const*)") == "k"
 
 
-@pytest.mark.slow
 @needs_nvcc
+@needs_binutils
 def test_table_knows_the_kernels_that_are_there():
-    costs = gate.read_log(gate.compile_log(["80"]))
-    known = json.loads(gate.TABLE.read_text())
-    assert costs.keys() == known["kernels"].keys()
-    assert gate.compare(costs, known["kernels"], known["nvcc"] == gate.nvcc_version()) == []
+    """By name; `make gate` holds what they cost against it."""
+    sources = sorted((gate.ROOT / "csrc" / "cuda").glob("*.cu"))
+    mangled = [name for each in sources for name in re.findall(r"\.entry (\w+)\(", compile_ptx(each, "80"))]
+    assert set(gate.short_names(mangled)) == json.loads(gate.TABLE.read_text())["kernels"].keys()
 
 
 def test_objects_are_of_the_sources_that_are_there(tmp_path, monkeypatch):
