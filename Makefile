@@ -99,8 +99,9 @@ $(VENV)/test: $(VENV)/torch $(BUILT)
 	$(INSTALL) "installing what the tests need (about 0.3 GB)" install "$$(find $(BUILT) -name '*.whl')[test]"
 	touch $@
 
+# mypy reads the classes that ours extend.
 $(VENV)/lint: $(VENV)/torch
-	$(INSTALL) "installing ruff, mypy, clang-format" install ruff mypy clang-format types-PyYAML
+	$(INSTALL) "installing ruff, mypy, clang-format" install ruff mypy clang-format types-PyYAML transformers peft
 	touch $@
 
 clean:
