@@ -28,6 +28,7 @@ TABLE = ROOT / "tools" / "ptxas_baseline.json"
 FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v"]
 MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory; what is spilled lies in the stack
 MUST_NOT_GROW = ("registers", "shared")
+RESERVED = 1024  # bytes of shared memory for the system itself, which cuobjdump counts from Hopper on, ptxas never
 
 Costs = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> resource -> amount
 
@@ -95,6 +96,8 @@ def read_resources(listing: str) -> Costs:
             mangled = match[1]
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) ", line):
             registers, stack, shared, local = map(int, match.groups())
+            if shared and int(architecture.rstrip("a")) >= 90:
+                shared -= RESERVED
             entries.append((mangled, architecture, {"stack": stack + local, "registers": registers, "shared": shared}))
     return by_name(entries)
 
