@@ -19,13 +19,16 @@ SOURCES := $(shell find csrc python bench _build -type f -not -name '*.so' -not 
            CMakeLists.txt pyproject.toml
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test oldest lint format gate sanitize gpu clean
+.PHONY: demo test oldest lint format gate sanitize instrumented gpu clean
 
 demo: $(VENV)/train
 	$(RUN) examples/demo.py
 
+# Several tests at once (ARGS="-n0" for one), each file in one process, which makes what its tests share. Threads of torch
+# that wait for work sleep, or they would take the time of the other tests.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: $(VENV)/test
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The file of constraints holds the bounds that can be installed; the others are named before and after the tests.
 OLDEST := .venv-oldest
@@ -48,15 +51,17 @@ format: $(VENV)/lint
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
 
 # Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json, and the instructions of
-# its machine code, where a disassembler is there or can be installed. Needs nvcc, which compiles once for both.
-gate: $(VENV)/torch
+# its machine code: of the wheel, where a disassembler is there or can be installed; else nvcc compiles again.
+gate: $(VENV)/torch $(BUILT)
 	-$(INSTALL) "installing disassemblers" install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(RUN) tools/ptxas_gate.py --objects build/gate
-	$(RUN) tools/sass_gate.py --objects build/gate
+	$(RUN) tools/ptxas_gate.py --wheel $$(find $(BUILT) -name '*.whl')
+	$(RUN) tools/sass_gate.py --wheel $$(find $(BUILT) -name '*.whl')
 
 # The CPU tests of the ops again, with the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/test
 	VENV=$(VENV) tools/sanitize.sh
+instrumented: $(VENV)/test
+	VENV=$(VENV) tools/sanitize.sh build
 
 # On a machine with an NVIDIA GPU: build for it, test, sanitize, measure. ARGS=--quick takes three minutes.
 gpu:
@@ -94,8 +99,9 @@ $(VENV)/test: $(VENV)/torch $(BUILT)
 	$(INSTALL) "installing what the tests need (about 0.3 GB)" install "$$(find $(BUILT) -name '*.whl')[test]"
 	touch $@
 
+# mypy reads the classes that ours extend.
 $(VENV)/lint: $(VENV)/torch
-	$(INSTALL) "installing ruff, mypy, clang-format" install ruff mypy clang-format types-PyYAML
+	$(INSTALL) "installing ruff, mypy, clang-format" install ruff mypy clang-format types-PyYAML transformers peft
 	touch $@
 
 clean:

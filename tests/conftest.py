@@ -1,6 +1,9 @@
-"""What every test shares: the device it runs on, the CPU's instruction set, a fresh seed."""
+"""What every test shares: the device it runs on, the CPU's instruction set, a fresh seed, the machine itself."""
 
+import contextlib
+import fcntl
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +41,32 @@ def instruction_set(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests run beside others in several processes (`pytest -n`), but for those that need the machine or its GPU."""
+    alone = item.get_closest_marker("alone") is not None
+    on_gpu = item.get_closest_marker("gpu") is not None and torch.cuda.is_available()
+    with machine(alone), locked("ptx/__init__.py") if on_gpu else contextlib.nullcontext():
+        return (yield)
+
+
+@contextlib.contextmanager
+def machine(alone):
+    """A place among the tests that are running; or all of it, when those have ended."""
+    with contextlib.ExitStack() as door, contextlib.ExitStack() as room:
+        # Who waits to be alone stands in the door, or the others would never all be out.
+        door.enter_context(locked("models.py"))
+        room.enter_context(locked("conftest.py", shared=not alone))
+        if not alone:
+            door.close()
+        yield
+
+
+@contextlib.contextmanager
+def locked(name, shared=False):
+    """A lock among all processes that test this checkout; the file is only its name."""
+    with (Path(__file__).parent / name).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield

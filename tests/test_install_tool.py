@@ -33,6 +33,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.alone
 def test_long_work_is_told_in_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     with status.Status("converting", stream, every=0.05) as tell:
@@ -45,6 +46,7 @@ def test_long_work_is_told_in_lines_where_there_is_no_terminal():
     assert last == "converting: done after 0 s"
 
 
+@pytest.mark.alone
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch):
     monkeypatch.setattr(status, "REWRITE_S", 0.02)
     stream = Terminal()
@@ -96,6 +98,7 @@ def test_a_file_of_a_local_index_tells_its_size(tmp_path):
     assert notes == ["large 1.0, 30.0 MB"]
 
 
+@pytest.mark.alone
 def test_a_long_download_is_told(capsys):
     assert install.run("installing torch", [sys.executable, "-c", SLEEP], every=0.1) == 0
     text = capsys.readouterr().err

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nf4lora import ops, reference
 
-from lora_case import FLOAT_SUM, ULP, Case, assert_close
+from lora_case import FLOAT_SUM, TERM, ULP, Case, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.nf4lora
@@ -17,9 +17,9 @@ raw = torch.ops.nf4lora
 def assert_matches_reference(case):
     y, S = raw.lora_linear(*case.forward())
     expected_y, expected_S = reference.lora_linear(*case.forward())
-    assert_close(S, expected_S, ULP[case.x.dtype], "S")
+    assert_close(S, expected_S, ULP[case.x.dtype], "S", least=TERM)
     # S itself may sit on a neighbour, which y then sees once more.
-    assert_close(y, expected_y, 2 * ULP[case.x.dtype], "y")
+    assert_close(y, expected_y, 2 * ULP[case.x.dtype], "y", least=TERM)
     dx, dA, dB = raw.lora_linear_backward(*case.backward(expected_S), True)
     expected_dx, expected_dA, expected_dB = reference.lora_linear_backward(*case.backward(expected_S))
     assert_close(dx, expected_dx, 2 * ULP[case.x.dtype], "dx")
@@ -27,7 +27,7 @@ def assert_matches_reference(case):
         # T is rounded to x's dtype before dA sums it: where it lands on a neighbour, so does one term of the sum, which
         # is all of it for one row of x and seldom half of it for more.
         assert_close(dA, expected_dA, FLOAT_SUM + ULP[case.x.dtype] / min(max(len(case.x), 1), 2), "dA")
-        assert_close(dB, expected_dB, FLOAT_SUM, "dB")
+        assert_close(dB, expected_dB, FLOAT_SUM, "dB", least=TERM)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +62,7 @@ def test_matches_the_reference(instruction_set, dtype, shape):
     double_quant=st.booleans(),
     seed=st.integers(0, 2**29),
 )
+@example(M=1, N=1, blocks=1, R=88, blocksize=512, dtype=torch.float32, dropout=0.1, double_quant=False, seed=12402)
 def test_matches_the_reference_at_any_shape(
     instruction_set, M, N, blocks, R, blocksize, dtype, dropout, double_quant, seed
 ):

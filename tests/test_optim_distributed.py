@@ -1,11 +1,13 @@
 """PagedAdamW in two processes on a CPU: DDP, FSDP2 with shards of unequal size, and their checkpoints."""
 
+import multiprocessing as mp
+import multiprocessing.connection
 import os
 import socket
+import traceback
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from nf4lora import PagedAdamW
@@ -53,22 +55,65 @@ def alone(bits, steps=4, **options):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def run(work, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, (port, work, arguments), WORLD)
+class Pair:
+    """Two processes that do what tests give them, one after the other; a new pair after one that failed."""
+
+    def __init__(self):
+        self.pipes = self.children = ()
+
+    def start(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawn = mp.get_context("spawn")
+        self.pipes, theirs = zip(*(spawn.Pipe() for _ in range(WORLD)))
+        self.children = [spawn.Process(target=process, args=(rank, port, theirs[rank])) for rank in range(WORLD)]
+        for child, its in zip(self.children, theirs, strict=True):
+            child.start()
+            its.close()  # so that the end of the child is the end of the pipe
+
+    def run(self, work, *arguments):
+        if not self.pipes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((work, arguments))
+        waiting, said = list(self.pipes), ""
+        while waiting and not said:  # where one failed, its partner may wait for it
+            for pipe in mp.connection.wait(waiting):
+                waiting.remove(pipe)
+                try:
+                    said += pipe.recv()
+                except EOFError:
+                    said += f"process {self.pipes.index(pipe)} ended"
+        if said:
+            self.stop()
+        assert not said, said
+
+    def stop(self):
+        for child in self.children:
+            child.kill()
+            child.join()
+        self.pipes = self.children = ()
 
 
-def process(rank, port, work, arguments):
+@pytest.fixture(scope="module")
+def pair():
+    made = Pair()
+    yield made
+    made.stop()
+
+
+def process(rank, port, pipe):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        work(rank, *arguments)
-        torch.distributed.barrier()  # a process that leaves takes the store with it
-    finally:
-        torch.distributed.destroy_process_group()
+    while True:
+        work, arguments = pipe.recv()
+        try:
+            work(rank, *arguments)
+            pipe.send("")
+        except BaseException:
+            pipe.send(f"process {rank}: {traceback.format_exc()}")
 
 
 def assert_close(named, expected, bits):
@@ -91,8 +136,8 @@ def ddp(rank, bits):
 
 
 @BITS
-def test_under_ddp_every_process_takes_the_same_step(bits):
-    run(ddp, bits)
+def test_under_ddp_every_process_takes_the_same_step(pair, bits):
+    pair.run(ddp, bits)
 
 
 def sharded():
@@ -127,8 +172,8 @@ def fsdp(rank, bits):
 
 
 @BITS
-def test_under_fsdp_each_process_keeps_the_state_of_its_shards(bits):
-    run(fsdp, bits)
+def test_under_fsdp_each_process_keeps_the_state_of_its_shards(pair, bits):
+    pair.run(fsdp, bits)
 
 
 def mixed(rank):
@@ -151,8 +196,8 @@ def mixed(rank):
     assert_close({name: p.detach() for name, p in found.items()}, dict(whole.named_parameters()), 32)
 
 
-def test_gradients_are_clipped_together_where_some_are_shards():
-    run(mixed)
+def test_gradients_are_clipped_together_where_some_are_shards(pair):
+    pair.run(mixed)
 
 
 def gathered(rank):
@@ -169,8 +214,8 @@ def gathered(rank):
         one.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
 
 
-def test_gathered_codes_are_not_taken_for_those_of_one_process():
-    run(gathered)
+def test_gathered_codes_are_not_taken_for_those_of_one_process(pair):
+    pair.run(gathered)
 
 
 def checkpoint(rank, bits, folder):
@@ -198,8 +243,8 @@ def checkpoint(rank, bits, folder):
 
 
 @BITS
-def test_a_distributed_checkpoint_goes_on_bit_for_bit(bits, tmp_path):
-    run(checkpoint, bits, tmp_path)
+def test_a_distributed_checkpoint_goes_on_bit_for_bit(pair, bits, tmp_path):
+    pair.run(checkpoint, bits, tmp_path)
 
 
 def whole_state(rank):
@@ -225,5 +270,5 @@ def whole_state(rank):
         assert torch.equal(optimizer.state[p]["exp_avg"].full_tensor(), expected[name])
 
 
-def test_the_whole_state_is_gathered_and_torchs_is_spread():
-    run(whole_state)
+def test_the_whole_state_is_gathered_and_torchs_is_spread(pair):
+    pair.run(whole_state)

@@ -214,6 +214,7 @@ def test_the_file_goes_with_its_process_however_that_ends(tmp_path, then):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_a_full_disk_is_told_before_anything_is_trained(tmp_path):
     p = nn.Parameter(torch.zeros(1).expand(1 << 41))  # which says 16 TB of state, and holds four bytes
     before = used(tmp_path)
@@ -278,6 +279,7 @@ def test_state_may_exceed_the_memory_that_a_process_may_have(tmp_path):
     assert result.stdout.split() == ["True", "128", "-0.001"], result.stderr
 
 
+@pytest.mark.alone
 def test_a_step_in_a_file_is_not_much_slower_than_in_ram(tmp_path):
     params, others = ([nn.Parameter(torch.zeros(1 << 20)) for _ in range(2)] for _ in range(2))
     file, ram = PagedAdamW(params, page_to=tmp_path), PagedAdamW(others)

@@ -1,6 +1,6 @@
 """The instruction gate of tools/sass_gate.py: it reads machine code, and fails where an instruction is missing."""
 
-import importlib.util
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -8,24 +8,15 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
-
-
-def module(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-sys.path.insert(0, str(TOOLS))  # the gate imports its neighbour
+sys.path.insert(0, str(TOOLS))  # the gate imports its neighbours
 try:
-    gate = module("sass_gate")
+    gate = importlib.import_module("sass_gate")
 finally:
     sys.path.remove(str(TOOLS))
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 needs_binutils = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not on PATH")
-needs_disassembler = pytest.mark.skipif(gate.disassembler() is None, reason="no cuobjdump with nvdisasm")
+needs_disassembler = pytest.mark.skipif(gate.machine_code.disassembler() is None, reason="no cuobjdump with nvdisasm")
 
 LISTING = """\
 Fatbin elf code:
@@ -113,7 +104,7 @@ def test_cache_hints_do_not_hide_a_wide_load():
 @pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--require"], 1)])
 def test_without_a_disassembler_it_says_so(arguments, status, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gate.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(gate.machine_code.sysconfig, "get_path", lambda name: str(tmp_path))
     assert gate.main(arguments) == status
     assert capsys.readouterr().out == "sass_gate: no cuobjdump with nvdisasm on PATH or in this Python: not counted\n"
 
@@ -123,4 +114,4 @@ def test_without_a_disassembler_it_says_so(arguments, status, monkeypatch, capsy
 @needs_disassembler
 def test_kernels_hold_what_is_demanded(tmp_path):
     gate.ptxas_gate.compile_objects(["80"], tmp_path)
-    assert gate.compare(gate.read_listing(gate.disassemble(tmp_path)), gate.DEMANDS, ["80"]) == []
+    assert gate.compare(gate.counts_of(tmp_path), gate.DEMANDS, ["80"]) == []

@@ -19,6 +19,7 @@ from nf4lora import PagedAdamW, reference
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,  # two processes that have 20 seconds' patience with each other
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
 ]
 WORLD = 2

@@ -3,6 +3,7 @@
     python tools/ptxas_gate.py            compiles csrc/cuda/*.cu and compares with tools/ptxas_baseline.json
     python tools/ptxas_gate.py --write    rewrites the table: do so when a change is worth what it costs, and say why
     python tools/ptxas_gate.py --log LOG  reads the output of a build with `-Xptxas -v` instead of compiling
+    python tools/ptxas_gate.py --wheel WHEEL     asks cuobjdump of the module in a wheel; compiles where there is none
     python tools/ptxas_gate.py --objects FOLDER  keeps what it compiles there, for tools/sass_gate.py
 
 It fails where a kernel spills or uses local memory, where it needs more registers or shared memory than the table
@@ -20,11 +21,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import machine_code
+
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tools" / "ptxas_baseline.json"
 FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v"]
-MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory
+MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory; what is spilled lies in the stack
 MUST_NOT_GROW = ("registers", "shared")
+RESERVED = 1024  # bytes of shared memory for the system itself, which cuobjdump counts from Hopper on, ptxas never
 
 Costs = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> resource -> amount
 
@@ -79,6 +83,27 @@ def read_log(log: str) -> Costs:
         elif entries and (match := re.search(r"Used (\d+) registers", line)):
             shared = re.search(r"(\d+) bytes smem", line)
             entries[-1][2].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
+    return by_name(entries)
+
+
+def read_resources(listing: str) -> Costs:
+    """The costs in the output of `cuobjdump -res-usage`, which counts no spills: they show in the stack."""
+    architecture, mangled, entries = "", "", []
+    for line in listing.splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):$", line):
+            mangled = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) ", line):
+            registers, stack, shared, local = map(int, match.groups())
+            if shared and int(architecture.rstrip("a")) >= 90:
+                shared -= RESERVED
+            entries.append((mangled, architecture, {"stack": stack + local, "registers": registers, "shared": shared}))
+    return by_name(entries)
+
+
+def by_name(entries: list[tuple[str, str, dict[str, int]]]) -> Costs:
+    """Of mangled names."""
     costs: Costs = {}
     names = short_names([mangled for mangled, _, _ in entries])
     for (_, architecture, cost), name in zip(entries, names, strict=True):
@@ -112,7 +137,7 @@ def compare(costs: Costs, table: Costs, same_compiler: bool) -> list[str]:
     for kernel, by_architecture in sorted(costs.items()):
         for architecture, cost in sorted(by_architecture.items()):
             where = f"{kernel} on {architecture}"
-            wrong += [f"{where}: {cost[r]} bytes of {r}, must be 0" for r in MUST_BE_ZERO if cost[r]]
+            wrong += [f"{where}: {cost[r]} bytes of {r}, must be 0" for r in MUST_BE_ZERO if cost.get(r)]
             if not same_compiler:
                 continue
             known = table.get(kernel, {}).get(architecture)
@@ -131,24 +156,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="rewrite the table")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--log", type=Path, help="output of a build with -Xptxas -v, for all architectures")
+    source.add_argument("--wheel", type=Path, help="wheel of nf4lora, instead of compiling")
     source.add_argument("--objects", type=Path, help="keep the objects in this folder")
     options = parser.parse_args(arguments)
+    if options.write and options.wheel:
+        parser.error("--write must compile, which counts spills: leave --wheel out")
 
     version = nvcc_version()
     if options.log:
-        log = options.log.read_text()
+        costs = read_log(options.log.read_text())
+    elif options.wheel and machine_code.disassembler():
+        costs = read_resources(machine_code.listing_of_wheel("-res-usage", options.wheel))
     elif options.objects:
-        log = compile_objects(architectures(), options.objects)
+        costs = read_log(compile_objects(architectures(), options.objects))
     else:
-        log = compile_log(architectures())
-    costs = read_log(log)
+        costs = read_log(compile_log(architectures()))
     if not costs:
-        raise SystemExit("ptxas_gate: the log must name kernels, found none; build with -Xptxas -v")
+        raise SystemExit("ptxas_gate: no kernels found; a log is of a build with -Xptxas -v, a wheel of one with CUDA")
     if options.write:
         TABLE.write_text(table_text(version, costs))
     table = json.loads(TABLE.read_text())
     same_compiler = table["nvcc"] == version
-    wrong = compare(costs, table["kernels"], same_compiler)
+    built = {architecture for by_architecture in costs.values() for architecture in by_architecture}
+    wrong = [f"sm_{architecture}: not compiled for it" for architecture in architectures() if architecture not in built]
+    wrong += compare(costs, table["kernels"], same_compiler)
     if not same_compiler:
         print(f"ptxas_gate: the table is of nvcc {table['nvcc']}, this is {version}: only local memory is checked")
     for line in wrong:
@@ -156,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong:
         print("ptxas_gate: mend the kernel, or accept the cost: python tools/ptxas_gate.py --write")
         return 1
-    print(f"ptxas_gate: {len(costs)} kernels on {len(architectures())} architectures are as the table says")
+    print(f"ptxas_gate: {len(costs)} kernels on {len(built)} architectures are as the table says")
     return 0
 
 

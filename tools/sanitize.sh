@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the CPU code and the pager under AddressSanitizer and UndefinedBehaviorSanitizer and runs their tests.
-# VENV names a virtual environment that `make test` has made.
+# VENV names a virtual environment that `make test` has made; `tools/sanitize.sh build` only builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$PWD/${VENV:-.venv}/bin/python"
@@ -13,6 +13,7 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$("$python" -c 'import nin
   -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
   -DNF4LORA_CUDA=OFF -DNF4LORA_SANITIZE=address,undefined -DSKBUILD_PROJECT_VERSION=0.0.0 >/dev/null
 cmake --build "$build" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-2}"
+if [ "${1:-}" = build ]; then exit; fi
 
 # The package as it is in the tree, with the instrumented module.
 rm -rf "$build/site" && mkdir -p "$build/site"
@@ -24,5 +25,6 @@ preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) 
 tests=(tests/test_nf4.py tests/test_absmax.py tests/test_lora.py tests/test_adamw.py tests/test_optim_state.py
        tests/test_pager.py tests/test_unified.py tests/test_amx.py)
 PYTHONPATH="$build/site" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  CXXFLAGS=-fsanitize=address,undefined "$python" -m pytest -q -p no:cacheprovider --hypothesis-profile=few "${tests[@]}" \
+  OMP_WAIT_POLICY=passive CXXFLAGS=-fsanitize=address,undefined "$python" -m pytest -q -p no:cacheprovider \
+  -n auto --maxprocesses 4 --dist loadfile --hypothesis-profile=few "${tests[@]}" \
   -k "not compile and not opcheck and not bitsandbytes"

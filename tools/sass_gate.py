@@ -1,25 +1,23 @@
 """Which instructions the machine code of the CUDA kernels holds on every architecture, against the demands below.
 
     python tools/sass_gate.py                   compiles csrc/cuda/*.cu and disassembles it
+    python tools/sass_gate.py --wheel WHEEL     takes the module in a wheel, which has compiled them
     python tools/sass_gate.py --objects FOLDER  takes the objects that `ptxas_gate.py --objects FOLDER` left
     python tools/sass_gate.py --counts          prints every count
     python tools/sass_gate.py --require         fails where no disassembler is found; else that is said, and passes
 
 A source can ask for tensor cores, wide loads or asynchronous copies and the compiler can still make something else of
-it. The disassembler is on PATH, or in the Python that runs this: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+it. Where the disassembler is looked for: machine_code.py.
 """
 
 import argparse
-import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import machine_code
 import ptxas_gate
 
 TENSOR_CORES = {"HMMA": "products are made by tensor cores"}
@@ -38,28 +36,6 @@ COUNTED = ("HMMA", "LDSM", "LDGSTS", "PRMT", "LDG.E.128", *LOCAL_MEMORY)
 Counts = dict[str, dict[str, Counter[str]]]  # kernel -> architecture -> instruction -> how often
 
 
-def disassembler() -> tuple[str, dict[str, str]] | None:
-    """cuobjdump, and the environment in which it finds nvdisasm; None where one of them is missing."""
-    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(packaged)])
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
-        return None
-    return cuobjdump, {**os.environ, "PATH": path}
-
-
-def disassemble(folder: Path) -> str:
-    cuobjdump, environment = disassembler()
-    listing = ""
-    for compiled in sorted(folder.glob("*.o")):
-        command = [cuobjdump, "-sass", str(compiled)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if result.returncode:
-            raise SystemExit(f"sass_gate: {compiled.name} must disassemble, got\n{result.stderr}")
-        listing += result.stdout
-    return listing
-
-
 def read_listing(listing: str) -> Counts:
     """The counts in the output of `cuobjdump -sass`."""
     architecture, entries = "", []
@@ -75,6 +51,11 @@ def read_listing(listing: str) -> Counts:
     for (_, of, count), name in zip(entries, names, strict=True):
         counts.setdefault(name, {})[of] = count
     return counts
+
+
+def counts_of(folder: Path) -> Counts:
+    """The counts in the objects of a folder."""
+    return read_listing(machine_code.listing("-sass", sorted(folder.glob("*.o"))))
 
 
 def is_a(instruction: str, name: str) -> bool:
@@ -99,19 +80,25 @@ def compare(counts: Counts, demands: dict[str, dict[str, str]], architectures: l
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=Path, help="folder of objects, instead of compiling")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--objects", type=Path, help="folder of objects, instead of compiling")
+    source.add_argument("--wheel", type=Path, help="wheel of nf4lora, instead of compiling")
     parser.add_argument("--counts", action="store_true", help="print every count")
     parser.add_argument("--require", action="store_true", help="fail where no disassembler is found")
     options = parser.parse_args(arguments)
 
-    if disassembler() is None:
+    if machine_code.disassembler() is None:
         print("sass_gate: no cuobjdump with nvdisasm on PATH or in this Python: not counted")
         return int(options.require)
     architectures = ptxas_gate.architectures()
-    with tempfile.TemporaryDirectory() as temporary:
-        if options.objects is None:
+    if options.wheel:
+        counts = read_listing(machine_code.listing_of_wheel("-sass", options.wheel))
+    elif options.objects:
+        counts = counts_of(options.objects)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
             ptxas_gate.compile_objects(architectures, Path(temporary))
-        counts = read_listing(disassemble(options.objects or Path(temporary)))
+            counts = counts_of(Path(temporary))
     if options.counts:
         for kernel, by_architecture in sorted(counts.items()):
             for architecture, count in sorted(by_architecture.items()):

@@ -2,31 +2,19 @@
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 
+from shared_library import compile_library
+
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = Path(tempfile.mkdtemp(prefix="nf4lora-")) / "amx.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    flags += os.environ.get("CXXFLAGS", "").split()  # those of the sanitizers, in tools/sanitize.sh
-    command = [compiler, *flags, f"-I{HERE}", f"-I{CSRC}", str(HERE / "product.cpp"), "-o", str(library)]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # is not the compiler's
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing"]
+    library = compile_library("amx", [HERE / "product.cpp"], flags)
     found = ctypes.CDLL(str(library))
     found.product.restype = found.without_entering.restype = ctypes.c_int64
     return found

@@ -1,6 +1,7 @@
 """nvcc as the tests use it. What it makes of the sources is kept in build/ptx until a source, a flag or nvcc changes:
 compiling takes minutes, and a second run of the tests, on another torch say, needs the same files."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -51,11 +52,13 @@ def kept(key: list[str], make: Callable[[Path], None]) -> Path:
     """The file that `make` writes, unless an earlier run has made it of the same key, sources and nvcc."""
     folder = _folder()
     path = folder / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "made"
-            make(made)
-            os.replace(made, path)  # at once, so that a run beside this one finds all of it or nothing
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process beside this one waits for the file, and does not make it too
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch) / "made"
+                make(made)
+                os.replace(made, path)  # all of it or nothing
     return path
 
 
@@ -67,9 +70,11 @@ def _folder() -> Path:
         if source.is_file():
             digest.update(str(source).encode() + b"\0" + source.read_bytes() + b"\0")
     folder = KEPT / digest.hexdigest()[:16]
-    if not folder.exists():
-        shutil.rmtree(KEPT, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for stale in KEPT.iterdir():
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
     return folder
 
 

@@ -1,0 +1,43 @@
+"""The machine code of the CUDA kernels as cuobjdump shows it: of objects, or of the module in a wheel.
+
+cuobjdump is on PATH, or in the Python that runs this: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+def disassembler() -> tuple[str, dict[str, str]] | None:
+    """cuobjdump, and the environment in which it finds nvdisasm; None where one of them is missing."""
+    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(packaged)])
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
+        return None
+    return cuobjdump, {**os.environ, "PATH": path}
+
+
+def listing(option: str, compiled: list[Path]) -> str:
+    """What cuobjdump says of each file: `-sass` are instructions, `-res-usage` registers and memory."""
+    cuobjdump, environment = disassembler()
+    said = ""
+    for path in compiled:
+        result = subprocess.run([cuobjdump, option, str(path)], capture_output=True, text=True, env=environment)
+        if result.returncode:
+            raise SystemExit(f"machine_code: {path.name} must hold machine code of CUDA, got\n{result.stderr}")
+        said += result.stdout
+    return said
+
+
+def listing_of_wheel(option: str, wheel: Path) -> str:
+    """The same of the compiled module in a wheel: that which ships."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("nf4lora/_C") and name.endswith(".so")]
+        return listing(option, [Path(archive.extract(name, folder)) for name in names])
