@@ -226,13 +226,17 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
         parse_arguments(["--model", "m", "--data", "x", "--output_dir", "~nobody-of-that-name/x"])
 
 
-def test_files_have_the_permissions_that_new_files_have(base, data, tmp_path):
-    out = tmp_path / "out"
-    mask = os.umask(0o027)
+@pytest.mark.parametrize("more", [(), ("--load_in_4bit", "false")], ids=["4 bits", "16 bits"])
+def test_files_have_the_permissions_that_new_files_have(base, data, tmp_path, more):
+    out, umask = tmp_path / "out", os.umask
+    mask = umask(0o027)
     try:
-        train(*options(base, data, out, "--max_steps", "1"))
+        with pytest.MonkeyPatch.context() as patch:
+            # It is the process's: another thread that makes a file meanwhile would see what it is set to.
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed to be read"))
+            train(*options(base, data, out, "--max_steps", "1", *more))
     finally:
-        os.umask(mask)
+        umask(mask)
     modes = {str(path.relative_to(out)): path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == dict.fromkeys(modes, 0o640)
     assert "adapter_model.safetensors" in modes and "checkpoint-1/adapter_model.safetensors" in modes

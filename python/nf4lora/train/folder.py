@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
+from nf4lora.whole_files import mode_of_a_new_file
 
 RECORD = "nf4lora_run.json"
 STAGING = ".writing"  # folder for what is not whole yet
@@ -106,13 +107,12 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def finish(place: Path) -> None:
     """Put all files below on the disk, with the permissions that new files have; some libraries make them private."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mode = mode_of_a_new_file(place)
     for path in [place, *place.rglob("*")]:
         if path.is_symlink():
             continue
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            path.chmod(mode)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # some file systems have no fsync for folders
