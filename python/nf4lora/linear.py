@@ -232,7 +232,8 @@ class NF4Linear(nn.Linear):
                 f"NF4Config(modules_to_not_convert=[its name])"
             )
         kind = x.device.type
-        result_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        result_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         x = x.to(self.compute_dtype or result_dtype)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         y = ops.lora_linear(
