@@ -22,6 +22,7 @@ from nf4lora.whole_files import mode_of_a_new_file
 
 RECORD = "nf4lora_run.json"
 STAGING = ".writing"  # folder for what is not whole yet
+CONFIG_HEAD = "# written by nf4lora "  # the first words of a run's config.yaml
 CHECKPOINT_RECORD = "nf4lora_resume.json"  # in a checkpoint: what a run that goes on from it must agree with
 
 
@@ -38,6 +39,13 @@ def own_files(folder: Path) -> list[str]:
     """Names of files in the folder that runs have written."""
     names = [name for name in read_record(folder).get("files", []) if isinstance(name, str) and Path(name).name == name]
     return [name for name in names if os.path.lexists(folder / name)]
+
+
+def of_earlier_version(folder: Path) -> bool:
+    """Whether a run of a version that kept no record of its files has written here: it began config.yaml like this."""
+    with contextlib.suppress(OSError, ValueError):
+        return not read_record(folder) and (folder / "config.yaml").read_text("utf-8").startswith(CONFIG_HEAD)
+    return False
 
 
 def note_files(folder: Path, names: Iterable[str], **more: Any) -> None:
