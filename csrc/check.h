@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "ceil_div.h"
 #include "format.h"
 
 namespace nf4lora {
@@ -147,9 +148,7 @@ inline void check_absmax_quantized(const float* nested, int64_t count) {
   }
 }
 
-inline int64_t nested_size(int64_t absmax_count) {
-  return (absmax_count + kNestedBlocksize - 1) / kNestedBlocksize + 1;
-}
+inline int64_t nested_size(int64_t absmax_count) { return ceil_div(absmax_count, kNestedBlocksize) + 1; }
 
 inline void check_nested(const char* op, const Tensor& absmax, const Tensor& nested) {
   check_dtype(op, "absmax", absmax, ScalarType::Byte);
@@ -271,7 +270,7 @@ inline LinearShape check_lora_linear_backward(const Tensor& dy, const OptionalTe
 
 using Tensors = std::vector<Tensor>;
 
-inline int64_t moment_blocks(int64_t count) { return (count + kMomentBlocksize - 1) / kMomentBlocksize; }
+inline int64_t moment_blocks(int64_t count) { return ceil_div(count, kMomentBlocksize); }
 
 inline void check_real(const char* op, const char* what, bool held, const char* contract, double value) {
   require_value(held, op, ": ", what, " must be ", contract, ", got ", value);

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nf4lora import load_adapter, save_adapter
 
@@ -88,6 +90,30 @@ def test_a_header_of_another_shape_is_a_broken_file(folder, header):
 def test_a_rank_of_another_kind_is_refused(folder, value):
     change(folder, "adapter_config.json", set_("r", value=value))
     refused(folder, "load_adapter: ")
+
+
+@pytest.mark.parametrize("other", ["a folder", "a dead link"])
+def test_what_stands_in_the_place_of_nf4lora_json_does_not_switch_the_check_off(folder, other):
+    (folder / "nf4lora.json").unlink()
+    if other == "a folder":
+        (folder / "nf4lora.json").mkdir()
+    else:
+        (folder / "nf4lora.json").symlink_to("nowhere")
+    refused(folder, r"nf4lora\.json must be JSON, got .*(Is a directory|No such file)")
+
+
+@pytest.mark.parametrize("change", [lambda t: t * float("nan"), lambda t: t / 0, lambda t: t.to(torch.int8)])
+def test_tensors_that_hold_no_numbers_are_refused(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(folder, rf"{name} in .* must hold finite numbers, got (NaN or Inf|torch\.int8)")
+
+
+def test_targets_that_are_no_regular_expression_are_refused(folder):
+    change(folder, "adapter_config.json", set_("target_modules", value="(q_proj"))
+    refused(folder, "the adapter in .* must fit the model: missing")
 
 
 @pytest.mark.parametrize("value", [7, {"a": 1}, None])

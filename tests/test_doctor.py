@@ -1,8 +1,10 @@
 """nf4lora doctor: what was loaded, what was not, why, and the line that mends it."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_build_info_tells_what_runs():
 def test_a_card_without_kernels_is_a_problem_with_a_cure():
     found = said(words(cuda_torch="13.0", cuda_built=None, cuda_devices=[CARD]), "built without CUDA")
     assert found.broken and "pip install --force-reinstall" in found.cure
+
+
+def test_a_system_other_than_linux_is_told_first(monkeypatch):
+    assert not any("not supported" in finding.what for finding in words())
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    first = words()[0]
+    assert first.broken and first.what.startswith("Darwin is not supported") and "macOS" in first.cure
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.parametrize("system", ["Windows", "Darwin"])
+def test_the_build_says_at_once_that_it_needs_linux(system, tmp_path):
+    about = [f"-DCMAKE_SYSTEM_NAME={system}", "-DCMAKE_CXX_COMPILER_WORKS=1"]
+    command = ["cmake", "-S", str(Path(__file__).parents[1]), "-B", str(tmp_path), *about]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode
+    assert f"builds on Linux only, this is {system}" in " ".join(result.stderr.split())
 
 
 def test_an_old_card_is_named():

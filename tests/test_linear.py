@@ -213,6 +213,15 @@ def test_meta_layer_holds_no_memory_and_can_be_filled():
     assert torch.equal(small(torch.ones(1, 256)), full(torch.ones(1, 256)))
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_layer_without_memory_gives_the_shape_of_its_result(compute_dtype):
+    layer = NF4Linear(256, 40, compute_dtype=compute_dtype, device="meta", dtype=torch.float16)
+    x = torch.empty(3, 5, 256, device="meta", dtype=torch.float16, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.is_meta, y.shape, y.dtype, x.grad.shape) == (True, (3, 5, 40), torch.float16, x.shape)
+
+
 def test_compiled_layer_is_one_graph_and_equal():
     layer, x = random_packed(), torch.randn(4, 256)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

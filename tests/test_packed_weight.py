@@ -156,6 +156,82 @@ def test_the_guard_holds_no_memory_of_a_weight_that_was_moved():
     assert parameter() is None
 
 
+def test_a_weight_outlives_its_layer_as_every_tensor_does():
+    layer = packed()
+    codes, weight = layer.state_dict()["weight"].clone(), layer.weight
+    del layer
+    assert weight.shape == (32, 32) and weight.dtype == torch.uint8 and weight.device.type == "cpu"
+    assert torch.equal(weight, codes) and torch.equal(copy.deepcopy(weight), codes) and "tensor" in repr(weight)
+    weight.noted = 1
+    assert weight.noted == 1
+    for refused in (lambda: torch.add(weight, 1), lambda: weight.dequantize(), lambda: weight.float(), *WRONG.values()):
+        with pytest.raises(ValueError, match=r"NF4Linear: weight must not be an operand of \w+, .*dequantize"):
+            refused(*[weight] * refused.__code__.co_argcount)
+
+
+def test_a_layer_that_was_asked_for_its_weight_is_freed_at_once():
+    """Without the garbage collector: nothing of the layer may lead back to itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        layer = packed()
+        weight = layer.weight
+        freed = [weakref.ref(each) for each in (layer, layer.weight_absmax)]
+        codes = weakref.ref(layer._parameters["weight"])
+        del layer
+        assert all(each() is None for each in freed) and codes() is not None
+        del weight
+        assert codes() is None
+    finally:
+        gc.enable()
+
+
+def test_a_guard_that_is_held_is_not_handed_out_for_other_codes():
+    def moved(layer):
+        layer._apply(lambda tensor: tensor + 0)
+
+    def replaced(layer):
+        layer.weight = nn.Parameter(layer._parameters["weight"] ^ 1, requires_grad=False)
+
+    def registered(layer):
+        del layer.weight
+        layer.register_parameter("weight", nn.Parameter(torch.ones(32, 32, dtype=torch.uint8), requires_grad=False))
+
+    def loaded(layer):
+        layer.load_state_dict(packed().state_dict(), assign=True)
+
+    for change in (moved, replaced, registered, loaded):
+        layer = packed()
+        held, before = layer.weight, layer.weight.clone()
+        change(layer)
+        assert layer.weight.codes is layer._parameters["weight"], change
+        assert layer.weight.data_ptr() == layer.state_dict()["weight"].data_ptr()
+        assert torch.equal(held, before)
+        if change is not moved:  # a parameter that is moved stays the same object, whoever holds it
+            assert held is not layer.weight
+    layer = packed()
+    held = layer.weight
+    layer.to("meta")
+    assert layer.weight.is_meta and layer.weight is not held
+
+
+def test_a_layer_that_was_asked_for_its_weight_can_swap_its_parameters():
+    layer = packed()
+    x = torch.randn(2, 64)
+    before, weight = layer(x), layer.weight
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.to(torch.bfloat16)
+        assert torch.equal(layer(x), before) and layer.weight.dtype == torch.uint8
+        other = packed()
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
+        layer.to("meta")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight.is_meta and weight.shape == (32, 32)
+
+
 def test_copies_and_pickles_of_a_layer_that_was_asked_hold_one_weight():
     layer = NF4Linear.from_linear(nn.Linear(1024, 256, bias=False))
     size = len(pickle.dumps(layer))

@@ -13,6 +13,9 @@ import pytest
 
 pytest.importorskip("trl")
 
+import torch
+from safetensors.torch import save_file
+
 from nf4lora.train import checkpoints, output
 from nf4lora.train import config as configuration
 from nf4lora.train import folder as files
@@ -92,7 +95,7 @@ def test_a_restart_loop_gets_past_a_checkpoint_that_is_broken(base, data, tmp_pa
     (out / "adapter_model.safetensors").unlink()
     (out / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
     code, said = train(*arguments, "--resume_from_checkpoint")
-    assert code == 0 and "no checkpoint yet" in said
+    assert code == 0 and "no checkpoint yet" in said and "checkpoint-2 is passed over: optimizer.pt is empty" in said
 
 
 def test_nothing_is_written_before_training_begins(base, data, tmp_path, monkeypatch):
@@ -226,13 +229,50 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
         parse_arguments(["--model", "m", "--data", "x", "--output_dir", "~nobody-of-that-name/x"])
 
 
-def test_files_have_the_permissions_that_new_files_have(base, data, tmp_path):
+def test_a_folder_of_an_earlier_version_is_gone_on_from_and_never_cleared(base, data, tmp_path):
+    """It kept no record: neither of its files nor in its checkpoints."""
     out = tmp_path / "out"
-    mask = os.umask(0o027)
+    arguments = options(base, data, out, "--max_steps", "2", "--save_steps", "1")
+    train(*arguments)
+    (out / "nf4lora_run.json").unlink()
+    for checkpoint in out.glob("checkpoint-*"):
+        (checkpoint / "nf4lora_resume.json").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UsageError, match="of an earlier version of nf4lora train, .*; go on from its checkpoint with --res"
+    ):
+        train(*arguments, "--overwrite_output_dir")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    with pytest.MonkeyPatch.context() as patch:  # ended between its checkpoint and its results
+        patch.setattr(output.Output, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(*arguments, "--max_steps", "3", "--resume_from_checkpoint")
+    code, said = train(*arguments, "--max_steps", "4", "--resume_from_checkpoint")
+    assert code == 0 and f"going on from {out / 'checkpoint-3'}" in said
+    assert {each.name for each in out.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 2, 3, 4)}
+
+
+def test_a_config_that_somebody_wrote_is_no_run_of_an_earlier_version(base, data, tmp_path):
+    out = tmp_path / "out"
+    arguments = options(base, data, out, "--max_steps", "1")
+    train(*arguments)
+    (out / "nf4lora_run.json").unlink()
+    (out / "config.yaml").write_text("# my own notes\n")
+    with pytest.raises(UsageError, match="which no run of nf4lora train wrote there and this one would replace; move"):
+        train(*arguments, "--resume_from_checkpoint")
+
+
+@pytest.mark.parametrize("more", [(), ("--load_in_4bit", "false")], ids=["4 bits", "16 bits"])
+def test_files_have_the_permissions_that_new_files_have(base, data, tmp_path, more):
+    out, umask = tmp_path / "out", os.umask
+    mask = umask(0o027)
     try:
-        train(*options(base, data, out, "--max_steps", "1"))
+        with pytest.MonkeyPatch.context() as patch:
+            # It is the process's: another thread that makes a file meanwhile would see what it is set to.
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed to be read"))
+            train(*options(base, data, out, "--max_steps", "1", *more))
     finally:
-        os.umask(mask)
+        umask(mask)
     modes = {str(path.relative_to(out)): path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == dict.fromkeys(modes, 0o640)
     assert "adapter_model.safetensors" in modes and "checkpoint-1/adapter_model.safetensors" in modes
@@ -286,7 +326,12 @@ def folder(tmp_path):
         place = out / f"checkpoint-{step}"
         place.mkdir()
         for name in (*checkpoints.WHOLE, files.CHECKPOINT_RECORD):
-            (place / name).write_text(json.dumps({"global_step": step}))
+            if name.endswith(".pt"):
+                torch.save(step, place / name)
+            elif name.endswith(".json"):
+                (place / name).write_text(json.dumps({"global_step": step, "log_history": []}))
+            else:
+                save_file({"step": torch.tensor([step])}, place / name)
     files.note_files(out, ["adapter_model.safetensors", "metrics.jsonl"])
     for name in ("adapter_model.safetensors", "metrics.jsonl", "mine"):
         (out / name).write_text(f"old {name}")

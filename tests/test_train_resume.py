@@ -2,6 +2,7 @@
 # ruff: noqa: F811  (a package may be missing; fixtures are imported)
 
 import itertools
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -75,6 +76,56 @@ def test_interrupt_saves_a_checkpoint_and_resumes_to_the_same_weights(base, whol
     code, _ = train(str(parts / "config.yaml"), "--resume_from_checkpoint")
     assert code == 0
     assert equal(adapter(whole), adapter(parts))
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing of ours sees it."""
+
+
+@pytest.mark.parametrize("kill_at", [2, 3], ids=["in the evaluation of step 2", "of step 4"])
+@pytest.mark.parametrize(
+    "more", [("--eval_steps", "2", "--save_steps", "2"), ("--eval_steps", "2", "--save_steps", "1"),
+             ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--data_rows", "8")], ids=lambda more: more[0]
+)  # fmt: skip
+def test_a_run_that_is_killed_while_it_evaluates_loses_no_step(base, tmp_path, monkeypatch, more, kill_at):
+    data = data_file(tmp_path)
+    if "--data_rows" in more:  # two steps an epoch
+        lines = Path(data).read_text().splitlines(keepends=True)
+        Path(data).write_text("".join(lines[:12]))
+        more = more[:-2]
+    common = ("--max_steps", "6", "--val_size", "4", "--lora_dropout", "0.1", *more)
+    train(*options(base, data, tmp_path / "whole", *common))
+    evaluate, calls = Trainer.evaluation_loop, itertools.count(1)
+
+    def killed(self, *args, **kwargs):
+        result = evaluate(self, *args, **kwargs)
+        if next(calls) == kill_at:  # the first is before step 1
+            raise Killed
+        return result
+
+    out, step = tmp_path / "out", 2 * (kill_at - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluation_loop", killed)
+        with pytest.raises(Killed):
+            train(*options(base, data, out, *common))
+    assert output.checkpoints(out)[-1].name == f"checkpoint-{step}"
+    code, said = train(*options(base, data, out, *common, "--resume_from_checkpoint"))
+    assert code == 0 and f"going on from {out / f'checkpoint-{step}'}" in said and "another run" not in said
+    assert equal(adapter(tmp_path / "whole"), adapter(out))
+    names = ("step", "loss", "eval_loss", "grad_norm")
+    assert logged(out, *names) == logged(tmp_path / "whole", *names)
+    states = [json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (out, tmp_path / "whole")]
+    evaluated = [[(e["step"], e["eval_loss"]) for e in state if "eval_loss" in e] for state in states]
+    assert evaluated[0] == evaluated[1] and [step for step, _ in evaluated[0]] == [0, 2, 4, 6]
+
+
+def test_the_checkpoint_of_a_step_holds_the_result_of_its_evaluation(base, data, tmp_path):
+    out = tmp_path / "out"
+    train(*options(base, data, out, "--max_steps", "2", "--val_size", "4", "--eval_steps", "1", "--save_steps", "1"))
+    for checkpoint in output.checkpoints(out):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry][-1] == state["global_step"]
+        assert not [each for each in checkpoint.iterdir() if each.name.startswith(".")]
 
 
 def test_broken_off_checkpoint_is_not_resumed_from(base, data, tmp_path):
@@ -303,12 +354,51 @@ def test_a_checkpoint_over_another_base_is_refused(base, data, tmp_path):
     assert code == 0 and "another run" not in said
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
-def test_a_checkpoint_with_an_empty_file_is_not_whole(base, whole, tmp_path, name):
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [emptied, truncated, a_folder])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth",
+             "adapter_config.json", "nf4lora_resume.json"]
+)  # fmt: skip
+def test_a_checkpoint_with_a_damaged_file_is_not_whole(whole, tmp_path, name, damage):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
-    (out / "checkpoint-7" / name).write_bytes(b"")
+    damage(out / "checkpoint-7" / name)
     assert output.checkpoints(out)[-1].name == "checkpoint-6"
+    assert output.broken(out / "checkpoint-7").startswith(f"{name} is ")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(base, data, tmp_path):
+    out = tmp_path / "out"
+    again = halves(base, data, out)
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-3")
+    truncated(out / "checkpoint-3" / "optimizer.pt")
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        UsageError, match=r"checkpoint-3 is not a whole checkpoint \(optimizer.pt is truncated or broken"
+    ):
+        train(*again, str(out / "checkpoint-3"))
+    code, said = train(*again)
+    assert code == 0 and "checkpoint-3 is passed over: optimizer.pt is truncated or broken" in said
+
+
+def test_a_record_of_another_shape_is_said_to_be_none(base, data, tmp_path):
+    again = halves(base, data, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-2" / "nf4lora_resume.json").write_text('{"options": [], "data": 3}')
+    with pytest.raises(UsageError, match=r"nf4lora_resume.json is not what nf4lora train writes"):
+        train(*again)
 
 
 def test_a_checkpoint_that_another_program_wrote_is_gone_on_from_with_a_warning(base, data, tmp_path):

@@ -128,6 +128,26 @@ def test_an_evaluation_is_broken_off_and_no_step_is_lost(base, data, tmp_path, m
         assert code == 0 and (out / "adapter_model.safetensors").exists()
 
 
+def test_an_evaluation_that_begins_a_resumed_run_is_broken_off(base, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = options(base, data, out, "--val_size", "8", "--eval_steps", "1", "--max_steps", "2")
+    predict, calls = Trainer.prediction_step, itertools.count(1)
+
+    def acts(self, *args, **kwargs):
+        if next(calls) in (5, 6):  # in the evaluation of step 1, and where the next run takes it up again
+            signal.raise_signal(signal.SIGINT)
+        return predict(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "prediction_step", acts)
+        assert train(*arguments)[0] == 130
+        calls = itertools.count(5)
+        code, said = train(str(out / "config.yaml"), "--resume_from_checkpoint")
+    assert code == 130 and f"stopped after step 1 of 2; {out / 'checkpoint-1'} is saved" in said
+    assert train(str(out / "config.yaml"), "--resume_from_checkpoint")[0] == 0
+    assert [step for step, loss in logged(out, "step", "eval_loss") if loss is not None] == [0, 1, 2]
+
+
 def test_a_signal_while_results_are_saved_does_not_lose_them(base, data, tmp_path, monkeypatch):
     write = output.write_json
     monkeypatch.setattr(output, "write_json", lambda *a: (signal.raise_signal(signal.SIGTERM), write(*a)))

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <vector>
 
+#include "../ceil_div.h"
 #include "instruction_set.h"
 #include "tensors.h"
 
@@ -30,7 +31,7 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
                        exp_avg_sqs[i].mutable_data_ptr(),
                        eight_bits ? static_cast<float*>(absmaxs[i].mutable_data_ptr()) : nullptr, dtype_of(params[i])});
     counts.push_back(params[i].numel());
-    first_piece.push_back(first_piece.back() + (counts.back() + kPiece - 1) / kPiece);
+    first_piece.push_back(first_piece.back() + ceil_div(counts.back(), kPiece));
   }
   const Loops& isa = loops();
   std::atomic<int64_t> refused{0};

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../ceil_div.h"
 #include "instruction_set.h"
 #include "tensors.h"
 
@@ -19,8 +20,8 @@ inline constexpr Start kFromZero = {nullptr, nullptr, 0, 1.0f, nullptr, nullptr}
 // Calls body(first, rows) for chunks of nearly equal size.
 template <class Body>
 void for_row_chunks(int64_t rows, int64_t tile_rows, Body&& body) {
-  const int64_t chunks = (rows + kMostRows - 1) / kMostRows;
-  const int64_t size = chunks ? ((rows + chunks - 1) / chunks + tile_rows - 1) / tile_rows * tile_rows : 0;
+  const int64_t chunks = ceil_div(rows, kMostRows);
+  const int64_t size = chunks ? round_up(ceil_div(rows, chunks), tile_rows) : 0;
   for (int64_t first = 0; first < rows; first += size) body(first, std::min(size, rows - first));
 }
 
@@ -34,8 +35,8 @@ class Tiles {
       : gemm_(gemm),
         rows_(rows),
         depth_(depth),
-        steps_((depth + gemm.step - 1) / gemm.step),
-        stride_(((steps_ + gemm.tile_steps - 1) / gemm.tile_steps * gemm.tile_steps + 1) * gemm.rows),
+        steps_(ceil_div(depth, gemm.step)),
+        stride_((round_up(steps_, gemm.tile_steps) + 1) * gemm.rows),
         memory_(count() * stride_) {
     torch::stable::parallel_for(0, count(), 1 + 4096 / (depth + 1), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -47,7 +48,7 @@ class Tiles {
     });
   }
 
-  int64_t count() const { return (rows_ + gemm_.rows - 1) / gemm_.rows; }
+  int64_t count() const { return ceil_div(rows_, gemm_.rows); }
   int64_t rows() const { return rows_; }
   int64_t depth() const { return depth_; }
   int64_t steps() const { return steps_; }
@@ -76,7 +77,7 @@ class Strips {
       : gemm_(gemm), columns_(columns), begin_(begin), vectors_(end - begin) {}
   int64_t count() const {
     const int64_t widest = gemm_.max_lanes / gemm_.vector;
-    return (vectors_ + widest - 1) / widest;
+    return ceil_div(vectors_, widest);
   }
   Strip operator[](int64_t i) const {
     const int64_t from = begin_ + vectors_ * i / count(), to = begin_ + vectors_ * (i + 1) / count();
@@ -105,7 +106,7 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
   const int64_t chunk = (order == Order::depth ? kFewSteps : kPanelSteps) * gemm.step;
   const bool once = tiles.depth() <= chunk;  // no sums wait for a second chunk: those of one tile are enough
   const int64_t strip_sums = (once ? 1 : tiles.count()) * gemm.rows * gemm.max_lanes;
-  const int64_t vectors = (columns + gemm.vector - 1) / gemm.vector;
+  const int64_t vectors = ceil_div(columns, gemm.vector);
   torch::stable::parallel_for(0, vectors, 1, [&](int64_t begin, int64_t end) {
     const Strips strips(gemm, columns, begin, end);
     const int64_t together = order == Order::depth ? strips.count() : 1;
@@ -114,7 +115,7 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
     const Entered entered(gemm);
     for (int64_t group = 0; group < strips.count(); group += together) {
       for (int64_t k = 0; k == 0 || k < tiles.depth(); k += chunk) {
-        const int64_t depth = std::min(tiles.depth() - k, chunk), steps = (depth + gemm.step - 1) / gemm.step;
+        const int64_t depth = std::min(tiles.depth() - k, chunk), steps = ceil_div(depth, gemm.step);
         for (int64_t i = 0; i < together; ++i) {
           const Strip strip = strips[group + i];
           if (depth) fill(strip.first, strip.valid, strip.lanes, k, depth, panel.get());  // none in an empty row
@@ -151,10 +152,10 @@ class Panels {
   Panels(const Gemm& gemm, int64_t columns, int64_t depth, Fill&& fill)
       : gemm_(gemm),
         columns_(columns),
-        steps_((depth + gemm.step - 1) / gemm.step),
-        memory_((columns + gemm.vector - 1) / gemm.vector * gemm.vector * steps_) {
+        steps_(ceil_div(depth, gemm.step)),
+        memory_(round_up(columns, gemm.vector) * steps_) {
     const int64_t chunk = kPanelSteps * gemm.step;
-    torch::stable::parallel_for(0, (depth + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, ceil_div(depth, chunk), 1, [&](int64_t begin, int64_t end) {
       for (int64_t first = 0; first < columns; first += gemm.max_lanes) {
         for (int64_t k = begin * chunk; k < std::min(depth, end * chunk); k += chunk) {
           fill(first, std::min<int64_t>(columns - first, lanes(first)), lanes(first), k, std::min(chunk, depth - k),
@@ -182,7 +183,7 @@ class Panels {
 
  private:
   int lanes(int64_t first) const {
-    const int64_t rest = (columns_ - first + gemm_.vector - 1) / gemm_.vector * gemm_.vector;
+    const int64_t rest = round_up(columns_ - first, gemm_.vector);
     return static_cast<int>(std::min<int64_t>(rest, gemm_.max_lanes));
   }
 

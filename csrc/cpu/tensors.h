@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 
+#include "../ceil_div.h"
 #include "../check.h"
 #include "isa/loops.h"
 
@@ -36,7 +37,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t begin = round_up(address, kPage);
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
@@ -49,7 +50,7 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t bytes = round_up(static_cast<size_t>(count) * sizeof(T), kAlignment);
     memory_.reset(static_cast<T*>(std::aligned_alloc(kAlignment, bytes ? bytes : kAlignment)));
     if (!memory_) throw std::bad_alloc();
   }

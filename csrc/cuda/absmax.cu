@@ -2,6 +2,7 @@
 //
 // Quantising happens once, while a model loads, on 1/64 of its numbers: its kernels are written to keep the order of
 // summation, not to be fast. Dequantising is part of every use of a weight and moves 5 bytes per 64 weights.
+#include "../ceil_div.h"
 #include "codes.cuh"
 #include "launch.h"
 #include "vector.cuh"
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kDecodedPerThread;
   if (first >= count) return;
   const float scale = nested[first / kNestedBlocksize];
-  const float offset = nested[(count + kNestedBlocksize - 1) / kNestedBlocksize];
+  const float offset = nested[ceil_div(count, kNestedBlocksize)];
   if (first + kDecodedPerThread <= count) {
     const auto codes = load<kDecodedPerThread>(absmax_q + first, aligned);
     Vector<float, kDecodedPerThread> decoded;
@@ -129,9 +130,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t at = first; at < count; ++at) absmax[at] = decode_absmax(map, absmax_q[at], scale, offset);
 }
 
-unsigned blocks_of(int64_t count, int64_t per_block) {
-  return static_cast<unsigned>((count + per_block - 1) / per_block);
-}
+unsigned blocks_of(int64_t count, int64_t per_block) { return static_cast<unsigned>(ceil_div(count, per_block)); }
 
 }  // namespace
 

@@ -4,6 +4,8 @@
 // parameter: 28 bytes with float32 moments, 16.1 with 8 bits (parameter and moments both ways, gradient one).
 #include <algorithm>
 
+#include "../ceil_div.h"
+#include "card.h"
 #include "launch.h"
 #include "moment.cuh"
 #include "vector.cuh"
@@ -343,10 +345,7 @@ void launch(const Batch& batch, bool eight_bits, const AdamW& numbers, const flo
     adamw_kernel<T><<<static_cast<unsigned>(pieces), kThreads, 0, stream>>>(batch, numbers, scale, skipped);
     return;
   }
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const auto grid = static_cast<unsigned>(std::min(pieces, multiprocessors * kBlocksAtOnce));
+  const auto grid = static_cast<unsigned>(std::min(pieces, current_card().multiprocessors * kBlocksAtOnce));
   adamw_8bit_kernel<T><<<grid, kThreads, 0, stream>>>(batch, numbers, scale, skipped);
 }
 
@@ -364,7 +363,7 @@ Error adamw_step(const AdamWTensor* tensors, int64_t count, Dtype dtype, bool ei
   };
   Batch batch{};
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t pieces = (tensors[i].count + kPiece - 1) / kPiece;
+    const int64_t pieces = ceil_div(tensors[i].count, kPiece);
     if (pieces == 0) continue;
     if (pieces > kMostPieces) return "a tensor of more than 2^43 values";
     if (batch.count == kMostTensors || batch.first_piece[batch.count] + pieces > kMostPieces) flush(batch);

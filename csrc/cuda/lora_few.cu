@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "../ceil_div.h"
 #include "card.h"
 #include "codes.cuh"
 #include "factor.cuh"
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, quad = lane / 4, member = lane % 4;
   const float2* own = pairs[0] + lane % 16;
-  const float offset = absmax ? 0.0f : nested[((N * K >> log2_blocksize) + kNestedBlocksize - 1) / kNestedBlocksize];
+  const float offset = absmax ? 0.0f : nested[ceil_div(N * K >> log2_blocksize, kNestedBlocksize)];
 
   for (int64_t group = blockIdx.x; group * kRowsOfW < N; group += gridDim.x) {
     float sums[kTokenTiles][4] = {};
@@ -273,7 +274,7 @@ void launch_few(const FewRows& few, int blocks, cudaStream_t stream) {
 
 template <typename T>
 void launch_low_rank(const FewRows& few, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(few.R), static_cast<unsigned>((few.M + kRowsOfX - 1) / kRowsOfX));
+  const dim3 grid(static_cast<unsigned>(few.R), static_cast<unsigned>(ceil_div(few.M, kRowsOfX)));
   low_rank_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(few.x), few.lora_A, static_cast<T*>(few.S),
                                                  few.seed, few.M, few.K, few.R, few.dtype_of_A, few.threshold,
                                                  few.inverse_keep, is_aligned(few.lora_A));
@@ -290,7 +291,7 @@ Error lora_few(const FewRows& few, void* stream) {
   const bool is_bf16 = few.dtype == Dtype::bf16;
   if (few.R > 0) (is_bf16 ? launch_low_rank<__nv_bfloat16> : launch_low_rank<__half>)(few, cuda_stream);
   // Blocks stay and take group after group, so that the table is made once; four fit beside each other.
-  const int64_t groups = (few.N + kRowsOfW - 1) / kRowsOfW;
+  const int64_t groups = ceil_div(few.N, kRowsOfW);
   const auto blocks = static_cast<int>(std::min<int64_t>(groups, 4 * current_card().multiprocessors));
   (is_bf16 ? launch_few<__nv_bfloat16> : launch_few<__half>)(few, blocks, cuda_stream);
   return launched();

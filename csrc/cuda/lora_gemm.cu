@@ -7,6 +7,7 @@
 // index at a time: tokens come by asynchronous copies, W is unpacked by all threads into shared memory, 64 weights each,
 // between the matrix instructions of the step before. What differs is which way a tile of W lies, and ldmatrix can
 // transpose. The low-rank term is summed first, scaled in float32, and W is added to it.
+#include "../ceil_div.h"
 #include "lora_gemm.cuh"
 
 #include <algorithm>
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
   for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = kDeviceMap.value[i];
   T* const tokens = reinterpret_cast<T*>(memory);
   const int64_t blocks = (g.N * g.K) >> log2_blocksize;
-  const float offset = g.absmax ? 0.0f : g.nested[(blocks + kNestedBlocksize - 1) / kNestedBlocksize];
+  const float offset = g.absmax ? 0.0f : g.nested[ceil_div(blocks, kNestedBlocksize)];
   Block<T, kBackward, kTokens> block{g,
                                      map,
                                      tokens,
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
                                      static_cast<int64_t>(blockIdx.y) * kOutputs,
                                      log2_blocksize,
                                      offset};
-  const int steps = static_cast<int>((block.depth() + kStep - 1) / kStep);
+  const int steps = static_cast<int>(ceil_div(block.depth(), kStep));
   const int begin = blockIdx.z * steps_of_split, end = min(steps, begin + steps_of_split);
 
   // The stages are numbered from the split's first step, so that the last is free for the low-rank term.
@@ -145,14 +146,13 @@ Plan plan_of(const LoraGemm& g) {
   const int resident = tokens == 128  ? resident_of(Warps<128>{})
                        : tokens == 64 ? resident_of(Warps<64>{})
                                       : resident_of(Warps<32>{});
-  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t steps = up(g.backward ? g.N : g.K, kStep), slots = resident * card.multiprocessors;
-  const int64_t tiles = up(g.M, tokens) * up(g.backward ? g.K : g.N, kOutputs);
+  const int64_t steps = ceil_div(g.backward ? g.N : g.K, kStep), slots = resident * card.multiprocessors;
+  const int64_t tiles = ceil_div(g.M, tokens) * ceil_div(g.backward ? g.K : g.N, kOutputs);
   Plan best{tokens, 1, static_cast<int>(steps)};
-  int64_t least = up(tiles, slots) * steps;
+  int64_t least = ceil_div(tiles, slots) * steps;
   for (int64_t splits = 2; splits <= std::min(kMostSplits, steps); ++splits) {
-    const int64_t each = up(steps, splits), used = up(steps, each);
-    const int64_t cost = up(tiles * used, slots) * (each + kStepsOfAPartial);
+    const int64_t each = ceil_div(steps, splits), used = ceil_div(steps, each);
+    const int64_t cost = ceil_div(tiles * used, slots) * (each + kStepsOfAPartial);
     if (cost < least) least = cost, best = {tokens, static_cast<int>(used), static_cast<int>(each)};
   }
   return best;
@@ -163,8 +163,8 @@ void launch_gemm(const LoraGemm& g, const Plan& plan, cudaStream_t stream) {
   const auto kernel = lora_gemm_kernel<T, kBackward, kTokens>;
   constexpr int kBytes = Warps<kTokens>::kSharedBytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  const dim3 grid(static_cast<unsigned>((g.M + kTokens - 1) / kTokens),
-                  static_cast<unsigned>(((kBackward ? g.K : g.N) + kOutputs - 1) / kOutputs), plan.splits);
+  const dim3 grid(static_cast<unsigned>(ceil_div(g.M, kTokens)),
+                  static_cast<unsigned>(ceil_div(kBackward ? g.K : g.N, kOutputs)), plan.splits);
   kernel<<<grid, kThreads, kBytes, stream>>>(g, std::countr_zero(static_cast<uint64_t>(g.blocksize)),
                                              plan.steps_of_split);
 }
@@ -179,7 +179,7 @@ void launch(const LoraGemm& g, cudaStream_t stream) {
                        : launch_gemm<T, kBackward, 128>)(direct, plan, stream);
   if (plan.splits == 1) return;
   const int64_t outputs = kBackward ? g.K : g.N, count = g.M * outputs;
-  const auto blocks = static_cast<unsigned>((count + kSumThreads - 1) / kSumThreads);
+  const auto blocks = static_cast<unsigned>(ceil_div(count, kSumThreads));
   lora_gemm_sum_kernel<<<blocks, kSumThreads, 0, stream>>>(g.partials, g.bias, static_cast<T*>(g.out), plan.splits,
                                                            count, outputs);
 }

@@ -6,6 +6,7 @@
 // few strips, which then leave theirs in the same place.
 #include <algorithm>
 
+#include "../ceil_div.h"
 #include "factor.cuh"
 #include "launch.h"
 #include "matrix.cuh"
@@ -27,19 +28,17 @@ constexpr int kMostStrips = 32;   // of all tokens: at least four rounds of bloc
 constexpr int kTile = kRows * kTileColumns;
 constexpr int kDeep = kTileColumns / 16;  // matrix instructions across a tile
 
-int64_t parts(int64_t count, int64_t of) { return (count + of - 1) / of; }
-
-int64_t strip_of(int64_t M) { return std::max<int64_t>(kLeastStrip, parts(parts(M, kMostStrips), kRows) * kRows); }
+int64_t strip_of(int64_t M) { return std::max<int64_t>(kLeastStrip, round_up(ceil_div(M, kMostStrips), kRows)); }
 
 // Rows of a launch: whole strips, and all where P is not wanted.
 int64_t rows_of_a_launch(const TallSkinny& t) {
   if (!t.P) return t.M;
-  const int64_t bytes_of_a_row = std::max<int64_t>(1, parts(t.D, kColumns) * t.R * 4), strip = strip_of(t.M);
+  const int64_t bytes_of_a_row = std::max<int64_t>(1, ceil_div(t.D, kColumns) * t.R * 4), strip = strip_of(t.M);
   return std::max<int64_t>(1, t.most_inner / bytes_of_a_row / strip) * strip;
 }
 
 int64_t floats_of_inner(const TallSkinny& t) {
-  return t.P ? parts(t.D, kColumns) * std::min(t.M, rows_of_a_launch(t)) * t.R : 0;
+  return t.P ? ceil_div(t.D, kColumns) * std::min(t.M, rows_of_a_launch(t)) * t.R : 0;
 }
 
 // Formula   inner[part, m, r] = sum over the part's d of drop(Z)[m, d] F(d, r)
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
   const int64_t first_d = blockIdx.x * static_cast<int64_t>(kColumns) + warp * kTileColumns;
   const int64_t first_m = begin + blockIdx.y * strip;
   const int64_t first_r = blockIdx.z * static_cast<int64_t>(8 * kRankTiles);
-  const int steps = static_cast<int>((min(strip, M - first_m) + kRows - 1) / kRows);
+  const int steps = static_cast<int>(ceil_div(min(strip, M - first_m), kRows));
 
   const auto copy = [&](int step) {
     if (step < steps) {
@@ -224,8 +223,8 @@ void launch_products(const TallSkinny& t, float* inner, float* outer, int64_t be
                       : !t.P ? tall_skinny_kernel<T, kRankTiles, false, true>
                              : tall_skinny_kernel<T, kRankTiles, true, true>;
   const int64_t strip = strip_of(t.M);
-  const dim3 grid(static_cast<unsigned>(parts(t.D, kColumns)), static_cast<unsigned>(parts(end - begin, strip)),
-                  static_cast<unsigned>(parts(t.R, 8 * kRankTiles)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(t.D, kColumns)), static_cast<unsigned>(ceil_div(end - begin, strip)),
+                  static_cast<unsigned>(ceil_div(t.R, 8 * kRankTiles)));
   kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(t.Z), t.F, static_cast<const T*>(t.L), t.seed, inner,
                                         outer, begin, end, t.D, t.R, strip, t.dtype_of_F, t.threshold,
                                         t.F_is_transposed, t.G_is_transposed);
@@ -234,7 +233,7 @@ void launch_products(const TallSkinny& t, float* inner, float* outer, int64_t be
 }  // namespace
 
 int64_t tall_skinny_workspace(const TallSkinny& t) {
-  return floats_of_inner(t) + (t.G ? parts(t.M, strip_of(t.M)) * t.D * t.R : 0);
+  return floats_of_inner(t) + (t.G ? ceil_div(t.M, strip_of(t.M)) * t.D * t.R : 0);
 }
 
 Error tall_skinny(const TallSkinny& t, void* stream) {
@@ -257,9 +256,9 @@ Error tall_skinny(const TallSkinny& t, void* stream) {
     if (end > begin && t.D > 0) launch(t, t.workspace, outer + begin / strip * t.D * t.R, begin, end, cuda_stream);
     void* const P = t.P ? static_cast<char*>(t.P) + begin * t.R * 2 : nullptr;  // values of 16 bits
     if (added > 0) {
-      sum_parts_kernel<<<static_cast<unsigned>(parts(added, 256)), 256, 0, cuda_stream>>>(
-          t.workspace, outer, P, t.G, t.dtype, t.dtype_of_G, P_count, added - P_count, parts(t.D, kColumns),
-          parts(t.M, strip), t.inner_scale, t.outer_scale);
+      sum_parts_kernel<<<static_cast<unsigned>(ceil_div(added, 256)), 256, 0, cuda_stream>>>(
+          t.workspace, outer, P, t.G, t.dtype, t.dtype_of_G, P_count, added - P_count, ceil_div(t.D, kColumns),
+          ceil_div(t.M, strip), t.inner_scale, t.outer_scale);
     }
     begin = end;
   } while (begin < t.M);

@@ -4,6 +4,7 @@
 // still double-quantised, so that one launch of a small kernel makes a slice.
 #include <bit>
 
+#include "../ceil_div.h"
 #include "codes.cuh"
 #include "launch.h"
 #include "vector.cuh"
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
     packed[i] = load<kPerStore<T> / 2>(qweight + at / 2, aligned);
     scale[i] = absmax ? absmax[block]
                       : decode_absmax(map, absmax_q[block], nested[block / kNestedBlocksize],
-                                      nested[(count + kNestedBlocksize - 1) / kNestedBlocksize]);
+                                      nested[ceil_div(count, kNestedBlocksize)]);
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 void unpack(const Slice& slice, cudaStream_t stream) {
-  const int64_t tiles_per_row = (slice.columns + kTileColumns<T> - 1) / kTileColumns<T>;
-  const int64_t tiles = (slice.rows + kRowsPerTile - 1) / kRowsPerTile * tiles_per_row;
+  const int64_t tiles_per_row = ceil_div(slice.columns, kTileColumns<T>);
+  const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row;
   lora_slice_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
       slice.qweight, slice.absmax, slice.absmax_q, slice.nested, static_cast<T*>(slice.weight),
       slice.N * (slice.K / slice.blocksize), slice.K, slice.n0, slice.rows, slice.k0, slice.columns,

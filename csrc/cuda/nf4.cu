@@ -5,6 +5,7 @@
 // compiler's flags.
 #include <bit>
 
+#include "../ceil_div.h"
 #include "codes.cuh"
 #include "launch.h"
 #include "vector.cuh"
@@ -96,7 +97,7 @@ template <typename T>
 void quantize(const void* weight, uint8_t* qweight, float* absmax, uint64_t* first_bad, int64_t count,
               int64_t blocksize, cudaStream_t stream) {
   constexpr int64_t kPerBlock = kEncodeThreads * kEncodedPerThread;
-  const unsigned grid = static_cast<unsigned>((count + kPerBlock - 1) / kPerBlock);
+  const unsigned grid = static_cast<unsigned>(ceil_div(count, kPerBlock));
   nf4_quantize_kernel<<<grid, kEncodeThreads, 0, stream>>>(
       static_cast<const T*>(weight), qweight, absmax, reinterpret_cast<unsigned long long*>(first_bad), count,
       std::countr_zero(static_cast<uint64_t>(blocksize)), is_aligned(weight) && is_aligned(qweight));
@@ -152,7 +153,7 @@ template <typename T>
 void dequantize(const uint8_t* qweight, const float* absmax, void* weight, int64_t count, int64_t blocksize,
                 cudaStream_t stream) {
   constexpr int64_t kPerBlock = kDecodeThreads * kDecodeLoads * (16 / sizeof(T));
-  const unsigned grid = static_cast<unsigned>((count + kPerBlock - 1) / kPerBlock);
+  const unsigned grid = static_cast<unsigned>(ceil_div(count, kPerBlock));
   nf4_dequantize_kernel<<<grid, kDecodeThreads, 0, stream>>>(qweight, absmax, static_cast<T*>(weight), count,
                                                              std::countr_zero(static_cast<uint64_t>(blocksize)),
                                                              is_aligned(qweight) && is_aligned(weight));

@@ -1,5 +1,6 @@
 // The two pagers: paged.h says what they do.
 #include "paged.h"
+#include "../ceil_div.h"
 
 #include <algorithm>
 #include <deque>
@@ -15,10 +16,9 @@ constexpr int64_t kAlignment = 256;  // of a range in a staging buffer, as cudaM
 
 void* aligned(void* address) {
   const auto value = reinterpret_cast<uintptr_t>(address);
-  return reinterpret_cast<void*>((value + kHugePage - 1) / kHugePage * kHugePage);
+  return reinterpret_cast<void*>(round_up(value, kHugePage));
 }
 void* at(void* start, int64_t offset) { return static_cast<char*>(start) + offset; }
-int64_t in_whole(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 int64_t bytes_of(const Ranges& ranges) {
   int64_t sum = 0;
@@ -30,7 +30,7 @@ int64_t bytes_of(const Ranges& ranges) {
 int64_t room_of(const Ranges& ranges) {
   int64_t sum = 0;
   for (const Range& range : ranges) {
-    sum += in_whole(range.offset + range.bytes, kHugePage) - range.offset / kHugePage * kHugePage;
+    sum += round_up(range.offset + range.bytes, kHugePage) - range.offset / kHugePage * kHugePage;
   }
   return sum;
 }
@@ -190,7 +190,7 @@ class Streamed final : public Pager {
     int64_t most = 0;
     for (const Ranges& ranges : chunks) {
       int64_t size = 0;
-      for (const Range& range : ranges) size += in_whole(range.bytes, kAlignment);
+      for (const Range& range : ranges) size += round_up(range.bytes, kAlignment);
       most = std::max(most, size);
     }
     chunks_ = std::move(chunks);
@@ -206,7 +206,7 @@ class Streamed final : public Pager {
     int64_t offset = 0;
     for (const Range& range : chunks_[static_cast<size_t>(chunk)]) {
       found.push_back(at(buffers_[number(chunk)].memory.address, offset));
-      offset += in_whole(range.bytes, kAlignment);
+      offset += round_up(range.bytes, kAlignment);
     }
     return found;
   }

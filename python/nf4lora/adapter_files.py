@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -230,7 +231,7 @@ def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping
         with unchanged_on_failure(bare):
             try:
                 wrapped = get_peft_model(bare, config)
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
+            except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
                 raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
             expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             _check_tensors(folder, tensors, expected, _not_trained_in_full(wrapped, config))

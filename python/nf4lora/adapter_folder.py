@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         raise ValueError(
             f"load_adapter: peft_type in {folder / CONFIG_FILE} must be 'LORA', got {fields.get('peft_type')!r}"
         )
-    about = _read_about(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    about = _read_about(folder / BASE_FILE) if os.path.lexists(folder / BASE_FILE) else {}
     try:
         tensors = load_file(folder / TENSOR_FILE)
     except SafetensorError as error:
@@ -43,6 +44,10 @@ def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"load_adapter: {folder / CONFIG_FILE} must describe a LoRA adapter, got {error}") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            got = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype
+            raise ValueError(f"load_adapter: {key} in {folder / TENSOR_FILE} must hold finite numbers, got {got}")
     # PEFT writes the weight of an embedding that carries an adapter beside it, under the name inside its wrapper.
     inside = ".base_layer.weight"
     tensors = {key.replace(inside, ".weight") if key.endswith(inside) else key: each for key, each in tensors.items()}
@@ -73,7 +78,7 @@ def _read_about(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"load_adapter: {path} must be JSON, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"load_adapter: {path} must hold a JSON object, got {type(content).__name__}")

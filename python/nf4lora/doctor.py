@@ -72,6 +72,12 @@ class Finding:
 
 def findings(info: dict[str, Any] | None = None) -> Iterator[Finding]:
     """What build_info() says, in words, with one line of cure for each problem; None: asked here, part by part."""
+    if (system := platform.system()) != "Linux":
+        yield Finding(
+            f"{system or 'this system'} is not supported: nf4lora is built and tested on Linux only",
+            "on Windows use WSL 2, on macOS a Linux container or virtual machine",
+            broken=True,
+        )
     if info is None:
         yield from (broken := list(_broken_imports()))
         if not broken:

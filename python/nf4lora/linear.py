@@ -7,6 +7,7 @@ mixed-precision policy can round them.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -162,9 +163,12 @@ class NF4Linear(nn.Linear):
         guarded = type(parameter) is nn.Parameter and parameter.dtype == torch.uint8  # a shard guards itself
         if not guarded or torch.compiler.is_compiling():
             return parameter
-        guard = self.__dict__.get("_guard")
-        if guard is None or guard.source() is not parameter:
-            guard = self.__dict__["_guard"] = PackedWeight(parameter)
+        known = self.__dict__.get("_guard")
+        guard = None if known is None else known()
+        if guard is None or guard.codes is not parameter:
+            guard = PackedWeight(parameter)
+            # Weakly: the guard holds the parameter, which is to be freed once the layer has replaced it.
+            self.__dict__["_guard"] = weakref.ref(guard)
         return guard
 
     @weight.setter
@@ -228,7 +232,8 @@ class NF4Linear(nn.Linear):
                 f"NF4Config(modules_to_not_convert=[its name])"
             )
         kind = x.device.type
-        result_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        result_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         x = x.to(self.compute_dtype or result_dtype)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         y = ops.lora_linear(

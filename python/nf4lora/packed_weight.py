@@ -8,7 +8,6 @@ parameter. The parameter itself, which state dicts, files, FSDP and the layer's 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,8 @@ COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # of codes, which are cod
 class PackedWeight(nn.Parameter):
     """Packed codes that may be asked, copied, moved and compared, but meet no floating-point value.
 
-    It has no memory of its own: every torch function is called with the parameter instead, unless it is refused.
+    It has no memory of its own: every torch function is called with the parameter instead, unless it is refused. As any
+    tensor does, it keeps what it shows for as long as somebody holds it, whatever becomes of the layer.
 
     Raises:
         ValueError: in arithmetic, and in any function that also takes, or would return, floating-point values.
@@ -54,17 +54,12 @@ class PackedWeight(nn.Parameter):
     ValueError: NF4Linear: weight must not be an operand of matmul, which would take its packed 4-bit codes for ...
     """
 
-    source: Callable[[], Tensor]
+    codes: Tensor
 
     def __new__(cls, codes: Tensor) -> PackedWeight:
         guard = Tensor._make_subclass(cls, torch.empty(0, dtype=torch.uint8), False)
-        # A layer keeps its guard, which must not keep a parameter that the layer has replaced, on another device say.
-        object.__setattr__(guard, "source", weakref.ref(codes) if isinstance(codes, nn.Parameter) else lambda: codes)
+        object.__setattr__(guard, "codes", codes)
         return guard
-
-    @property
-    def codes(self) -> Tensor:
-        return self.source()
 
     @classmethod
     def __torch_function__(
@@ -88,7 +83,7 @@ class PackedWeight(nn.Parameter):
         return result if isinstance(result, torch.Size) else tree_map_only(Tensor, guarded, result)
 
     def __getattr__(self, name: str) -> Any:  # what somebody has noted on the parameter
-        if name in ("source", "codes"):
+        if name == "codes":
             raise AttributeError(name)
         return getattr(self.codes, name)
 

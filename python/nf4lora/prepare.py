@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import re
 import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nf4lora.model_tree import base_of, unchanged_on_failure
 from nf4lora.pack import pack
 from nf4lora.plan import Plan, plan_preparation
 from nf4lora.report import Report, report
+from nf4lora.targets import plain
 from nf4lora.task import task_type
 
 if TYPE_CHECKING:
@@ -211,8 +213,30 @@ def _lora_config(
         raise ValueError(f"prepare: lora_alpha must be positive, got {config.lora_alpha}")
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"prepare: lora_dropout must be in [0, 1), got {config.lora_dropout}")
+    _check_names(config)
     check_init("prepare", config)
     return config
+
+
+def _check_names(config: LoraConfig) -> None:
+    """Refuse what PEFT would read letter by letter, or fail over without saying which option it was."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value, may_be_pattern = getattr(config, name, None), name in ("target_modules", "exclude_modules")
+        if value is None:
+            continue
+        if isinstance(value, str) and may_be_pattern:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"prepare: {name} must be a regular expression where it is one text, got {value!r} ({error}); "
+                    f"plain names stand in a list"
+                ) from error
+        elif isinstance(value, str):
+            raise TypeError(f"prepare: {name} must be a list of names, got {value!r}; write [{value!r}]")
+        elif not isinstance(value, (list, tuple, set)) or not all(isinstance(each, str) for each in value):
+            what = "a regular expression or a list of names" if may_be_pattern else "a list of names"
+            raise TypeError(f"prepare: {name} must be {what}, got {plain(value)!r}")
 
 
 def _nf4_config(config: Any) -> NF4Config | None:

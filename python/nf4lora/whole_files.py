@@ -25,7 +25,7 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))  # in the folder itself: os.replace crosses no disk
     try:
-        mode = _mode_of_a_new_file(stage)
+        mode = mode_of_a_new_file(stage)
         yield stage
         files = sorted(path for path in stage.iterdir() if path.is_file())
         for path in files:
@@ -38,7 +38,7 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _mode_of_a_new_file(folder: Path) -> int:
+def mode_of_a_new_file(folder: Path) -> int:
     """The mode that the umask gives, asked for by making a file: reading the umask would have to change it."""
     path = folder / ".mode"
     path.touch()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.status import Status
@@ -16,6 +16,9 @@ from rich.text import Text
 from nf4lora.train.data import Data, Split
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.words import duration, human, number
+
+if TYPE_CHECKING:
+    import torch
 
 
 def say(console: Console, name: str, text: str) -> None:
@@ -85,7 +88,7 @@ def show_machine(console: Console, device: str, why: str) -> None:
     say(console, "kernels", kernels)
 
 
-def show_model(console: Console, config: TrainConfig, model: Any, dtype: Any) -> None:
+def show_model(console: Console, config: TrainConfig, model: Any, dtype: torch.dtype) -> None:
     import nf4lora
 
     base = "NF4" if config.load_in_4bit else "16-bit" if "float32" not in str(dtype) else "32-bit"

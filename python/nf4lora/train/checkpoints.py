@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.folder import CHECKPOINT_RECORD, checkpoint_folders
 from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nf4lora.train.data import Split
+
 WHOLE = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+OPTIONAL = ("rng_state.pth", CHECKPOINT_RECORD)
 HARMLESS = {  # options that change nothing in the weights
     *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
     "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file", "page_to",
@@ -30,14 +37,51 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
+    return not broken(checkpoint)
+
+
+def broken(checkpoint: Path) -> str:
+    """Why no run can go on from it; "" where one can. Of large files the part is read that says how long they are."""
+    for name in WHOLE:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    for name in (*WHOLE, *OPTIONAL):
+        path = checkpoint / name
+        if path.exists() and not _is_readable(path):
+            return f"{name} is {'truncated or broken' if path.is_file() and path.stat().st_size else 'empty'}"
+    return ""
+
+
+def _is_readable(path: Path) -> bool:
     try:
-        return all((checkpoint / name).stat().st_size for name in WHOLE) and step_of(checkpoint) >= 0
-    except (OSError, ValueError, KeyError, TypeError):
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size)) if size < path.stat().st_size else {}
+            ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+            return bool(ends) and path.stat().st_size == 8 + size + max(ends)
+        if path.suffix == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "trainer_state.json":
+                return isinstance(found["global_step"], int) and isinstance(found["log_history"], list)
+            return isinstance(found, dict)
+        return zipfile.is_zipfile(path)  # as torch.save writes; the directory of a zip file is its end
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def step_of(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def lacks_evaluation(config: TrainConfig, checkpoint: Path) -> bool:
+    """Whether its step was to be evaluated and the run ended before that was done."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if any("eval_loss" in entry and entry["step"] == state["global_step"] for entry in state["log_history"]):
+        return False
+    if config.eval_strategy == "steps" and config.eval_steps:
+        return bool(state["global_step"] % config.eval_steps == 0)
+    return config.eval_strategy == "epoch" and float(state.get("epoch") or 0.5).is_integer()
 
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:
@@ -51,14 +95,14 @@ def rows_per_step(config: TrainConfig) -> int:
 # ---- what a checkpoint says of its run -------------------------------------------------------------------------------
 
 
-def data_identity(split: Any, config: TrainConfig) -> dict[str, Any]:
+def data_identity(split: Split, config: TrainConfig) -> dict[str, Any]:
     """Number of training rows and a hash of their tokens, labels and packing, in order."""
     found = split.fingerprint()
     packed = f"{found['sha256']} packing {config.max_length if config.packing else False}"
     return found | {"sha256": hashlib.sha256(packed.encode()).hexdigest()}
 
 
-def base_identity(model: Any) -> str:
+def base_identity(model: nn.Module) -> str:
     """A hash of the base without its adapter: name, kind and shape of every tensor, and a thousand values of each."""
     import torch
 
@@ -89,7 +133,9 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"resume_from_checkpoint: {checkpoint / CHECKPOINT_RECORD} cannot be read ({error})") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in ("options", "data")):
+        raise UsageError(f"resume_from_checkpoint: {checkpoint / CHECKPOINT_RECORD} is not what nf4lora train writes")
+    return found
 
 
 # ---- whether this run may go on from it ------------------------------------------------------------------------------
@@ -167,7 +213,7 @@ def _differing(config: TrainConfig, saved: dict[str, Any], names: tuple[str, ...
     )
 
 
-def check_same_tensors(model: Any, checkpoint: Path) -> None:
+def check_same_tensors(model: nn.Module, checkpoint: Path) -> None:
     """Refuse a checkpoint that does not hold exactly the model's trainable tensors; PEFT would load what fits.
 
     Raises:

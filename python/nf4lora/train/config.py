@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
-from nf4lora.train.folder import moved_from, write_text
+from nf4lora.train.folder import CONFIG_HEAD, moved_from, write_text
 from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
@@ -245,5 +245,5 @@ def write(config: TrainConfig, path: Path) -> None:
     if not config.load_in_4bit:
         values = {name: value for name, value in values.items() if not name.startswith("bnb_4bit")}
     values["report_to"] = config.report_to or "none"
-    head = f"# written by nf4lora {__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
+    head = f"{CONFIG_HEAD}{__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

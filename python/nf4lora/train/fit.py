@@ -8,17 +8,26 @@ import shlex
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from nf4lora.train import banner, checkpoints, optimizer
-from nf4lora.train.data import Data
+from nf4lora.train.data import Data, Split
 from nf4lora.train.errors import RunError, reason
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.output import Output
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from nf4lora.train.progress import Progress
+    from nf4lora.train.trainer import Arguments, Trainer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -30,8 +39,8 @@ class Setup:
     config: TrainConfig
     console: Console
     device: str
-    dtype: Any
-    tokenizer: Any
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
     data: Data
     model: Any
     quantized: str  # method that the base came quantised with, or nothing
@@ -93,7 +102,7 @@ def fit(setup: Setup) -> int:
     return 0
 
 
-def make_trainer(setup: Setup) -> tuple[Any, Any]:
+def make_trainer(setup: Setup) -> tuple[Any, Progress]:
     from transformers.trainer_callback import PrinterCallback
 
     from nf4lora.train.guard import StopOnInterrupt
@@ -101,9 +110,10 @@ def make_trainer(setup: Setup) -> tuple[Any, Any]:
     from nf4lora.train.trainer import Trainer
 
     config, data, checkpoint = setup.config, setup.data, setup.output.checkpoint
+    evaluate = data.eval is not None and (checkpoint is None or checkpoints.lacks_evaluation(config, checkpoint))
     trainer = Trainer(
         model=setup.model,
-        args=arguments(config, setup.device, setup.dtype, evaluate=data.eval is not None and checkpoint is None),
+        args=arguments(config, setup.device, setup.dtype, evaluate),
         train_dataset=dataset(data.train, config),
         eval_dataset=dataset(data.eval, config) if data.eval is not None else None,
         processing_class=setup.tokenizer,
@@ -122,12 +132,12 @@ def make_trainer(setup: Setup) -> tuple[Any, Any]:
     return trainer, progress
 
 
-def train_and_evaluate(setup: Setup, trainer: Any, finished: bool) -> tuple[bool, dict[str, Any]]:
+def train_and_evaluate(setup: Setup, trainer: Trainer, finished: bool) -> tuple[bool, dict[str, Any]]:
     """Train and evaluate; -> whether the user stopped it, and Trainer's metrics."""
     from nf4lora.train.trainer import Stopped
 
     checkpoint = setup.output.checkpoint
-    if finished:
+    if finished and checkpoint is not None:
         restore(trainer, checkpoint)
         metrics = {"train_runtime": 0.0}
     else:
@@ -143,7 +153,7 @@ def train_and_evaluate(setup: Setup, trainer: Any, finished: bool) -> tuple[bool
     return stopped, metrics
 
 
-def restore(trainer: Any, checkpoint: Any) -> None:
+def restore(trainer: Trainer, checkpoint: Path) -> None:
     """Weights and history of a checkpoint, for a run that has nothing left to train."""
     from transformers import TrainerState
 
@@ -158,11 +168,11 @@ def show_resume(setup: Setup, finished: bool) -> None:
         if checkpoint is not None:
             text = f"going on from {checkpoint}{checkpoints.changes(config, checkpoint)}"
         banner.say(setup.console, "resume", text)
-    if finished:
+    if finished and checkpoint is not None:
         banner.say(setup.console, "resume", "nothing is left to train")
 
 
-def tell_saved(setup: Setup, trainer: Any, rescued: bool) -> None:
+def tell_saved(setup: Setup, trainer: Trainer, rescued: bool) -> None:
     """After an error: from where the run can go on."""
     if trainer.saved is not None and (rescued or trainer.saved != setup.output.checkpoint):
         banner.say(setup.console, "saved", f"{trainer.saved}; go on with:\n    {command(setup)}")
@@ -195,7 +205,7 @@ def memory_told(when: str) -> Iterator[None]:
         ) from error
 
 
-def report_stop(setup: Setup, trainer: Any) -> int:
+def report_stop(setup: Setup, trainer: Trainer) -> int:
     state = trainer.state
     if state.global_step and trainer.saved is not None:
         setup.console.print(
@@ -209,7 +219,7 @@ def report_stop(setup: Setup, trainer: Any) -> int:
     return INTERRUPTED
 
 
-def arguments(config: TrainConfig, device: str, dtype: Any, evaluate: bool) -> Any:
+def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bool) -> Arguments:
     """The options as TRL's SFTConfig."""
     import torch
 
@@ -245,7 +255,7 @@ def needs_autocast(config: TrainConfig) -> bool:
     return bool(not config.load_in_4bit or config.use_dora or config.modules_to_save)
 
 
-def dataset(split: Any, config: TrainConfig) -> Any:
+def dataset(split: Split, config: TrainConfig) -> Dataset:
     rows = split.dataset()
     if config.packing:
         from trl import pack_dataset
@@ -254,7 +264,7 @@ def dataset(split: Any, config: TrainConfig) -> Any:
     return rows
 
 
-def plan(trainer: Any) -> tuple[int, float]:
+def plan(trainer: Trainer) -> tuple[int, float]:
     """Steps and epochs that Trainer will make of the options."""
     args = trainer.args
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.errors import UsageError
+from nf4lora.whole_files import mode_of_a_new_file
 
 RECORD = "nf4lora_run.json"
 STAGING = ".writing"  # folder for what is not whole yet
+CONFIG_HEAD = "# written by nf4lora "  # the first words of a run's config.yaml
 CHECKPOINT_RECORD = "nf4lora_resume.json"  # in a checkpoint: what a run that goes on from it must agree with
 
 
@@ -37,6 +39,13 @@ def own_files(folder: Path) -> list[str]:
     """Names of files in the folder that runs have written."""
     names = [name for name in read_record(folder).get("files", []) if isinstance(name, str) and Path(name).name == name]
     return [name for name in names if os.path.lexists(folder / name)]
+
+
+def of_earlier_version(folder: Path) -> bool:
+    """Whether a run of a version that kept no record of its files has written here: it began config.yaml like this."""
+    with contextlib.suppress(OSError, ValueError):
+        return not read_record(folder) and (folder / "config.yaml").read_text("utf-8").startswith(CONFIG_HEAD)
+    return False
 
 
 def note_files(folder: Path, names: Iterable[str], **more: Any) -> None:
@@ -106,13 +115,12 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def finish(place: Path) -> None:
     """Put all files below on the disk, with the permissions that new files have; some libraries make them private."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mode = mode_of_a_new_file(place)
     for path in [place, *place.rglob("*")]:
         if path.is_symlink():
             continue
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            path.chmod(mode)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # some file systems have no fsync for folders

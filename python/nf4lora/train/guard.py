@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.reach import refuse_unreached
@@ -20,14 +20,18 @@ class Guard(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = int(counted[-1]) if counted else 0  # TRL starts again from 0
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.in_step = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.in_step = False
         # A checkpoint forgets the losses since the last log: logging first makes the log of a resumed run the same. The
         # last step is logged too, so that a run of fewer steps than logging_steps shows where it ended.
@@ -40,15 +44,17 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupt.requested:
             control.should_save = control.should_log = control.should_training_stop = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.interrupt.requested:  # Trainer takes breaking off for the end of the epoch
             control.should_save = control.should_evaluate = False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupt.requested and state.global_step:
             control.should_save = control.should_training_stop = True
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
@@ -15,6 +15,8 @@ from nf4lora.train.reach import as_pattern, unreached
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def choose_device(wanted: str) -> tuple[str, str]:
@@ -93,7 +95,7 @@ def check_one_process() -> None:
         raise UsageError("nf4lora train runs in one process for now; start it without torchrun or accelerate launch")
 
 
-def load_tokenizer(config: TrainConfig) -> tuple[Any, list[str], Any]:
+def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[str], PreTrainedConfig]:
     """Tokenizer, the tokens that end generation, and the model's configuration.
 
     Raises:
@@ -120,7 +122,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[Any, list[str], Any]:
     return tokenizer, stops, model_config
 
 
-def check_length(config: TrainConfig, model_config: Any) -> str:
+def check_length(config: TrainConfig, model_config: PreTrainedConfig) -> str:
     """Hold max_length against the positions that the model has; lowers the default, refuses a wish."""
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if not positions or config.max_length <= positions:
@@ -131,13 +133,13 @@ def check_length(config: TrainConfig, model_config: Any) -> str:
     return f"max_length is {positions}, the positions that the model has"
 
 
-def quantization_of(model_config: Any) -> str:
+def quantization_of(model_config: PreTrainedConfig) -> str:
     """Method that a checkpoint is quantised with, or nothing."""
     found = getattr(model_config, "quantization_config", None) or {}
     return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", ""))
 
 
-def auto_class(model_config: Any, name: str) -> Any:
+def auto_class(model_config: PreTrainedConfig, name: str) -> Any:
     """The class of transformers that opens a checkpoint as what it was saved from: a language model, or one that reads
     images too and whose text part is trained.
 
@@ -160,7 +162,7 @@ def auto_class(model_config: Any, name: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch.dtype) -> Any:
+def load_model(config: TrainConfig, model_config: PreTrainedConfig, device: str, dtype: torch.dtype) -> Any:
     """The base model: quantised as it is loaded, or as its checkpoint has it.
 
     Raises:
@@ -195,7 +197,7 @@ def load_model(config: TrainConfig, model_config: Any, device: str, dtype: torch
     return model
 
 
-def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[Any, list[str]]:
+def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[PeftModel, list[str]]:
     """-> the PeftModel to train, and what is to be said about it. `ids` are tokens of the training data.
 
     Raises:
@@ -252,7 +254,7 @@ def unmatched(model: Any, targets: str | list[str]) -> list[str]:
     return [f"nothing is called {', '.join(idle)}, which lora_target_modules names"] if idle else []
 
 
-def in_float32(model: Any) -> Any:
+def in_float32(model: PeftModel) -> PeftModel:
     """Modules that are trained in full come in the model's dtype; 8 bits of mantissa swallow Adam's small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -261,7 +263,7 @@ def in_float32(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def failures(what: str) -> Any:
+def failures(what: str) -> Iterator[None]:
     """What libraries refuse is the user's to mend: their words, without the way through their code."""
     try:
         yield

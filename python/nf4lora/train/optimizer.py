@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.options import TrainConfig
+
+if TYPE_CHECKING:
+    from nf4lora.train.trainer import Trainer
 
 
 def choose(config: TrainConfig, device: str) -> str:
@@ -39,7 +42,7 @@ def keywords(config: TrainConfig) -> dict[str, Any]:
     return {"optimizer_cls_and_kwargs": (PagedAdamW, options)}
 
 
-def told(trainer: Any) -> list[str]:
+def told(trainer: Trainer) -> list[str]:
     """What a paged optimizer says of its memory at the end."""
     from nf4lora.optim import PagedAdamW
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nf4lora.train import config as configuration
 from nf4lora.train import folder as files
-from nf4lora.train.checkpoints import check_options, checkpoints, is_whole, lies_in, step_of
+from nf4lora.train.checkpoints import broken, check_options, checkpoints, is_whole, lies_in, step_of
 from nf4lora.train.errors import RunError, UsageError, reason
 from nf4lora.train.options import TrainConfig
 
@@ -67,7 +67,8 @@ class Output:
             if not is_whole(checkpoint):
                 inside = checkpoints(checkpoint)
                 hint = f"; the newest in it is {inside[-1]}" if inside else ""
-                raise UsageError(f"resume_from_checkpoint: {checkpoint} is not a whole checkpoint{hint}")
+                why = f" ({broken(checkpoint)})" if checkpoint.is_dir() and not inside else ""
+                raise UsageError(f"resume_from_checkpoint: {checkpoint} is not a whole checkpoint{why}{hint}")
         goes_on = checkpoint is not None and lies_in(checkpoint, folder)
         if goes_on and config.overwrite_output_dir:
             raise UsageError("resume_from_checkpoint and overwrite_output_dir contradict each other")
@@ -85,10 +86,14 @@ class Output:
             )
         if others := foreign(folder, checkpoint if goes_on else None):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            raise UsageError(
-                f"output_dir {folder} holds {', '.join(others[:3])}{more}, which no run of nf4lora train wrote there "
-                "and this one would replace; move that away, or name another folder"
-            )
+            where = f"output_dir {folder} holds {', '.join(others[:3])}{more}"
+            cure = "move that away, or name another folder"
+            if files.of_earlier_version(folder):
+                go_on = "go on from its checkpoint with --resume_from_checkpoint, " if checkpoints(folder) else ""
+                raise UsageError(
+                    f"{where} of an earlier version of nf4lora train, which kept no list of its files; {go_on}{cure}"
+                )
+            raise UsageError(f"{where}, which no run of nf4lora train wrote there and this one would replace; {cure}")
         return checkpoint
 
     def begin(self) -> list[str]:
@@ -106,6 +111,10 @@ class Output:
                 if self._check() != self.checkpoint:
                     raise UsageError(f"output_dir {folder}: another nf4lora train has put a checkpoint there meanwhile")
             files.sweep(folder)
+            if config.resume_from_checkpoint == "auto":
+                reached = -1 if self.checkpoint is None else step_of(self.checkpoint)
+                later = [each for step, each in files.checkpoint_folders(folder).items() if step > reached]
+                said += [f"{each.name} is passed over: {broken(each)}" for each in later]
             if not self.goes_on:
                 files.clear(folder)
             elif config.resume_from_checkpoint != "auto":
@@ -114,7 +123,8 @@ class Output:
                 if aside is not None:
                     moved = ", ".join(sorted(each.name for each in aside.glob("checkpoint-*")))
                     said.append(f"{moved} and the results of the earlier course are kept in {aside}")
-            files.note_files(folder, RESULTS, output_dir=config.output_dir)
+            adopted = OF_TOKENIZERS if self.goes_on and files.of_earlier_version(folder) else ()
+            files.note_files(folder, (*RESULTS, *adopted), output_dir=config.output_dir)
             configuration.write(config, folder / "config.yaml")
         return said
 
@@ -193,8 +203,13 @@ def results(folder: Path, config: TrainConfig) -> str:
 
 
 def foreign(folder: Path, checkpoint: Path | None) -> list[str]:
-    """Files that a run would replace although none wrote them; with a checkpoint to go on from, only later ones."""
+    """Files that a run would replace although none wrote them; with a checkpoint to go on from, only later ones.
+
+    What an earlier version left beside its checkpoints belongs to the run that goes on from them.
+    """
     own = {files.RECORD, *files.own_files(folder)} if files.read_record(folder) else set()
+    if checkpoint is not None and files.of_earlier_version(folder):
+        own |= {*RESULTS, *OF_TOKENIZERS}
     names = [name for name in (*RESULTS, *OF_TOKENIZERS, files.RECORD) if os.path.lexists(folder / name)]
     reached = -1 if checkpoint is None else step_of(checkpoint)
     ours = files.own_checkpoints(folder)

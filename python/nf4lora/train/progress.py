@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nf4lora.train.errors import reason
 from nf4lora.train.folder import write_text
@@ -57,9 +57,12 @@ class Progress(TrainerCallback):
     def elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.began
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         with contextlib.suppress(OSError):  # as in `write`
-            self.elapsed_before = trim_metrics(self.path, state.global_step)
+            evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+            self.elapsed_before = trim_metrics(self.path, state.global_step, evaluated)
         self.began = time.monotonic()
         self.first_step, self.first_tokens = state.global_step, int(self.trainer._total_train_tokens)
         held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -68,26 +71,47 @@ class Progress(TrainerCallback):
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self.step_began = time.monotonic()
         self.first_began = self.first_began or self.step_began
         self.rate = lr_scheduler.get_last_lr()[0]  # of this step; at its end the scheduler shows that of the next
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.training_seconds += time.monotonic() - self.step_began
         self.loss = self.trainer.step_loss
         self.show(self.line(state))
 
     def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         self.evaluated += 1
         self.show(f"{self.line(state)} | evaluating {self.evaluated}/{len(eval_dataloader)}")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
         self.evaluated = 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = dict(logs or {})
         if "eval_loss" in logs:
             self.held_out = logs["eval_loss"]
@@ -100,7 +124,9 @@ class Progress(TrainerCallback):
         if "loss" in logs or "eval_loss" in logs:
             self.write(logs, state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -119,12 +145,12 @@ class Progress(TrainerCallback):
         self.said = time.monotonic()
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def remaining(self, state: Any) -> float | None:
+    def remaining(self, state: TrainerState) -> float | None:
         """Seconds, at the pace since the first step began: with evaluations and checkpoints, without loading."""
         done = state.global_step - self.first_step
         return (time.monotonic() - self.first_began) / done * (state.max_steps - state.global_step) if done else None
 
-    def line(self, state: Any) -> str:
+    def line(self, state: TrainerState) -> str:
         parts = [f"step {state.global_step}/{state.max_steps} {state.global_step / max(state.max_steps, 1):.0%}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
@@ -141,7 +167,7 @@ class Progress(TrainerCallback):
             parts.append(f"ETA {duration(left)}")
         return " | ".join(parts)
 
-    def write(self, logs: dict, state: Any) -> None:
+    def write(self, logs: dict, state: TrainerState) -> None:
         """One line of metrics.jsonl: Hugging Face's keys, and seconds, tokens/s and bytes."""
         left = self.remaining(state)
         record = {
@@ -162,8 +188,12 @@ class Progress(TrainerCallback):
             self.unwritten = True
 
 
-def trim_metrics(path: Path, step: int) -> float:
-    """Drop what a run that was broken off logged behind its checkpoint; returns the seconds spent up to there."""
+def trim_metrics(path: Path, step: int, evaluated: bool = True) -> float:
+    """Drop what a run that was broken off logged behind its checkpoint; returns the seconds spent up to there.
+
+    Args:
+        evaluated: whether the checkpoint, which is of this step, knows of an evaluation there; else that is dropped too
+    """
     if not path.exists():
         return 0.0
     records = []
@@ -172,7 +202,10 @@ def trim_metrics(path: Path, step: int) -> float:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that was being written
             continue
-        if isinstance(record, dict) and record.get("step", 0) <= step:
+        if not isinstance(record, dict):
+            continue
+        at = record.get("step", 0)
+        if at < step or (at == step and (evaluated or "eval_loss" not in record)):
             records.append(record)
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records[-1].get("elapsed_time", 0.0) if records else 0.0

@@ -7,7 +7,7 @@ import os
 import traceback
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,6 +20,9 @@ from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.output import Output
 from nf4lora.train.streams import enduring_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def train(config: TrainConfig, console: Console | None = None) -> int:
@@ -110,7 +113,7 @@ def check_reports(config: TrainConfig) -> None:
             raise UsageError(f"report_to {name} needs the package {name}: pip install {name}")
 
 
-def check_tokens(data: reading.Data, tokenizer: Any, size: int | None) -> None:
+def check_tokens(data: reading.Data, tokenizer: PreTrainedTokenizerBase, size: int | None) -> None:
     """Every token must have a row in the model's embedding.
 
     Raises:

@@ -60,6 +60,7 @@ class Trainer(SFTTrainer):
         self.plain_head = not self.aux_loss_enabled and has_plain_head(model.get_base_model(), self.args.device)
         self.record, self.keep, self.stop = record, keep, stop
         self.saved: Path | None = None  # the last checkpoint that was written, or the one gone on from
+        self._written = -1  # the step of the last checkpoint that this process has written
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
         self._checked = False  # whether the first step's gradients have arrived
         self.in_step = False  # whether the weights are between two steps' values
@@ -175,17 +176,27 @@ class Trainer(SFTTrainer):
         """As Trainer's, without a trace in the random state; nothing is returned where the user stopped it.
 
         Raises:
-            Stopped: that was before the first step.
+            Stopped: that was before the first step of this process.
         """
         with unchanged_random_state():
             try:
                 return super().evaluate(*args, **kwargs)
             except Stopped:
-                if not self.state.global_step:
+                if self.state.global_step == getattr(self, "_initial_global_step", 0):
                     raise
                 self._metrics["eval"].clear()
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The checkpoint of a step is written before its evaluation, which may take longer than the steps between two
+        checkpoints: whatever ends the process then, no step is lost. The result is added afterwards."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+        metrics = super()._evaluate(trial, *args, **kwargs)
+        if self._written == self.state.global_step:
+            self._save_checkpoint(self.model, trial)
+        return metrics
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.stop():
@@ -210,13 +221,22 @@ class Trainer(SFTTrainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any, rotate: bool = True) -> None:
-        """Write a checkpoint that is whole as soon as it has its name, then drop those that are too many.
+        """Write a checkpoint that is whole as soon as it has its name, then drop those that are too many. Of one that
+        is there already, from before an evaluation of the same step, the history is all that has changed.
 
         Raises:
             RunError: it could not be written; nothing of it is left.
         """
         folder = Path(self.args.output_dir or "")
         final = folder / f"checkpoint-{self.state.global_step}"
+        if self._written == self.state.global_step:
+            states: Any = self.state.stateful_callbacks  # a dict once a run has begun
+            states["TrainerControl"] = self.control.state()
+            with writing(final, self.saved), files.staging(folder) as place:
+                self.state.save_to_json(str(place / "trainer_state.json"))
+                files.finish(place)
+                (place / "trainer_state.json").replace(final / "trainer_state.json")
+            return
         with writing(final, self.saved), files.staging(folder) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
@@ -225,10 +245,10 @@ class Trainer(SFTTrainer):
             (place / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
             (place / files.CHECKPOINT_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
             files.finish(place)
-            if final.exists():  # of this very step, before an evaluation
+            if final.exists():  # of an earlier process
                 files.remove(final)
             place.rename(final)
-        self.saved = final
+        self.saved, self._written = final, self.state.global_step
         if rotate and self.keep:
             for each in list(files.own_checkpoints(folder).values())[: -self.keep]:
                 with contextlib.suppress(OSError):  # one too many is no reason to stop
