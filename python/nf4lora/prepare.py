@@ -220,8 +220,8 @@ def _lora_config(
 
 def _check_names(config: LoraConfig) -> None:
     """Refuse what PEFT would read letter by letter, or fail over without saying which option it was."""
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        value, may_be_pattern = getattr(config, name, None), name in ("target_modules", "exclude_modules")
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        value, may_be_pattern = getattr(config, name, None), name != "modules_to_save"
         if value is None:
             continue
         if isinstance(value, str) and may_be_pattern:

@@ -2,8 +2,8 @@
 would never be trained, and layers that a model leaves out (the key projections of layers that share their cache, say)
 are no different.
 
-A run has tokens, and tries. `nf4lora.task.text_part`, which `prepare` asks, goes by the class of a model alone: it calls
-nothing, and so does not know of layers within the text part that are left out."""
+A run has tokens, and tries. `nf4lora.task.text_part`, which `prepare` asks, goes by the class of a model alone: it
+calls nothing, and so does not know of layers within the text part that are left out."""
 
 from __future__ import annotations
 
