@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
 FLOORS = [
     {"_C", "whole_files"},
-    {"unfused", "choice", "heap", "moments", "onednn", "paged", "processor"},
+    {"unfused", "choice", "heap", "moments", "onednn", "paged", "pages", "processor"},
     {"sliced", "shards", "unified"},
     {"cuda"},
     {"ops", "packed_weight"},

@@ -18,7 +18,8 @@ namespace {
 
 // Rows of dy up to which reading the weight line by line matters more than keeping sums near.
 constexpr int64_t kFewGradients = 48;
-constexpr int64_t kMaxFloats = 16;  // lanes of the widest instruction set
+constexpr int64_t kMaxFloats = 16;   // lanes of the widest instruction set
+constexpr int64_t kPartDepth = 512;  // terms of a sum that several threads share
 
 Dense dense(const Tensor& matrix) {
   return {matrix.const_data_ptr(), dtype_of(matrix), matrix.dim() ? matrix.size(matrix.dim() - 1) : 1};
@@ -102,7 +103,13 @@ void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const
     const auto* values = static_cast<const uint8_t*>(S.data) + row * R * bytes_of(S.dtype);
     layer.isa.widen(values, scaling, R, S.dtype, scaled.get() + row * stride);
   }
-  const LowRank low = {scaled.get(), stride, R ? dense(*layer.lora_B) : Dense{}, R};
+  Scratch<float> lanes(R * kMostFewRows);
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t row = 0; row < kMostFewRows; ++row) {
+      lanes.get()[r * kMostFewRows + row] = scaled.get()[row * stride + r];
+    }
+  }
+  const LowRank low = {scaled.get(), stride, lanes.get(), R ? dense(*layer.lora_B) : Dense{}, R};
   // Every thread starts on a cache line of y, and a thread is worth waking for 2^16 weights.
   const int64_t unit = 32, grain = 1 + (1 << 16) / (unit * K + 1);
   torch::stable::parallel_for(0, (N + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
@@ -199,12 +206,36 @@ void add_outer(const Gemm& gemm, const Tiles& tiles, int64_t columns, float scal
       });
 }
 
+// out = scale * A B for a few long rows of A, [rows, depth] float32, and B [depth, columns]: the depth in parts of one
+// size, whatever the number of threads, each summed by one of them, and then the parts in their order.
+void combine_parts(const Layer& layer, const float* A, int64_t rows, const Dense& B, int64_t depth, int64_t columns,
+                   float scale, const Dense& out) {
+  const int64_t parts = (depth + kPartDepth - 1) / kPartDepth, size = rows * columns;
+  Scratch<float> sums(parts * size);
+  torch::stable::parallel_for(0, parts, 1 + (1 << 16) / (kPartDepth * size + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * kPartDepth;
+      const auto* data = static_cast<const uint8_t*>(B.data) + first * B.stride * bytes_of(B.dtype);
+      layer.few.combine(A + first, 1, depth, {data, B.dtype, B.stride}, 0, rows, std::min(depth - first, kPartDepth),
+                        columns, 1.0f, {sums.get() + part * size, Dtype::f32, columns});
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; ++i) sums.get()[i] += sums.get()[part * size + i];
+  }
+  layer.few.round(sums.get(), scale, size, const_cast<void*>(out.data));
+}
+
 // combine() of a matrix with few rows, on torch's threads: of A's columns, or with `transposed` of its rows.
 void combine_few(const Layer& layer, const Dense& A, int64_t rows, bool transposed, const Dense& B, int64_t columns,
                  float scale, const Dense& out) {
   Scratch<float> wide(rows * A.stride);
   layer.isa.widen(A.data, 1.0f, rows * A.stride, A.dtype, wide.get());
   const int64_t depth = transposed ? A.stride : rows, along = transposed ? 1 : A.stride, across = A.stride + 1 - along;
+  if (transposed && depth > kPartDepth) {
+    combine_parts(layer, wide.get(), rows, B, depth, columns, scale, out);
+    return;
+  }
   const int64_t grain = 1 + (1 << 16) / (depth * columns + 1);
   torch::stable::parallel_for(0, transposed ? rows : A.stride, grain, [&](int64_t begin, int64_t end) {
     layer.few.combine(wide.get(), along, across, B, begin, end, depth, columns, scale, out);

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "../ceil_div.h"
 #include "../check.h"
@@ -45,23 +46,72 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Uninitialised memory on a cache line boundary, freed with the object.
+// Memory that a thread lately used and will soon ask for again: the next layer's buffers are of the same sizes, and what
+// the C library takes from the system anew for each call costs more than filling it.
+class Spare {
+ public:
+  static Spare& of_this_thread() {
+    thread_local Spare spare;
+    return spare;
+  }
+  // Memory of at least `bytes`, which becomes the size that it has; null where none is kept.
+  void* take(size_t& bytes) {
+    for (Piece& piece : pieces_) {
+      if (piece.bytes < bytes) continue;
+      bytes = std::exchange(piece.bytes, 0);
+      return std::exchange(piece.memory, nullptr);
+    }
+    return nullptr;
+  }
+  // Keeps it in place of something smaller, or frees it.
+  void give(void* memory, size_t bytes) {
+    if (bytes <= kMost) {
+      Piece* smallest = &pieces_[0];
+      for (Piece& piece : pieces_) {
+        if (piece.bytes < smallest->bytes) smallest = &piece;
+      }
+      if (smallest->bytes < bytes) std::swap(smallest->memory, memory), std::swap(smallest->bytes, bytes);
+    }
+    std::free(memory);
+  }
+  ~Spare() {
+    for (Piece& piece : pieces_) std::free(piece.memory);
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kMost = 0;  // so that each use has its own bounds
+#else
+  static constexpr size_t kMost = 512 << 10;  // more is for many rows, which take their time anyway
+#endif
+  struct Piece {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+  Piece pieces_[6];
+};
+
+// Uninitialised memory on a cache line boundary, given back with the object.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) {
-    const size_t bytes = round_up(static_cast<size_t>(count) * sizeof(T), kAlignment);
-    memory_.reset(static_cast<T*>(std::aligned_alloc(kAlignment, bytes ? bytes : kAlignment)));
-    if (!memory_) throw std::bad_alloc();
+    size_t bytes = round_up(static_cast<size_t>(count) * sizeof(T), kAlignment);
+    if (!bytes) bytes = kAlignment;
+    void* memory = Spare::of_this_thread().take(bytes);
+    if (!memory) memory = std::aligned_alloc(kAlignment, bytes);
+    if (!memory) throw std::bad_alloc();
+    memory_ = {static_cast<T*>(memory), Give{bytes}};
   }
   T* get() { return memory_.get(); }
 
  private:
   static constexpr size_t kAlignment = 64;
-  struct Free {
-    void operator()(T* pointer) const { std::free(pointer); }
+  struct Give {
+    size_t bytes = 0;
+    void operator()(T* pointer) const { Spare::of_this_thread().give(pointer, bytes); }
   };
-  std::unique_ptr<T[], Free> memory_;
+  std::unique_ptr<T[], Give> memory_;
 };
 
 }  // namespace nf4lora

@@ -27,6 +27,7 @@ from nf4lora.linear import BLOCKSIZES, COMPUTE_DTYPES, NF4Linear, blocksize_for
 from nf4lora.loss import chunk_loss
 from nf4lora.model_tree import base_state_dict, replace_layers, token_layers
 from nf4lora.new_weights import marked_as, not_in_checkpoint, task_heads
+from nf4lora.pages import in_huge_pages
 from nf4lora.weight_readers import read_weights
 
 KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unreturned
@@ -199,6 +200,10 @@ class NF4Quantizer(HfQuantizer):
                 "NF4Config: device_map must not offload to disk, got 'disk'; packed weights stay in memory"
             )
         check_loaded(model, self.shapes, packed_file=self.pre_quantized, new=self.new)
+        if self.pre_quantized:
+            for layer in (module for module in model.modules() if isinstance(module, NF4Linear)):
+                codes = layer._parameters["weight"]
+                codes.data = in_huge_pages(codes.data)
         if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
             keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them
         if self.quantization_config.layout == "bitsandbytes":

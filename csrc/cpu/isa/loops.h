@@ -112,6 +112,7 @@ inline constexpr int kMostFewRows = 16;
 struct LowRank {
   const float* S;  // [kMostFewRows][stride], scaled; zeros beyond what exists
   int64_t stride;  // R rounded up to a multiple of 16
+  const float* S_lanes;  // [R][kMostFewRows], the same transposed
   Dense B;         // [N, R], rounded to the dtype of the product when read
   int64_t R;       // 0 without LoRA
 };
@@ -134,6 +135,8 @@ struct Few {
   // dtype when read: T = dy B, dA = T^T x, dB = dy^T S.
   void (*combine)(const float* A, int64_t along, int64_t across, const Dense& B, int64_t begin, int64_t end,
                   int64_t depth, int64_t columns, float scale, const Dense& out);
+  // out = round(scale * values), of x's dtype.
+  void (*round)(const float* values, float scale, int64_t count, void* out);
 };
 
 // One parameter and its moments, flat.

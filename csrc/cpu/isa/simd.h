@@ -20,7 +20,7 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-NF4LORA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NF4LORA_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NF4LORA_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
