@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 
 import pytest
@@ -206,6 +207,19 @@ def test_the_loss_holds_few_logits(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "amax", lambda t, *a, **k: sizes.append(t.numel()) or amax(t, *a, **k))
     model.train()(input_ids=ids, labels=ids)
     assert max(sizes) == 16 * 259
+
+
+def test_a_model_that_was_copied_or_pickled_has_the_loss_in_chunks():
+    model = tiny_llama().requires_grad_(False)
+    assert chunk_loss(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    ids = torch.arange(12).reshape(1, 12)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert has_chunked_loss(twin) and vars(twin)["forward"].base is twin
+        assert type(twin(input_ids=ids, labels=ids).logits) is DeferredLogits
+    assert inspect.signature(model.forward) == inspect.signature(tiny_llama().forward)
 
 
 def test_an_adapter_by_plain_peft_over_a_loaded_model_has_the_loss_in_chunks(tmp_path):

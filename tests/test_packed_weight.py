@@ -232,6 +232,29 @@ def test_a_layer_that_was_asked_for_its_weight_can_swap_its_parameters():
     assert layer.weight.is_meta and weight.shape == (32, 32)
 
 
+@pytest.mark.parametrize("to_disk", [False, True], ids=["in memory", "on disk"])
+def test_a_layer_that_accelerate_offloads_computes_the_same_and_keeps_a_plain_parameter(to_disk, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    layer = packed()
+    model = nn.Sequential(layer, nn.ReLU())
+    x = torch.randn(2, 64)
+    expected, weight = model(x), layer.weight.clone()
+    if to_disk:
+        disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        cpu_offload(model, execution_device="cpu")
+    assert layer.weight.is_meta
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+        assert layer.weight.is_meta and type(layer._parameters["weight"]) is nn.Parameter
+    with pytest.raises(ValueError, match="must not be an operand"):
+        layer.weight * 1.0
+    layer._hf_hook.detach_hook(layer)
+    if not to_disk:
+        assert torch.equal(layer.weight, weight)
+
+
 def test_copies_and_pickles_of_a_layer_that_was_asked_hold_one_weight():
     layer = NF4Linear.from_linear(nn.Linear(1024, 256, bias=False))
     size = len(pickle.dumps(layer))

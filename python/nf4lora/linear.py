@@ -160,6 +160,8 @@ class NF4Linear(nn.Linear):
         parameter: Any = self._parameters.get("weight", self.__dict__.get("weight"))
         if parameter is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        if type(parameter) is PackedWeight:
+            parameter = self._unguarded()
         guarded = type(parameter) is nn.Parameter and parameter.dtype == torch.uint8  # a shard guards itself
         if not guarded or torch.compiler.is_compiling():
             return parameter
@@ -174,6 +176,14 @@ class NF4Linear(nn.Linear):
     @weight.setter
     def weight(self, tensor: Tensor) -> None:  # parameters go the way of every module's: this is for a plain tensor
         self.__dict__["weight"] = tensor
+
+    def _unguarded(self) -> nn.Parameter:
+        """The codes as a plain parameter again, where accelerate's offloading has made a parameter of their guard."""
+        codes = self._parameters["weight"].codes  # type: ignore[union-attr]
+        # By its type: a plain tensor that torch has marked counts as an instance too.
+        parameter: Any = codes if type(codes) is nn.Parameter else nn.Parameter(codes, requires_grad=False)
+        self._parameters["weight"] = parameter
+        return parameter
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param.codes if isinstance(param, PackedWeight) else param)  # type: ignore[arg-type]
@@ -193,7 +203,7 @@ class NF4Linear(nn.Linear):
 
         Without one, in compute_dtype or else in float32: rounded to another dtype, that is the layer's weight in it.
         """
-        codes = self._parameters["weight"]
+        codes = self.op_arguments()["qweight"]
         return ops.nf4_dequantize(codes, self.absmax(), self.blocksize, dtype or self.compute_dtype or torch.float32)  # type: ignore[arg-type]
 
     def op_arguments(self) -> dict[str, Any]:
@@ -204,7 +214,10 @@ class NF4Linear(nn.Linear):
             nested = state["weight_nested"].view(torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        return {"qweight": state["weight"], "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
+        codes = state["weight"]
+        if type(codes) is PackedWeight:
+            codes = self._unguarded()
+        return {"qweight": codes, "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
 
     def forward(  # type: ignore[override]
         self,

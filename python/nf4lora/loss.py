@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def chunk_loss(base: nn.Module) -> bool:
     """
     if "forward" in vars(base) or output_head(base) is None:  # accelerate's hooks, or ourselves
         return False
-    base.forward = types.MethodType(_with_deferred_logits(type(base).forward), base)
+    base.forward = InChunks(base)
     base.register_forward_pre_hook(trl_head.take_over, with_kwargs=True)
     return True
 
@@ -126,16 +126,27 @@ def output_head(base: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _with_deferred_logits(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop(trl_head.TAKEN_OVER, False):
-            return trl_head.score(self, *args, **kwargs)
-        head = None if torch.compiler.is_compiling() else output_head(self)
-        if head is None or not is_deferrable(head):
-            return original(self, *args, **kwargs)
-        with as_matrix(head) if kwargs.get("labels") is None else deferred(head):
-            return original(self, *args, **kwargs)
+class InChunks:
+    """A model's forward, with logits that are deferred where its loss can take them so.
 
-    forward.in_chunks = True  # type: ignore[attr-defined]
-    return forward
+    No method of the model's, since a pickled model would come back with that of its class in place of it.
+    """
+
+    in_chunks = True
+
+    def __init__(self, base: nn.Module) -> None:
+        functools.update_wrapper(self, type(base).forward)
+        self.base, self.__wrapped__ = base, types.MethodType(type(base).forward, base)  # whose signature is asked for
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        base, original = self.base, type(self.base).forward
+        if kwargs.pop(trl_head.TAKEN_OVER, False):
+            return trl_head.score(base, *args, **kwargs)
+        head = None if torch.compiler.is_compiling() else output_head(base)
+        if head is None or not is_deferrable(head):
+            return original(base, *args, **kwargs)
+        with as_matrix(head) if kwargs.get("labels") is None else deferred(head):
+            return original(base, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[InChunks], tuple[nn.Module]]:
+        return InChunks, (self.base,)

@@ -56,7 +56,9 @@ class PackedWeight(nn.Parameter):
 
     codes: Tensor
 
-    def __new__(cls, codes: Tensor) -> PackedWeight:
+    def __new__(cls, codes: Tensor, requires_grad: bool = False) -> PackedWeight:
+        if isinstance(codes, PackedWeight):
+            codes = codes.codes
         guard = Tensor._make_subclass(cls, torch.empty(0, dtype=torch.uint8), False)
         object.__setattr__(guard, "codes", codes)
         return guard
