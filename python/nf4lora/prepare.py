@@ -131,11 +131,18 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
         fused = adapter.fuse(model) if isinstance(model, PeftModel) else 0
         chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)
         heap.keep_small(base)
-        if getattr(base, "is_activation_checkpointing", False):
+        if _recomputes(base):
             base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
         if done or plan.lora or fused or chunked:
             _say(plan, done, fused, chunked, report(prepared))
     return prepared
+
+
+def _recomputes(base: Any) -> bool:
+    """Whether activations are recomputed. transformers has the first name from 5.23 on, and warns of the second then."""
+    if hasattr(base, "is_activation_checkpointing"):
+        return base.is_activation_checkpointing
+    return getattr(base, "is_gradient_checkpointing", False)
 
 
 def _say(plan: Plan, done: list[str], fused: int, chunked: bool, about: Report) -> None:

@@ -64,6 +64,7 @@ class Trainer(SFTTrainer):
         self.step_loss = 0.0  # of the running optimizer step, complete at its end
         self._checked = False  # whether the first step's gradients have arrived
         self.in_step = False  # whether the weights are between two steps' values
+        self.began_at = 0  # the step of the checkpoint that the run goes on from
         self._sums: Tensor | None = None  # loss and tokens of this step, on the device: reading them waits for it
         self._eval_sums: Tensor | None = None
         self._staging: Path | None = None
@@ -257,7 +258,7 @@ class Trainer(SFTTrainer):
     def rescue(self) -> bool:
         """After an error within a step: save the steps before, unless they are saved; says whether that was done."""
         done = self.state.global_step
-        if self.in_step or done <= getattr(self, "_initial_global_step", done):
+        if self.in_step or done <= self.began_at:
             return False
         if self.saved is not None and self.saved.name == f"checkpoint-{done}":
             return False
