@@ -338,3 +338,23 @@ def test_trainable_parameters_are_no_part_of_the_base(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     assert torch.equal(load_adapter(packed_llama(), tmp_path / "adapter")(IDS).logits, model(IDS).logits)
     assert config().bias == "none"
+
+
+def test_codes_are_no_weights_of_their_own():
+    """A guard in front of them is another object: what is told apart by it would list and hash them twice."""
+    model = packed_llama()
+    names = set(base_identity.identity(model)["weights"])
+    assert "lm_head.weight" in names
+    assert not names & {f"{name}.weight" for name in base_identity.packed_layers(model)}
+
+
+def test_an_identity_that_lists_codes_as_weights_too_is_read():
+    model = packed_llama()
+    saved = base_identity.identity(model)
+    saved["weights"] = {
+        **saved["weights"],
+        "model.layers.0.mlp.up_proj.weight": {"shape": [256, 64], "sums": [0.0] * 5},
+    }
+    assert not base_identity.differences(saved, model, {}, True)
+    model.lm_head.weight.data.add_(1)
+    assert base_identity.differences(saved, model, {}, True) == ["lm_head.weight has other values"]

@@ -114,6 +114,8 @@ def differences(saved: Mapping[str, Any], model: nn.Module, rename: Mapping[str,
     trained = _trained_copies(base_of(model))
     for name, about in saved["weights"].items():
         module, _, key = name.rpartition(".")
+        if module in saved["packed"] and key != "bias":  # some files list codes here too, which were compared above
+            continue
         there = f"{rename.get(module, module)}.{key}" if module else key
         parameter = parameters.get(there)
         if parameter is None:
@@ -248,8 +250,10 @@ def _signs(first: int, length: int, device: torch.device) -> Tensor:
 
 
 def _tensors(layer: NF4Linear) -> list[Tensor]:
-    tensors = (layer.weight, layer.weight_absmax, getattr(layer, "weight_nested", None))
-    return [tensor for tensor in tensors if tensor is not None]
+    """The parameters themselves: `layer.weight` is a guard that lives as long as somebody holds it."""
+    state = layer._parameters
+    found = (state.get(name, vars(layer).get(name)) for name in ("weight", "weight_absmax", "weight_nested"))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _bytes(tensor: Tensor) -> Any:
