@@ -261,7 +261,8 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _hash_of_codes(layer: NF4Linear) -> str:
-    return _once("codes", [layer.weight], lambda: hashlib.sha256(_bytes(layer.weight)).hexdigest()[:16])
+    codes = _tensors(layer)[0]
+    return _once("codes", [codes], lambda: hashlib.sha256(_bytes(codes)).hexdigest()[:16])
 
 
 def _sums_of_weight(parameter: nn.Parameter) -> list[float]:
