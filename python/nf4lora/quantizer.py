@@ -201,7 +201,7 @@ class NF4Quantizer(HfQuantizer):
         check_loaded(model, self.shapes, packed_file=self.pre_quantized, new=self.new)
         if self.pre_quantized:
             for layer in (module for module in model.modules() if isinstance(module, NF4Linear)):
-                codes = layer._parameters["weight"]
+                codes: Any = layer._parameters["weight"]
                 codes.data = in_huge_pages(codes.data)
         if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
             keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them

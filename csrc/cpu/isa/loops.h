@@ -110,11 +110,11 @@ inline constexpr int kMostFewRows = 16;
 
 // The low-rank part of a product with few rows.
 struct LowRank {
-  const float* S;  // [kMostFewRows][stride], scaled; zeros beyond what exists
-  int64_t stride;  // R rounded up to a multiple of 16
+  const float* S;        // [kMostFewRows][stride], scaled; zeros beyond what exists
+  int64_t stride;        // R rounded up to a multiple of 16
   const float* S_lanes;  // [R][kMostFewRows], the same transposed
-  Dense B;         // [N, R], rounded to the dtype of the product when read
-  int64_t R;       // 0 without LoRA
+  Dense B;               // [N, R], rounded to the dtype of the product when read
+  int64_t R;             // 0 without LoRA
 };
 
 // y = x W^T + S B^T + bias for few rows of x: every row of W is streamed once and multiplied as it is decoded.
