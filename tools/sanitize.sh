@@ -22,7 +22,7 @@ rm -f "$build"/site/nf4lora/_C*.so && cp "$build"/_C*.so "$build/site/nf4lora/"
 
 # Python itself is not instrumented, so the runtimes come first in the process; its own leaks are not ours.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
-tests=(tests/test_nf4.py tests/test_absmax.py tests/test_lora.py tests/test_adamw.py tests/test_optim_state.py
+tests=(tests/test_nf4.py tests/test_absmax.py tests/test_lora.py tests/test_lora_few.py tests/test_adamw.py tests/test_optim_state.py
        tests/test_pager.py tests/test_unified.py tests/test_amx.py)
 PYTHONPATH="$build/site" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   OMP_WAIT_POLICY=passive CXXFLAGS=-fsanitize=address,undefined "$python" -m pytest -q -p no:cacheprovider \

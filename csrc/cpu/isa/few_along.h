@@ -195,6 +195,9 @@ static void multiply_along(const Packed& W, int64_t begin, int64_t end, const ui
     prefetch_scales(W, first + kTogether, kTogether);
     for (int64_t wide = 0; wide < W.K; wide += kMostColumns) {
       const int64_t width = smaller(kMostColumns, W.K - wide);
+      // Memory goes on reading meanwhile: what the first pieces would ask for.
+      const uint8_t* soon = W.qweight + (first * W.K + wide) / 2 + kFetch;
+      for (int64_t at = 0; at < kFetch; at += 64) __builtin_prefetch(soon + at);
       find_scales(W, first, count, wide, width, room, scales);
       // Spans of equal size, but for what chunks ask.
       const int64_t spans = (width + kMost - 1) / kMost, chunks = (width + Math::kColumns - 1) / Math::kColumns;
