@@ -17,7 +17,8 @@ from .table import Table
 QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its speed?"
 
 BATCH, SHORTEST, LONGEST = 4, 60, 170
-STEPS, EACH, SETTLED = 1000, 50, 200  # steps; a row for so many; from here on nothing may grow
+STEPS, OTHERS = 1000, 100  # steps of ours; of the others, which grow in the first ones
+EACH, SETTLED = 50, 200  # a row for so many steps; from here on nothing may grow
 ALONE = "the longest batch alone"
 LEFT_ALONE = "nf4lora, nothing returned"  # what the cures are measured against: heap.py and onednn.py
 # oneDNN's own sizes of its caches
@@ -28,7 +29,7 @@ MOST_GROWTH, MOST_SLOWDOWN, MOST_PEAK = 0.02, 0.03, 1.15
 
 def run(settings: Settings) -> list[Table]:
     folder = settings.folder().resolve()
-    steps, each = (4, 2) if settings.quick else (STEPS, EACH)
+    steps, others, each = (4, 2, 2) if settings.quick else (STEPS, OTHERS, EACH)
     names = [OURS, LEFT_ALONE, *([] if without("bitsandbytes") else [RIVAL])]
     options = {"folder": folder, "device": settings.device, "steps": each}
     alone = {}
@@ -39,7 +40,8 @@ def run(settings: Settings) -> list[Table]:
     found: dict[str, list[dict]] = {name: [] for name in names}
     try:
         for number in range(steps // each):
-            turn = list(zip(names, open_, strict=True))
+            going_on = number * each < others
+            turn = [both for both in zip(names, open_, strict=True) if both[0] == OURS or going_on]
             for name, process in turn if number % 2 else reversed(turn):
                 found[name].append(next(process))
     finally:
@@ -54,8 +56,9 @@ def course(settings: Settings, found: dict[str, list[dict]], each: int) -> Table
     for number in range(len(next(iter(found.values())))):
         row: dict = {"steps": (number + 1) * each}
         for name, parts in found.items():
-            row[f"{name}, MB"] = parts[number]["resident"] / MB
-            row[f"{name}, tokens/s"] = parts[number]["tokens"] / parts[number]["seconds"]
+            part = parts[number] if number < len(parts) else None
+            row[f"{name}, MB"] = part and part["resident"] / MB
+            row[f"{name}, tokens/s"] = part and part["tokens"] / part["seconds"]
         rows.append(row)
     notes = [
         f"{settings.model.name}, LoRA of rank 16 on every linear layer, torch.optim.AdamW, a plain loop",
@@ -70,14 +73,15 @@ def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, i
     """What has changed since the steps after which a run has settled."""
     rows = []
     for name, parts in found.items():
-        settled = parts[max(SETTLED // each - 1, 0) :]
+        settled = parts[max(SETTLED // each - 1, 0) :]  # of the others none
         pace = [part["tokens"] / part["seconds"] for part in settled]
         half = max(len(pace) // 2, 1)
         rows.append(
             {
                 "contender": name,
-                "memory, growth, %": 100 * (settled[-1]["resident"] / settled[0]["resident"] - 1),
-                "speed, loss, %": 100 * (1 - median(pace[-half:]) / median(pace[:half])),
+                "steps": len(parts) * each,
+                "memory, growth, %": 100 * (settled[-1]["resident"] / settled[0]["resident"] - 1) if pace else None,
+                "speed, loss, %": 100 * (1 - median(pace[-half:]) / median(pace[:half])) if pace else None,
                 "highest peak, MB": max(part["peak"] for part in parts) / MB,
                 f"{ALONE}, MB": alone[name] / MB,
                 "peak / alone": max(part["peak"] for part in parts) / alone[name],
@@ -103,6 +107,7 @@ def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, i
             "growth: of resident memory between steps; loss of speed: median of the second half over that of the first",
             f"{ALONE}: {BATCH} x {LONGEST} tokens, {each} steps, nothing else before it",
             "trimming: the calls that give free pieces of the heap back to the system",
+            f"{LEFT_ALONE}: no trimming, and oneDNN's caches as large as they are by themselves",
         ],
         targets,
     )

@@ -139,7 +139,7 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
 
 
 def _recomputes(base: Any) -> bool:
-    """Whether activations are recomputed. transformers has the first name from 5.23 on and warns of the second since."""
+    """Whether activations are recomputed; transformers renamed the attribute in 5.23 and warns of the former name."""
     if hasattr(base, "is_activation_checkpointing"):
         return base.is_activation_checkpointing
     return getattr(base, "is_gradient_checkpointing", False)
