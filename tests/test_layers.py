@@ -104,7 +104,7 @@ def run(code):
 def test_import_is_lean():
     absent = ["peft", "trl", "datasets", "rich", "bitsandbytes", "matplotlib"]
     code = (
-        "import sys, torch, transformers; theirs = set(sys.modules); import nf4lora; "  # torch 2.11 has them import rich
+        "import sys, torch, transformers; theirs = set(sys.modules); import nf4lora; "  # rich, with torch 2.11
         f"print(torch.cuda.is_initialized(), *(n in sys.modules.keys() - theirs for n in {absent}))"
     )
     assert run(code) == ["False"] * (1 + len(absent))

@@ -134,7 +134,7 @@ def apply(plan: Plan, model: nn.Module) -> PeftModel:
 
 
 def _recomputes(base: Any) -> bool:
-    """Whether activations are recomputed. transformers has the first name from 5.23 on, and warns of the second then."""
+    """Whether it recomputes activations. transformers has the first name from 5.23 on, and then warns of the second."""
     if hasattr(base, "is_activation_checkpointing"):
         return base.is_activation_checkpointing
     return getattr(base, "is_gradient_checkpointing", False)
