@@ -19,6 +19,7 @@ QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its
 BATCH, SHORTEST, LONGEST = 4, 60, 170
 STEPS, OTHERS = 1000, 100  # steps of ours; of the others, which grow in the first ones
 EACH, SETTLED = 50, 200  # a row for so many steps; from here on nothing may grow
+FEW = 10  # steps of the longest batch alone, all alike
 ALONE = "the longest batch alone"
 LEFT_ALONE = "nf4lora, nothing returned"  # what the cures are measured against: heap.py and onednn.py
 # oneDNN's own sizes of its caches
@@ -29,12 +30,12 @@ MOST_GROWTH, MOST_SLOWDOWN, MOST_PEAK = 0.02, 0.03, 1.15
 
 def run(settings: Settings) -> list[Table]:
     folder = settings.folder().resolve()
-    steps, others, each = (4, 2, 2) if settings.quick else (STEPS, OTHERS, EACH)
+    steps, others, each, few = (4, 2, 2, 2) if settings.quick else (STEPS, OTHERS, EACH, FEW)
     names = [OURS, LEFT_ALONE, *([] if without("bitsandbytes") else [RIVAL])]
     options = {"folder": folder, "device": settings.device, "steps": each}
     alone = {}
     for name in names:  # one after another: they would disturb each other's peaks
-        with Process("soak", HELD.get(name), name=name, shortest=LONGEST, **options) as process:
+        with Process("soak", HELD.get(name), name=name, shortest=LONGEST, **options | {"steps": few}) as process:
             alone[name] = next(process)["peak"]
     open_ = [Process("soak", HELD.get(name), name=name, shortest=SHORTEST, **options) for name in names]
     found: dict[str, list[dict]] = {name: [] for name in names}
@@ -105,7 +106,7 @@ def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, i
         rows,
         [
             "growth: of resident memory between steps; loss of speed: median of the second half over that of the first",
-            f"{ALONE}: {BATCH} x {LONGEST} tokens, {each} steps, nothing else before it",
+            f"{ALONE}: {BATCH} x {LONGEST} tokens, a few steps, nothing else before it",
             "trimming: the calls that give free pieces of the heap back to the system",
             f"{LEFT_ALONE}: no trimming, and oneDNN's caches as large as they are by themselves",
         ],

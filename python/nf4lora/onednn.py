@@ -46,5 +46,6 @@ def _use_caches() -> None:
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         vector, matrix = torch.zeros(1, 1), torch.zeros(64, 64, dtype=torch.bfloat16)
-        torch.ops.mkldnn._linear_pointwise(vector, vector, None, "none", [], "")
+        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch's own affair: not there in every build
+            torch.ops.mkldnn._linear_pointwise(vector, vector, None, "none", [], "")
         torch.mm(matrix[:32], matrix)
