@@ -3,7 +3,7 @@
 On an x86 processor torch hands products of bfloat16 matrices, and convolutions, to oneDNN, which compiles code for the
 shapes it meets and keeps it: up to 1,024 products, in each of two caches. Every new length of a batch adds some ten of
 them, each of 0.7 MB and more, between tensors of the heap, which then cannot join its holes. A run of batches of 60 to
-170 tokens grows by a gigabyte before it stops (`python -m bench soak`); compiling a product again takes a third of a
+170 tokens grows by two gigabytes in 100 steps (`python -m bench soak`); compiling a product again takes a third of a
 millisecond. The caches read their size from two environment variables when they are used for the first time; it cannot
 be changed later, or asked.
 """
