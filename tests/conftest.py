@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ pytest.register_assert_rewrite("absmax_claims")
 settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings on a busy machine are not what is tested
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")
+
+# A shell ignores Ctrl-C for what it starts in the background (`make test &`), and so would the runs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 
