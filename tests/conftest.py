@@ -17,7 +17,7 @@ settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings 
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")
 
-# A shell has what it starts in the background (`make test &`) ignore Ctrl-C, and so would the runs that tests interrupt.
+# A shell lets what it starts in the background (`make test &`) ignore Ctrl-C; the runs that tests interrupt must not.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
