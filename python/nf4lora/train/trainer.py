@@ -183,7 +183,7 @@ class Trainer(SFTTrainer):
             try:
                 return super().evaluate(*args, **kwargs)
             except Stopped:
-                if self.state.global_step == getattr(self, "_initial_global_step", 0):
+                if self.state.global_step == self.began_at:
                     raise
                 self._metrics["eval"].clear()
                 self.control.should_save = self.control.should_training_stop = True
