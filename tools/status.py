@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TextIO
 
 REWRITE_S = 0.2  # on a terminal
-EVERY_S = 5.0  # between two lines elsewhere
+EVERY_S = 3.0  # between two lines elsewhere
 
 
 class Status:

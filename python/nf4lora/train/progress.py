@@ -19,7 +19,7 @@ from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
 from nf4lora.train.words import duration, human, number
 
-PAUSE = 5.0  # seconds without a line where there is no terminal
+PAUSE = 3.0  # seconds without a line where there is no terminal
 
 
 class Progress(TrainerCallback):
