@@ -33,9 +33,9 @@ def test_long_steps_and_evaluations_are_told_between_the_logs(console, clock, tm
     shown.on_train_begin(None, state, None)
     for state.global_step in range(1, 5):
         shown.on_step_begin(None, state, None, lr_scheduler=scheduler)
-        clock.seconds += 2.0
+        clock.seconds += 0.4 * progress.PAUSE
         shown.on_step_end(None, state, None)
-    assert [line.split(" |")[0] for line in lines(console)] == ["step 3/9 33%"]  # of 2, 4, 6 and 8 seconds
+    assert [line.split(" |")[0] for line in lines(console)] == ["step 3/9 33%"]  # of 0.4, 0.8, 1.2 and 1.6 pauses
     clock.seconds += 4.0
     shown.on_prediction_step(None, state, None, eval_dataloader=range(3))
     assert lines(console)[1].startswith("step 4/9 44%")
