@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from nf4lora.linear import NF4Linear
 
 SEEDS = 2**63 - 1
-# PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
 # PEFT's other methods whose layers call the base layer and leave its weight alone, but for merging: what each of them
 # computes over a packed layer is compared with what it computes over the dequantised one (tests/test_peft_methods.py).
 METHODS = {
     *("LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY"),
     *("PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
 }
+# PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
 INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
 
 
@@ -63,15 +63,16 @@ class NF4LoraLinear(lora.Linear):
         scaling = self.scaling[name]
         plain = (
             name not in self.lora_variant
-            and lora_B.bias is None
             and isinstance(scaling, (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
-            and (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and dropout.p < 1))
             and _is_plain(lora_A)
             and _is_plain(lora_B)
+            and _parameter(lora_B, "bias") is None
         )
         if not plain:
             return None
-        return lora_A, lora_B, scaling, dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if type(dropout) is nn.Dropout and dropout.p < 1:
+            return lora_A, lora_B, scaling, dropout.p if dropout.training else 0.0
+        return (lora_A, lora_B, scaling, 0.0) if isinstance(dropout, nn.Identity) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         fused = None if args or kwargs else self._fused_adapter()
@@ -80,14 +81,11 @@ class NF4LoraLinear(lora.Linear):
         lora_A, lora_B, scaling, p = fused
         # From torch's generator, so that checkpointing, which restores its state, draws the same mask again.
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
-        return self.base_layer(
-            x,
-            lora_A=lora_A.weight.float(),  # type: ignore[operator]  # float32 already, but in FSDP's mixed precision
-            lora_B=lora_B.weight.float(),  # type: ignore[operator]
-            scaling=scaling,
-            dropout=p,
-            seed=seed,
-        )
+        A, B = _parameter(lora_A, "weight"), _parameter(lora_B, "weight")
+        if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
+            A, B = A.float(), B.float()
+        base: Any = self._modules["base_layer"]
+        return base(x, A, B, scaling, p, seed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a 16-bit base as PEFT does; refuse a packed one."""
@@ -139,14 +137,23 @@ def _is_plain(module: nn.Module) -> bool:
     Hooks of every kind, a forward of its own (accelerate's, a user's) and parametrizations, which change the class, all
     want the call.
     """
+    if type(module) is not nn.Linear:
+        return False
     state = module.__dict__
-    hooks = (
-        state["_forward_hooks"],
-        state["_forward_pre_hooks"],
-        state["_backward_hooks"],
-        state["_backward_pre_hooks"],
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_hf_hook" in state
     )
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in state and "_hf_hook" not in state
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """The module's attribute of this name; found at once where it is a parameter, as it is unless FSDP flattens it."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def install() -> None:

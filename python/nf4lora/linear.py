@@ -238,17 +238,23 @@ class NF4Linear(nn.Linear):
         Returns:
             [..., N] in the dtype of x, or of autocast where it is on
         """
-        if not x.is_floating_point():
+        # A generated token asks for hundreds of layers: conversions that change nothing, and looking up attributes of
+        # a module, take a microsecond each.
+        given = x.dtype
+        if not given.is_floating_point:
             raise TypeError(
-                f"NF4Linear: x must be float32, bfloat16 or float16, got {x.dtype}; if the model casts its hidden "
+                f"NF4Linear: x must be float32, bfloat16 or float16, got {given}; if the model casts its hidden "
                 f"states to the dtype of this layer's weight, which is packed, keep the layer in 16 bits: "
                 f"NF4Config(modules_to_not_convert=[its name])"
             )
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        result_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        x = x.to(self.compute_dtype or result_dtype)
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
+        result_dtype = torch.get_autocast_dtype(kind) if autocast else given
+        dtype = self.compute_dtype or result_dtype
+        if given != dtype:
+            x = x.to(dtype)
+        trained = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        bias = None if trained is None else trained.detach().to(dtype)
         y = ops.lora_linear(
             x,
             **self.op_arguments(),
@@ -259,11 +265,11 @@ class NF4Linear(nn.Linear):
             dropout=dropout,
             seed=seed,
         )
-        if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
+        if trained is not None and trained.requires_grad and torch.is_grad_enabled():
             # The op gives no gradient for the bias, which PEFT's bias="all" and "lora_only" train: add an exact zero
             # that carries it, so that the result does not depend on who is trained.
-            y = y + (self.bias - self.bias.detach()).to(y.dtype)
-        return y.to(result_dtype)
+            y = y + (trained - trained.detach()).to(y.dtype)
+        return y if result_dtype == dtype else y.to(result_dtype)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
