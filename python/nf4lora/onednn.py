@@ -14,7 +14,7 @@ import os
 
 import torch
 
-CAPACITY = 24  # products: more than a step of one length needs of them
+CAPACITY = 16  # products: more than the layers of one length need, each layer the same ones
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own cache, and torch's in front of it
 
 _bounded = False
