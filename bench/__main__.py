@@ -3,7 +3,7 @@
 python -m bench                   everything, into bench/results/<device>.json
 python -m bench nf4 lora          two cases; the others' results stay
 python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
-python -m bench tune              by name alone: which kernel a GPU takes, measured, into python/nf4lora/choice.json
+python -m bench tune              by name alone: which kernel a GPU takes, measured, into heuristics.json
 python -m bench --table           writes the results into bench/README.md
 """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nf4lora import NF4Linear, ops, reference
+from nf4lora import NF4Linear, ops
+from nf4lora.ops import reference
 
 from .case import Settings, check_equal, installed, without
 from .shapes import QUICK, SHAPES, Shape

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nf4lora import _C, PagedAdamW, ops, reference
+from nf4lora import _C, PagedAdamW, ops
+from nf4lora.ops import reference
 
 from . import drift, paging
 from .case import Settings, check_equal, installed, without

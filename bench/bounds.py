@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nf4lora import NF4Linear, ops
-from nf4lora.pages import in_huge_pages
+from nf4lora.memory.pages import in_huge_pages
 
 from .case import Absent, Settings, check_equal
 from .contenders import ALPHA, RANK

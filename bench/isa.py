@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nf4lora import NF4Linear, build_info, reference
+from nf4lora import NF4Linear, build_info
+from nf4lora.ops import reference
 
 from .case import Absent, Settings, check_close
 from .contenders import ALPHA, RANK

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora import NF4Linear, cuda
+from nf4lora import NF4Linear
+from nf4lora.ops.kernels import dispatch
 
 from .contenders import ALPHA, RANK
 
@@ -33,9 +34,9 @@ def with_lora(base: Any) -> Any:
     """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
     import peft
 
-    from nf4lora import adapter
+    from nf4lora.adapters import lora_layer
 
-    adapter.install()
+    lora_layer.install()
     model: Any = nn.Module()
     model.layer = base
     model.is_loaded_in_4bit = not isinstance(base, NF4Linear)  # by which PEFT knows bitsandbytes' layers
@@ -47,14 +48,11 @@ def with_lora(base: Any) -> Any:
 
 
 def taking(kernel: str, call: Callable) -> Callable:
-    """The call, with one of cuda.KERNELS taken on a GPU, forward and backward, whatever another could do."""
+    """The call, with one of dispatch.KERNELS taken on a GPU, forward and backward, whatever another could do."""
 
     def taken(*arguments: Any) -> Any:
-        cuda.forced = kernel
-        try:
+        with dispatch.forcing(kernel):
             return call(*arguments)
-        finally:
-            cuda.forced = None
 
     return taken
 

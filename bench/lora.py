@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora import NF4Linear, build_info, reference
+from nf4lora import NF4Linear, build_info
+from nf4lora.ops import reference
 
 from .case import Settings, check_close, installed, without
 from .contenders import ALPHA, RANK

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from nf4lora import ops, reference
+from nf4lora import ops
+from nf4lora.ops import reference
 
 from .case import Settings, check_equal, installed, without
 from .shapes import QUICK, SHAPES, Shape

@@ -117,7 +117,7 @@ def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, i
 def contender(name: str, folder: str, device: str, shortest: int, steps: int):
     heap = None
     if name != RIVAL:
-        from nf4lora import heap
+        from nf4lora.memory import heap
     model = adapted(RIVAL if name == RIVAL else OURS, folder, device=device)
     if name == LEFT_ALONE:
         heap.enabled = False

@@ -1,6 +1,6 @@
-"""tune: every way that lora_linear has on a GPU, timed, and the rules of choice.json that follow.
+"""tune: every way that lora_linear has on a GPU, timed, and the rules of heuristics.json that follow.
 
-Runs by name alone: it rewrites python/nf4lora/choice.json for the card's architecture.
+Runs by name alone: it rewrites python/nf4lora/ops/kernels/heuristics.json for the card's architecture.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from nf4lora import choice, cuda, ops
+from nf4lora import ops
+from nf4lora.ops.kernels import dispatch
 
+from . import heuristics
 from .case import Absent, Settings, check_close
 from .contenders import ALPHA, RANK
 from .layers import taking
@@ -38,7 +40,7 @@ QUICK = named("SmolLM2-135M q, o", "Llama-3.1-8B q, o")
 TOKENS = tuple(2**power for power in range(14))
 SMALL = 1 << 22  # weights: between what is measured, 0.9 million of SmolLM2 and 17 million of Llama, by ratio
 TOLERANCE = 0.02  # bf16, S and T rounded to it: a few last places of 2**-8
-PATH = HERE.parent / "python/nf4lora/choice.json"
+PATH = HERE.parent / "python/nf4lora/ops/kernels/heuristics.json"
 
 Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
 
@@ -69,12 +71,12 @@ def run(settings: Settings) -> list[Table]:
     rules = rules_from(times, architecture, f"{torch.cuda.get_device_name()}, {commit() or 'no commit'}")
     if settings.quick or not IN_REPOSITORY:
         note = "not written: tiny sizes" if settings.quick else "not written: this is no repository of nf4lora"
-        print(choice.text(rules), flush=True)
+        print(heuristics.text(rules), flush=True)
     else:
-        choice.rewrite(PATH, architecture, rules)
+        heuristics.rewrite(PATH, architecture, rules)
         note = f"written into {PATH.relative_to(HERE.parent)}"
     return [
-        *(table_of(direction, times, rules) for direction in choice.KERNELS),
+        *(table_of(direction, times, rules) for direction in dispatch.CHOICES),
         Table(f"Rules of {architecture}", [asdict(rule) for rule in rules], [note]),
     ]
 
@@ -105,9 +107,8 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
         x, dy = (torch.randn(M, size, device=device).bfloat16() for size in (shape.K, shape.N))
         S = taking("unfused", forward)(x, packed)[1]
         for direction, call in (("forward", partial(forward, x)), ("backward", partial(backward, dy, x, S))):
-            ways = {
-                name: taking(name, call) for name in cuda.KERNELS if cuda.fits(name, direction, M, x.dtype, shape.N)
-            }
+            able = [name for name in dispatch.KERNELS if dispatch.fits(name, direction, M, x.dtype, shape.N)]
+            ways = {name: taking(name, call) for name in able}
             check(f"{shape.name}, {M} tokens, {direction}", {name: way(packed) for name, way in ways.items()})
             turns = {name: partial(_on_next, way, turn) for name, way in ways.items()}
 
@@ -131,7 +132,7 @@ def check(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
             check_close(f"{name}, {what}, result {number}", found, wanted, TOLERANCE)
 
 
-def table_of(direction: str, times: Iterable[Time], rules: Iterable[choice.Rule]) -> Table:
+def table_of(direction: str, times: Iterable[Time], rules: Iterable[dispatch.Rule]) -> Table:
     """Milliseconds of each way, and how much longer the chosen one takes than the fastest that may be chosen."""
     rules = list(rules)
     rows = []
@@ -139,13 +140,13 @@ def table_of(direction: str, times: Iterable[Time], rules: Iterable[choice.Rule]
         if time.direction != direction:
             continue
         rule = next(r for r in rules if r.direction == direction and r.holds(time.tokens, time.N * time.K))
-        fastest = min(seconds for name, seconds in time.seconds.items() if name in choice.KERNELS[direction])
+        fastest = min(seconds for name, seconds in time.seconds.items() if name in dispatch.CHOICES[direction])
         rows.append(
             {
                 "layer": f"{time.N} x {time.K}",
                 "M": time.tokens,
-                **{f"{name}, ms": _milliseconds(time.seconds, name) for name in cuda.KERNELS},
-                **{f"{name}, saturated": _milliseconds(time.saturated, name) for name in cuda.KERNELS},
+                **{f"{name}, ms": _milliseconds(time.seconds, name) for name in dispatch.KERNELS},
+                **{f"{name}, saturated": _milliseconds(time.saturated, name) for name in dispatch.KERNELS},
                 "chosen": rule.kernel,
                 "chosen / fastest": time.seconds[rule.kernel] / fastest,
             }
@@ -153,7 +154,7 @@ def table_of(direction: str, times: Iterable[Time], rules: Iterable[choice.Rule]
     notes = [
         f"bf16, LoRA of rank {RANK}, double quantisation; calls of the op from Python, 20 in a row, which take as long "
         "as the slower of host and card; saturated: the card alone, behind a queue; medians",
-        "few, fused, sliced, unfused: cuda.forced; unfused is never chosen, it needs memory for the whole of W",
+        "few, fused, sliced, unfused: each forced; unfused is never chosen, it needs memory for the whole of W",
     ]
     return Table(direction.capitalize(), rows, notes)
 
@@ -165,7 +166,7 @@ def _milliseconds(seconds: dict[str, float], name: str) -> float | None:
 # ---- rules ----
 
 
-def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> list[choice.Rule]:
+def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> list[dispatch.Rule]:
     """Rules for small layers, then for all: each kernel up to the number of tokens where the next one overtakes it.
 
     What is compared is the geometric mean over the layers of a size. Where a size was not measured, it has the rules
@@ -183,17 +184,17 @@ def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> li
     """
     rules = []
     times = list(times)
-    for direction in choice.KERNELS:
+    for direction in dispatch.CHOICES:
         here = [time for time in times if time.direction == direction]
         small, large = ([t for t in here if (t.N * t.K <= SMALL) is wanted] for wanted in (True, False))
-        of_small, of_all = (ranges(means(group), choice.KERNELS[direction]) for group in (small, large or small))
+        of_small, of_all = (ranges(means(group), dispatch.CHOICES[direction]) for group in (small, large or small))
         groups: list[tuple[int | None, dict[str, list[int]], Means]] = [(None, of_all, means(large or small))]
         if small and limits(of_small) != limits(of_all):
             groups.insert(0, (SMALL, of_small, means(small)))
         for most_weights, found, took in groups:
             for (kernel, most_tokens), tokens in zip(limits(found), found.values(), strict=True):
-                why = f"measured: {reason(kernel, tokens, took, choice.KERNELS[direction])}; {measured_on}"
-                rules.append(choice.Rule(architecture, direction, kernel, most_tokens, most_weights, why))
+                why = f"measured: {reason(kernel, tokens, took, dispatch.CHOICES[direction])}; {measured_on}"
+                rules.append(dispatch.Rule(architecture, direction, kernel, most_tokens, most_weights, why))
     return rules
 
 

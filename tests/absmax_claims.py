@@ -7,7 +7,7 @@ and `dequantize(absmax_q, nested) -> absmax`.
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora.ops import reference
 
 
 def generator() -> torch.Generator:

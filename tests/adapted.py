@@ -6,9 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from nf4lora import adapter
-from nf4lora.adapter import NF4LoraLinear
-from nf4lora.linear import NF4Linear
+from nf4lora.adapters import lora_layer
+from nf4lora.adapters.lora_layer import NF4LoraLinear
+from nf4lora.nn.linear import NF4Linear
 
 from models import tiny_llama
 
@@ -45,7 +45,7 @@ def config(**options):
 
 
 def adapted(model, **options):
-    adapter.install()
+    lora_layer.install()
     torch.manual_seed(1)
     return get_peft_model(model, config(**options))
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf4lora import _C, ops, reference
+from nf4lora import _C, ops
+from nf4lora.ops import reference
 
 from absmax_claims import *  # noqa: F403  the tests that every device shares
 from conftest import KNOWN_SETS

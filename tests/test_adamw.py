@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf4lora import _C, ops, reference
+from nf4lora import _C, ops
+from nf4lora.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMBERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 
-from nf4lora import _C, ops, reference
+from nf4lora import _C, ops
+from nf4lora.ops import reference
 
 COUNT, STILL = 2048, 50  # values; steps after which half of the gradients change
 SEEDS = range(3)

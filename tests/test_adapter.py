@@ -14,7 +14,9 @@ from peft import get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from nf4lora import adapter, ops, reference
+from nf4lora import ops
+from nf4lora.adapters import lora_layer
+from nf4lora.ops import reference
 
 from adapted import IDS, adapted, config, layers, packed_llama, pair, relative, step, trainable
 from models import tiny_llama
@@ -76,7 +78,7 @@ def test_dropout_draws_its_seed_from_torchs_generator_and_its_mask_from_philox()
     torch.manual_seed(11)
     y = layer(x)
     torch.manual_seed(11)
-    seed = torch.randint(adapter.SEEDS, (1,))
+    seed = torch.randint(lora_layer.SEEDS, (1,))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected, _ = reference.lora_linear(
         x, **layer.base_layer.op_arguments(), lora_A=A, lora_B=B, scaling=2.0, dropout=0.5, seed=seed
@@ -195,16 +197,16 @@ print(type(model.base_model.model.model.layers[0].mlp.up_proj).__name__)
 
 
 def test_layers_that_peft_made_before_us_are_fused_in_place(monkeypatch, fused_calls):
-    adapter.install()
+    lora_layer.install()
     monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(original_create_new_module()))
     model = get_peft_model(packed_llama(), config())
     assert not layers(model)
     logits = model(IDS).logits
     assert not fused_calls
-    assert adapter.fuse(model) == 7
+    assert lora_layer.fuse(model) == 7
     assert relative(model(IDS).logits, logits) < 1e-5
     assert len(fused_calls) == 7
-    assert adapter.fuse(model) == 0
+    assert lora_layer.fuse(model) == 0
 
 
 def original_create_new_module():
@@ -214,16 +216,16 @@ def original_create_new_module():
 
 
 def test_installing_twice_changes_nothing():
-    adapter.install()
+    lora_layer.install()
     first = lora.LoraModel.__dict__["_create_new_module"]
-    adapter.install()
+    lora_layer.install()
     assert lora.LoraModel.__dict__["_create_new_module"] is first
 
 
 def test_a_peft_that_builds_layers_elsewhere_is_an_import_error(monkeypatch):
     monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(lambda config, name: None))
     with pytest.raises(ImportError, match=r"_create_new_module.*got peft .*pip install 'peft"):
-        adapter.install()
+        lora_layer.install()
 
 
 def test_other_layers_stay_with_peft():
@@ -379,7 +381,7 @@ def test_with_adapters_on_some_layers_the_others_keep_no_input():
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_adapters_are_float32_whatever_the_base_is(autocast_adapter_dtype, tmp_path):
-    adapter.install()
+    lora_layer.install()
     model = packed_llama(dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
     model = get_peft_model(model, config(), autocast_adapter_dtype=autocast_adapter_dtype)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
@@ -436,7 +438,7 @@ def test_unloading_gives_the_base_back():
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "loftq", "mica"])
 def test_an_init_that_needs_a_float_base_is_refused_by_name(init):
     options = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
-    adapter.install()
+    lora_layer.install()
     try:
         wanted = config(init_lora_weights=init, **options)
     except ImportError as error:
@@ -446,6 +448,6 @@ def test_an_init_that_needs_a_float_base_is_refused_by_name(init):
 
 
 def test_a_packed_parameter_as_target_is_refused():
-    adapter.install()
+    lora_layer.install()
     with pytest.raises(ValueError, match="target_parameters must name floating-point parameters"):
         get_peft_model(packed_llama(), config(target_modules=[], target_parameters=["q_proj.weight"]))

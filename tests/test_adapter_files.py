@@ -15,8 +15,8 @@ from torch import nn
 
 import nf4lora
 from nf4lora import load_adapter, save_adapter
-from nf4lora.adapter_files import base_hash, base_state_dict
-from nf4lora.linear import NF4Linear
+from nf4lora.adapters.files import base_hash, base_state_dict
+from nf4lora.nn.linear import NF4Linear
 
 from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, trainable
 from models import tiny_llama

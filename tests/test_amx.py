@@ -6,7 +6,8 @@ Where the processor has AMX, every test of the ops runs with it too (`instructio
 import pytest
 import torch
 
-from nf4lora import _C, ops, reference
+from nf4lora import _C, ops
+from nf4lora.ops import reference
 
 import amx
 

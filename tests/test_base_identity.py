@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import nf4lora
-from nf4lora import NF4Config, base_identity, load_adapter, save_adapter
-from nf4lora.base_identity import close, sums
-from nf4lora.linear import NF4Linear
+from nf4lora import NF4Config, load_adapter, save_adapter
+from nf4lora.adapters import base_identity
+from nf4lora.adapters.base_identity import close, sums
+from nf4lora.nn.linear import NF4Linear
 
 from adapted import IDS, adapted, config, packed_llama, trainable
 from models import tiny_llama
@@ -321,11 +322,11 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fi
         raise OSError(28, "No space left on device")
 
     if file == "adapter_model.safetensors":
-        monkeypatch.setattr("nf4lora.adapter_files.save_file", full)
+        monkeypatch.setattr("nf4lora.adapters.files.save_file", full)
     elif file == "adapter_config.json":
         monkeypatch.setattr(peft.LoraConfig, "save_pretrained", full)
     else:
-        monkeypatch.setattr("nf4lora.adapter_files.as_json", full)
+        monkeypatch.setattr("nf4lora.adapters.files.as_json", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(other, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

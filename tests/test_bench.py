@@ -41,7 +41,9 @@ from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: 
 from bench.process import Process  # noqa: E402
 from bench.shapes import SHAPES, named  # noqa: E402
 from bench.table import Table, number, shown  # noqa: E402
-from nf4lora import _C, cuda, reference  # noqa: E402
+from nf4lora import _C  # noqa: E402
+from nf4lora.ops import reference  # noqa: E402
+from nf4lora.ops.kernels import dispatch  # noqa: E402
 
 QUICK = Settings(quick=True)
 
@@ -414,15 +416,15 @@ def test_a_way_is_taken_for_its_own_call_only():
     seen = []
 
     def call(x):
-        seen.append(cuda.forced)
+        seen.append(dispatch.forced())
         return x + 1
 
     sliced = layers.taking("sliced", call)
-    assert sliced(1) == 2 and seen == ["sliced"] and cuda.forced is None
+    assert sliced(1) == 2 and seen == ["sliced"] and dispatch.forced() is None
     with pytest.raises(TypeError):
         sliced(None)  # fails within
-    assert seen == ["sliced", "sliced"] and cuda.forced is None
-    assert set(lora.OTHER_WAYS) < set(cuda.KERNELS)
+    assert seen == ["sliced", "sliced"] and dispatch.forced() is None
+    assert set(lora.OTHER_WAYS) < set(dispatch.KERNELS)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if path.stem[0] != "_"])

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from nf4lora import bitsandbytes as ours
-from nf4lora import reference
-from nf4lora.config import NF4Config
-from nf4lora.linear import NF4Linear
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.ops import reference
+from nf4lora.quantization import bitsandbytes_format as ours
+from nf4lora.quantization.config import NF4Config
 
 from models import tiny_llama
 

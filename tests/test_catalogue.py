@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nf4lora
-from nf4lora import _C, ops, reference
+from nf4lora import _C, ops
+from nf4lora.ops import reference
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

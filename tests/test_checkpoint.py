@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nf4lora.checkpoint import check_files
-from nf4lora.config import NF4Config
-from nf4lora.linear import NF4Linear
-from nf4lora.new_weights import new_parameters
+from nf4lora.adapters.new_weights import new_parameters
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.quantization.checkpoint import check_files
+from nf4lora.quantization.config import NF4Config
 
 from models import tiny_llama
 

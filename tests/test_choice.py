@@ -1,4 +1,4 @@
-"""choice.json: a kernel for every card and shape, each with its reason; and bench.tune, which measures it."""
+"""heuristics.json: a kernel for every card and shape, each with its reason; and bench.tune, which measures it."""
 
 import itertools
 import json
@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import choice, cuda
-from nf4lora.choice import Rule, kernel_for
+from nf4lora.ops.kernels import dispatch
+from nf4lora.ops.kernels.dispatch import Rule, kernel_for
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
 
-from bench import __main__, results, timing, tune  # noqa: E402
+from bench import __main__, heuristics, results, timing, tune  # noqa: E402
 from bench.case import Absent, Settings, WrongAnswer  # noqa: E402
 from bench.shapes import Shape  # noqa: E402
 from bench.tune import Time, rules_from  # noqa: E402
 
-RULES = choice.read(choice.PATH)
+RULES = heuristics.read(dispatch.HEURISTICS)
 CARDS = sorted({rule.architecture for rule in RULES})
 SMALL, LARGE = 2**22, 2**22 + 1
 NONE = 10**9  # tokens: any number
@@ -36,7 +36,7 @@ NONE = 10**9  # tokens: any number
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_card_has_an_answer_for_every_shape(card, direction):
     for tokens, weights in itertools.product([0, 1, 16, 17, 127, 128, 2047, 2048, 2**20], [0, 1, SMALL, LARGE, 2**32]):
-        assert kernel_for(card, direction, tokens, weights) in cuda.KERNELS
+        assert kernel_for(card, direction, tokens, weights) in dispatch.KERNELS
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_limits_are_where_they_were_derived(card, fused):
 
 
 def test_table_names_what_cuda_can_take():
-    assert set(choice.KERNELS["forward"]) | set(choice.KERNELS["backward"]) == set(cuda.KERNELS) - {"unfused"}
+    assert set(dispatch.CHOICES["forward"]) | set(dispatch.CHOICES["backward"]) == set(dispatch.KERNELS) - {"unfused"}
     for rule in RULES:  # few takes no more; the others take any number
-        assert rule.kernel != "few" or rule.most_tokens <= cuda.FEW_ROWS
+        assert rule.kernel != "few" or rule.most_tokens <= dispatch.FEW_ROWS
         limit = rule.most_tokens or 4096
-        assert cuda.fits(rule.kernel, rule.direction, limit, torch.bfloat16, 64)
+        assert dispatch.fits(rule.kernel, rule.direction, limit, torch.bfloat16, 64)
 
 
 def test_every_reason_has_a_figure():
@@ -69,8 +69,8 @@ def test_every_reason_has_a_figure():
 
 
 def test_file_has_a_line_for_each_rule():
-    text = choice.PATH.read_text()
-    assert text == choice.text(RULES)
+    text = dispatch.HEURISTICS.read_text()
+    assert text == heuristics.text(RULES)
     assert len(text.splitlines()) == len(RULES) + 2
 
 
@@ -85,8 +85,8 @@ GOOD = [
 
 
 def refused(change, match):
-    with pytest.raises(ValueError, match=rf"^choice\.json: .*{match}"):
-        choice.check(change)
+    with pytest.raises(ValueError, match=rf"^heuristics\.json: .*{match}"):
+        heuristics.check(change)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def refused(change, match):
     ],
 )
 def test_rule_that_says_nothing_sensible_is_refused(change, match):
-    choice.check(GOOD)
+    heuristics.check(GOOD)
     refused([replace(GOOD[0], **change), *GOOD[1:]], match)
 
 
@@ -118,7 +118,7 @@ def test_direction_must_end_with_an_answer_for_everything():
     refused([], end.format(r"\* forward", "no rule"))
     refused([GOOD[2], *GOOD], end.format(r"\* forward", "None tokens, None weights; 16 tokens"))  # nobody gets further
     own = [replace(rule, architecture="9.0") for rule in GOOD]
-    choice.check([*own, *GOOD])
+    heuristics.check([*own, *GOOD])
     refused([*own[:3], *GOOD], end.format(r"9\.0 backward", "no rule"))
     refused(own, end.format(r"\* forward", "no rule"))  # what would another card take?
 
@@ -132,10 +132,10 @@ def test_direction_must_end_with_an_answer_for_everything():
     ],
 )
 def test_file_that_is_no_table_is_refused(tmp_path, content, match):
-    path = tmp_path / "choice.json"
+    path = tmp_path / "heuristics.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"^choice\.json: {match}$"):
-        choice.read(path)
+    with pytest.raises(ValueError, match=rf"^heuristics\.json: {match}$"):
+        heuristics.read(path)
 
 
 # ---- rewriting ----
@@ -150,38 +150,38 @@ def of(architecture, fused=64):
 
 
 def test_rewriting_keeps_the_others(tmp_path):
-    path = tmp_path / "choice.json"
-    path.write_text(choice.text([*of("10.0"), *of("9.0"), *of("*")]))
-    choice.rewrite(path, "9.0", of("9.0", 512))
-    assert choice.read(path) == [*of("9.0", 512), *of("10.0"), *of("*")]  # by number, not by letter
-    choice.rewrite(path, "8.6", of("8.6", 100))
-    choice.rewrite(path, "*", of("*", 7))
-    assert choice.read(path) == [*of("8.6", 100), *of("9.0", 512), *of("10.0"), *of("*", 7)]
+    path = tmp_path / "heuristics.json"
+    path.write_text(heuristics.text([*of("10.0"), *of("9.0"), *of("*")]))
+    heuristics.rewrite(path, "9.0", of("9.0", 512))
+    assert heuristics.read(path) == [*of("9.0", 512), *of("10.0"), *of("*")]  # by number, not by letter
+    heuristics.rewrite(path, "8.6", of("8.6", 100))
+    heuristics.rewrite(path, "*", of("*", 7))
+    assert heuristics.read(path) == [*of("8.6", 100), *of("9.0", 512), *of("10.0"), *of("*", 7)]
     once = path.read_text()
-    choice.rewrite(path, "8.6", of("8.6", 100))
+    heuristics.rewrite(path, "8.6", of("8.6", 100))
     assert path.read_text() == once
 
 
 def test_what_is_refused_is_not_written(tmp_path):
-    path = tmp_path / "choice.json"
-    path.write_text(choice.text(of("*")))
+    path = tmp_path / "heuristics.json"
+    path.write_text(heuristics.text(of("*")))
     for rules in (of("9.0")[:2], of("8.0"), [replace(rule, why="") for rule in of("9.0")]):
-        with pytest.raises(ValueError, match=r"^choice\.json: "):
-            choice.rewrite(path, "9.0", rules)
-        assert choice.read(path) == of("*")
+        with pytest.raises(ValueError, match=r"^heuristics\.json: "):
+            heuristics.rewrite(path, "9.0", rules)
+        assert heuristics.read(path) == of("*")
 
 
 def test_what_is_rewritten_counts_at_once(tmp_path, monkeypatch):
-    path = tmp_path / "choice.json"
-    path.write_text(choice.text(of("*")))
-    monkeypatch.setattr(choice, "PATH", path)
-    choice._table.cache_clear()
+    path = tmp_path / "heuristics.json"
+    path.write_text(heuristics.text(of("*")))
+    monkeypatch.setattr(dispatch, "HEURISTICS", path)
+    dispatch._table.cache_clear()
     try:
         assert kernel_for("9.0", "forward", 65, 1) == "sliced"
-        choice.rewrite(path, "9.0", of("9.0", 65))
+        heuristics.rewrite(path, "9.0", of("9.0", 65))
         assert kernel_for("9.0", "forward", 65, 1) == "fused"
     finally:
-        choice._table.cache_clear()
+        dispatch._table.cache_clear()
 
 
 # ---- rules from times ----
@@ -194,7 +194,7 @@ def measured(seconds, shapes=SHAPES):
     """Times by a formula: seconds(kernel, tokens, weights)."""
     return [
         Time(direction, N, K, M, {name: seconds(name, M, N * K) for name in kernels if name != "few" or M <= 16})
-        for direction, kernels in choice.KERNELS.items()
+        for direction, kernels in dispatch.CHOICES.items()
         for N, K in shapes
         for M in TOKENS
     ]
@@ -212,10 +212,10 @@ def least(crossing):
 
 def worst(times, rules):
     """How many times as long as the fastest way the chosen one takes, at worst, at the measured points."""
-    table = choice.by_direction(rules)
+    table = dispatch.by_direction(rules)
     found = []
     for time in times:
-        kernel = choice.first(table, rules[0].architecture, time.direction, time.tokens, time.N * time.K).kernel
+        kernel = dispatch.first(table, rules[0].architecture, time.direction, time.tokens, time.N * time.K).kernel
         found.append(time.seconds[kernel] / min(time.seconds.values()))
     return max(found)
 
@@ -224,7 +224,7 @@ def worst(times, rules):
 def test_rules_take_the_fastest_at_every_measured_point(crossing, limit):
     times = measured(least(crossing))
     rules = rules_from(times, "*", "a card, abc")
-    choice.check(rules)
+    heuristics.check(rules)
     assert worst(times, rules) == 1  # exactly: all layers agree
     fused = [rule.most_tokens for rule in rules if rule.kernel == "fused"]
     assert fused == ([] if crossing < 1 else [limit] * len(fused))
@@ -233,18 +233,18 @@ def test_rules_take_the_fastest_at_every_measured_point(crossing, limit):
 
 
 def test_measured_rules_are_those_of_kernel_for(tmp_path, monkeypatch):
-    path = tmp_path / "choice.json"
-    path.write_text(choice.text(of("*")))
-    monkeypatch.setattr(choice, "PATH", path)
-    choice._table.cache_clear()
+    path = tmp_path / "heuristics.json"
+    path.write_text(heuristics.text(of("*")))
+    monkeypatch.setattr(dispatch, "HEURISTICS", path)
+    dispatch._table.cache_clear()
     try:
         times = measured(least(512))
-        choice.rewrite(path, "9.0", rules_from(times, "9.0", "a card, abc"))
+        heuristics.rewrite(path, "9.0", rules_from(times, "9.0", "a card, abc"))
         for time in times:
             kernel = kernel_for("9.0", time.direction, time.tokens, time.N * time.K)
             assert time.seconds[kernel] == min(time.seconds.values())
     finally:
-        choice._table.cache_clear()
+        dispatch._table.cache_clear()
 
 
 def test_small_layers_have_rules_of_their_own():
@@ -253,7 +253,7 @@ def test_small_layers_have_rules_of_their_own():
 
     times = measured(seconds)
     rules = rules_from(times, "9.0", "a card, abc")
-    choice.check([*rules, *GOOD])
+    heuristics.check([*rules, *GOOD])
     assert worst(times, rules) == 1
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and rule.most_weights} == {None}
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and not rule.most_weights} == {512}
@@ -305,10 +305,10 @@ def test_unfused_is_measured_but_never_chosen():
 def test_tune_needs_a_gpu(capsys):
     with pytest.raises(Absent, match="^tune chooses .* CUDA device$"):
         tune.run(Settings())
-    before = choice.PATH.read_text()
+    before = dispatch.HEURISTICS.read_text()
     assert __main__.main(["tune", "--quick", "--device", "cpu"]) == 0
     assert "not run: tune chooses between the kernels of a GPU" in capsys.readouterr().out
-    assert choice.PATH.read_text() == before
+    assert dispatch.HEURISTICS.read_text() == before
 
 
 def test_tune_runs_by_name_alone(monkeypatch, capsys):
@@ -335,9 +335,9 @@ class Card:
         monkeypatch.setattr(tune, "times_of", self.times_of)
         monkeypatch.setattr(tune, "IN_REPOSITORY", True)
         monkeypatch.setattr(tune, "HERE", folder / "bench")
-        self.path = folder / "python/nf4lora/choice.json"
+        self.path = folder / "python/nf4lora/ops/kernels/heuristics.json"
         self.path.parent.mkdir(parents=True)
-        self.path.write_text(choice.PATH.read_text())
+        self.path.write_text(dispatch.HEURISTICS.read_text())
         monkeypatch.setattr(tune, "PATH", self.path)
         self.inner = TIMES_OF
 
@@ -353,8 +353,8 @@ def test_what_was_measured_is_written_into_the_repository(monkeypatch, tmp_path)
     *times, rules = tune.run(Settings(device="cuda"))
     assert [table.title for table in times] == ["Forward", "Backward"]
     assert rules.title == "Rules of 9.0"
-    assert rules.notes == ["written into python/nf4lora/choice.json"]
-    written = choice.read(card.path)
+    assert rules.notes == ["written into python/nf4lora/ops/kernels/heuristics.json"]
+    written = heuristics.read(card.path)
     assert [Rule(**row) for row in rules.rows] == [rule for rule in written if rule.architecture == "9.0"]
     assert all("; A card, " in rule.why for rule in written if rule.architecture == "9.0")
     assert [r for r in written if r.architecture != "9.0"] == [r for r in RULES if r.architecture != "9.0"]
@@ -367,7 +367,7 @@ def test_nothing_is_written_without_a_repository_or_from_tiny_sizes(monkeypatch,
     monkeypatch.setattr(tune, "IN_REPOSITORY", here)
     *_, rules = tune.run(Settings(device="cuda", quick=quick))
     assert rules.notes[0].startswith("not written: ")
-    assert card.path.read_text() == choice.PATH.read_text()
+    assert card.path.read_text() == dispatch.HEURISTICS.read_text()
     printed = capsys.readouterr().out
     assert [Rule(**line) for line in json.loads(printed)] == [Rule(**row) for row in rules.rows]
 
@@ -405,15 +405,15 @@ def test_each_way_is_forced_while_it_is_timed(monkeypatch):
     plain = torch.ops.nf4lora.lora_linear
 
     def watched(x, *arguments):
-        seen.add((len(x), cuda.forced))
+        seen.add((len(x), dispatch.forced()))
         return plain(x, *arguments)
 
     monkeypatch.setattr(torch.ops.nf4lora, "lora_linear", watched)
     times = tune.times_of(Shape("tiny", "q", 64, 64), (1, 32), Settings(quick=True))
-    assert seen == {(1, name) for name in cuda.KERNELS} | {(32, name) for name in cuda.KERNELS if name != "few"}
-    assert cuda.forced is None
+    assert seen == {(1, name) for name in dispatch.KERNELS} | {(32, name) for name in dispatch.KERNELS if name != "few"}
+    assert dispatch.forced() is None
     for time in times:
-        assert set(time.seconds) == set(cuda.KERNELS) - (
+        assert set(time.seconds) == set(dispatch.KERNELS) - (
             {"few"} if time.tokens > 16 or "back" in time.direction else set()
         )
         assert all(math.isfinite(seconds) and seconds > 0 for seconds in time.seconds.values())
@@ -423,7 +423,9 @@ def test_each_way_is_forced_while_it_is_timed(monkeypatch):
 
 
 def test_table_goes_where_the_library_goes():
-    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", "python/nf4lora/choice.json"], check=False)
+    ignored = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", "-q", "python/nf4lora/ops/kernels/heuristics.json"], check=False
+    )
     if ignored.returncode == 0:
-        pytest.fail("git ignores choice.json, and with it the wheel")
-    assert (Path(choice.__file__).parent / "choice.json").is_file()
+        pytest.fail("git ignores heuristics.json, and with it the wheel")
+    assert (Path(dispatch.__file__).parent / "heuristics.json").is_file()

@@ -8,7 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoQuantizationConfig
 
-from nf4lora.config import NF4Config
+from nf4lora.quantization.config import NF4Config
 
 BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nf4lora import _C
-from nf4lora.choice import kernel_for
+from nf4lora.ops.kernels.dispatch import kernel_for
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NAMES = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("nf4lora::"))
@@ -120,9 +120,9 @@ def cuda():
     """The module that chooses."""
     if not _C.CUDA_VERSION:
         pytest.skip("built without CUDA")
-    from nf4lora import cuda
+    from nf4lora.ops.kernels import dispatch
 
-    return cuda
+    return dispatch
 
 
 @pytest.fixture
@@ -171,15 +171,16 @@ def test_what_the_check_refuses_does_not_reach_the_table(cuda):
     assert cuda.chosen("forward", OnCard(1, 64), OnCard(64, dtype=torch.uint8)) == "unfused"
 
 
-def test_a_kernel_can_be_forced_where_it_fits(cuda, monkeypatch):
+def test_a_kernel_can_be_forced_where_it_fits(cuda):
     W = OnCard(4096, 2048, dtype=torch.uint8)
     for name in cuda.KERNELS:
-        monkeypatch.setattr(cuda, "forced", name)
-        assert cuda.chosen("forward", OnCard(2, 4096), W) == name
+        with cuda.forcing(name):
+            assert cuda.chosen("forward", OnCard(2, 4096), W) == name
     for name, tokens in (("few", 17), ("quick", 17)):
-        monkeypatch.setattr(cuda, "forced", name)
-        with pytest.raises(ValueError, match=rf"cuda.forced must be one of fused, sliced, unfused here, got '{name}'"):
+        message = rf"the forced kernel must be one of fused, sliced, unfused here, got '{name}'"
+        with cuda.forcing(name), pytest.raises(ValueError, match=message):
             cuda.chosen("forward", OnCard(tokens, 4096), W)
+    assert cuda.forced() is None
 
 
 @pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")

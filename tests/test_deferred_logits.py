@@ -13,9 +13,9 @@ from accelerate.utils.operations import convert_to_fp32
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nf4lora import cross_entropy, deferred_logits
-from nf4lora.deferred_logits import DeferredLogits
-from nf4lora.loss import chunk_loss
+from nf4lora.loss import cross_entropy, deferred_logits
+from nf4lora.loss.causal_lm import chunk_loss
+from nf4lora.loss.deferred_logits import DeferredLogits
 
 from models import tiny_llama
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import nf4lora
-from nf4lora import _C, doctor
+from nf4lora import _C
+from nf4lora.cli import doctor
 
 CARD = {"name": "NVIDIA T", "capability": "9.0"}
 
@@ -136,7 +137,7 @@ def run_python(*arguments, **environment):
 
 
 def command(environment, before="pass"):
-    code = f"import sys; {before}; from nf4lora.cli import main; sys.exit(main(['doctor']))"
+    code = f"import sys; {before}; from nf4lora.cli.main import main; sys.exit(main(['doctor']))"
     return run_python("-c", code, **environment)
 
 
@@ -193,7 +194,7 @@ def test_what_needs_no_library_imports_none(arguments, code):
     done = run_python("-X", "importtime", "-m", "nf4lora", *arguments)
     assert done.returncode == code
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "nf4lora.cli" in imported
+    assert "nf4lora.cli.main" in imported
     assert not imported & {"torch", "transformers", "peft", "numpy", "nf4lora._C"}
 
 
@@ -204,11 +205,11 @@ def test_the_version_is_that_of_the_library():
 def test_names_of_the_package_are_there_in_the_command_line_too():
     code = (
         "import sys; sys.argv = ['/usr/bin/nf4lora']; import nf4lora; print('torch' in sys.modules)\n"
-        "import nf4lora.report; from nf4lora import prepare; print(callable(nf4lora.report), callable(prepare))\n"
-        "print(nf4lora.loss.chunk_loss.__name__, hasattr(nf4lora, 'nothing'), 'prepare' in dir(nf4lora))"
+        "from nf4lora import prepare; print(callable(nf4lora.report), callable(prepare))\n"
+        "print(nf4lora.nn.__name__, hasattr(nf4lora, 'nothing'), 'prepare' in dir(nf4lora))"
     )
     done = run_python("-c", code)
-    assert done.stdout.split() == ["False", "True", "True", "chunk_loss", "False", "True"], done.stderr
+    assert done.stdout.split() == ["False", "True", "True", "nf4lora.nn", "False", "True"], done.stderr
 
 
 def test_a_peft_that_transformers_refuses_is_named(monkeypatch):

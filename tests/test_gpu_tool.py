@@ -94,7 +94,7 @@ def test_a_skipped_test_fails_the_part(tool, tmp_path, capfd):
 
 def test_what_is_tuned_is_used_from_then_on(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
-    source, installed = tmp_path / gpu.CHOICE, tmp_path / "site/nf4lora/choice.json"
+    source, installed = tmp_path / "python" / gpu.HEURISTICS, tmp_path / "site" / gpu.HEURISTICS
     for path in (source, installed):
         path.parent.mkdir(parents=True)
         path.write_text("predicted")

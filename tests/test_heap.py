@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nf4lora import heap
+from nf4lora.memory import heap
 
 MB = 1 << 20
 

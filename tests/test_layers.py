@@ -13,52 +13,73 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python/nf4lora"
 CSRC = ROOT / "csrc"
 
-# ops, layers, quantizer and adapter, prepare, train and the command line: each line may use the lines above it.
+# A package uses those on lower floors, and its own modules; those of one floor do not know each other.
 FLOORS = [
-    {"_C", "whole_files"},
-    {"unfused", "choice", "heap", "moments", "onednn", "paged", "pages", "processor"},
-    {"sliced", "shards", "unified"},
-    {"cuda"},
-    {"ops", "packed_weight"},
-    {"linear", "doctor", "region", "weight_readers", "task", "cross_entropy"},
-    {"config", "model_tree", "optim", "deferred_logits"},
-    {"new_weights"},
-    {"bitsandbytes", "adapter", "base_identity", "checkpoint", "renaming", "quantized_checkpoint", "trl_head"},
-    {"adapter_folder"},
-    {"adapter_files", "loss"},
-    {"quantizer", "report", "targets"},
-    {"pack", "rehearsal"},
-    {"plan"},
-    {"prepare"},
+    {"_C", "words"},
+    {"compat", "memory", "ops"},
+    {"nn"},
+    {"adapters", "loss", "optim"},
+    {"quantization"},
+    {"preparation"},
     {"train"},
     {"cli", "bench"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-MODULES = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__", "reference"))
+FACES = {"__init__", "__main__"}  # the public names and `python -m nf4lora`
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in FACES)
 
 
-def imports(path):
-    """Modules of the package that a file names, wherever in the file the import stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "nf4lora":
-            yield from (alias.name for alias in node.names if alias.name in FLOOR or alias.name == "reference")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nf4lora."):
-            yield node.module.split(".")[1]
+def name_of(path):
+    """ops.nf4 of python/nf4lora/ops/nf4.py, ops of its __init__."""
+    return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def imports(path, typing=True):
+    """Modules of the package that a file names, wherever in the file the import stands; "" is the package's face.
+
+    typing: with those of which only types are needed.
+    """
+    tree = ast.parse(path.read_text())
+    if not typing:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("nf4lora."):
+            module = node.module[8:]
+            for alias in node.names:
+                name = f"{module}.{alias.name}".lstrip(".")
+                yield name if name in NAMES or name == "_C" else module
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("nf4lora."))
+            yield from (alias.name[8:] for alias in node.names if f"{alias.name}.".startswith("nf4lora."))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_down(path):
-    assert path.stem in FLOOR, f"{path.name} stands on no floor: add it to FLOORS"
+    own = name_of(path).split(".")[0]
+    assert own in FLOOR, f"{own} stands on no floor: add it to FLOORS"
     for name in imports(path):
-        assert name != "reference", f"{path.name} imports the reference; only tests and bench may"
-        assert FLOOR[name] < FLOOR[path.stem], f"{path.name} must not import {name}"
+        other = name.split(".")[0]
+        assert name != "ops.reference", f"{path.name} imports the reference; only tests and bench may"
+        assert other, f"{path.name} imports the package's __init__"
+        assert other == own or FLOOR[other] < FLOOR[own], f"{path.name} must not import {name}"
 
 
-def test_train_does_not_reach_up():
-    for path in (PACKAGE / "train").glob("*.py"):
-        assert not {"cli", "bench", "reference"} & set(imports(path)), path.name
+def test_the_tree_is_small():
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__" and path.suffix not in (".so", ".pyi")]
+    assert len(entries) <= 14
+    assert len(FLOORS) - 1 <= 8  # _C is not Python
+
+
+def test_no_modules_import_each_other():
+    above = {name_of(path): set(imports(path, typing=False)) & NAMES - {name_of(path)} for path in MODULES}
+    while above:
+        ground = {name for name, below in above.items() if not below & above.keys()}
+        assert ground, f"in a circle: {sorted(above)}"
+        above = {name: below for name, below in above.items() if name not in ground}
 
 
 def includes(path):
@@ -126,13 +147,6 @@ def test_public_names_are_what_they_say():
         "all(hasattr(nf4lora, n) for n in nf4lora.__all__), sorted(nf4lora.__all__) == nf4lora.__all__)"
     )
     assert run(code) == ["True"] * 4
-
-
-def test_a_function_is_not_hidden_by_its_module():
-    # `import nf4lora.prepare` anywhere would rebind the name to the module; __init__ has bound it first, and import
-    # binds a submodule only once.
-    code = "import nf4lora, nf4lora.prepare, nf4lora.report; print(callable(nf4lora.prepare), callable(nf4lora.report))"
-    assert run(code) == ["True", "True"]
 
 
 def test_import_registers_the_quantizer():

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nf4lora import reference
-from nf4lora.linear import NF4Linear, blocksize_for
+from nf4lora.nn.linear import NF4Linear, blocksize_for
+from nf4lora.ops import reference
 
 LAYOUTS = [(True, 64), (False, 64), (True, 32), (True, 128), (False, 256)]
 

@@ -6,7 +6,8 @@ import torch._dynamo.testing
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nf4lora import ops, reference
+from nf4lora import ops
+from nf4lora.ops import reference
 
 from lora_case import FLOAT_SUM, TERM, ULP, Case, assert_close
 
@@ -218,15 +219,17 @@ def forced_to(kernel, monkeypatch):
     """A card, of whose kernels this one is taken; what goes backward after `few` is left to choose."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from nf4lora import cuda
+    from nf4lora.ops.kernels import dispatch
 
-    choose = cuda.chosen
+    choose = dispatch.chosen
 
     def chosen(direction, x, qweight):
-        monkeypatch.setattr(cuda, "forced", None if (kernel, direction) == ("few", "backward") else kernel)
-        return choose(direction, x, qweight)
+        if (kernel, direction) == ("few", "backward"):
+            return choose(direction, x, qweight)
+        with dispatch.forcing(kernel):
+            return choose(direction, x, qweight)
 
-    monkeypatch.setattr(cuda, "chosen", chosen)
+    monkeypatch.setattr(dispatch, "chosen", chosen)
 
 
 @pytest.mark.gpu

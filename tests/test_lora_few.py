@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora.ops import reference
 
 from lora_case import FLOAT_SUM, ULP, Case, assert_close
 

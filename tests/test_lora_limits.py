@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from nf4lora import ops, reference, sliced, unfused
+from nf4lora import ops
+from nf4lora.ops import reference
+from nf4lora.ops.kernels import sliced, unfused
 
 from lora_case import Case, assert_close
 

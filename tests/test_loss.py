@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nf4lora import cross_entropy
-from nf4lora.cross_entropy import CrossEntropy
-from nf4lora.deferred_logits import DeferredLogits
-from nf4lora.loss import chunk_loss, has_chunked_loss, has_plain_head, score
+from nf4lora.loss import cross_entropy
+from nf4lora.loss.causal_lm import chunk_loss, has_chunked_loss, has_plain_head, score
+from nf4lora.loss.cross_entropy import CrossEntropy
+from nf4lora.loss.deferred_logits import DeferredLogits
 
 from models import tiny_llama
 

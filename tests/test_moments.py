@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nf4lora import PagedAdamW, moments, reference
+from nf4lora import PagedAdamW
+from nf4lora.ops import reference
+from nf4lora.optim import quantized
 
 BITS = pytest.mark.parametrize("bits", [32, 8])
 CODES = {"exp_avg": reference.nested_code(), "exp_avg_sq": reference.square_code()}
@@ -58,18 +60,18 @@ def saved(state_dict):
 @given(st.sampled_from(list(CODES)), st.integers(0, 700), st.integers(0, 2**31), st.floats(0, 12), st.integers(-60, 60))
 def test_codes_are_those_of_the_reference(name, size, seed, spread, exponent):
     values, code = drawn(name, size, seed, spread) * 2.0**exponent, CODES[name]
-    codes, absmax = moments.encode(values, code, zero_of(code))
+    codes, absmax = quantized.encode(values, code, zero_of(code))
     expected = reference.moment_encode(values, code)
     assert torch.equal(codes, expected[0])
     assert torch.equal(absmax, expected[1])
-    assert torch.equal(moments.decode(codes, absmax, code), reference.moment_decode(codes, absmax, code))
+    assert torch.equal(quantized.decode(codes, absmax, code), reference.moment_decode(codes, absmax, code))
 
 
 @MAPS
 @pytest.mark.parametrize("spread", [0.5, 6.0])
 def test_no_value_is_nearer_than_the_one_taken(name, spread):
     values, code = drawn(name, 2000, spread=spread), CODES[name].double()
-    codes, absmax = moments.encode(values, CODES[name], zero_of(code))
+    codes, absmax = quantized.encode(values, CODES[name], zero_of(code))
     x = values.double() / absmax.repeat_interleave(256)[:2000]
     distances = (code[None, :] - x[:, None]).abs()
     if name == "exp_avg_sq":
@@ -89,7 +91,7 @@ def test_a_tie_goes_to_the_smaller(name):
     assert len(exact) > 20
     beyond = torch.nextafter(middle[exact], torch.tensor(2.0))
     values = torch.cat([torch.ones(1), middle[exact], beyond])  # the largest is 1: a value is its own quotient
-    codes, _ = moments.encode(values, code, zero)
+    codes, _ = quantized.encode(values, code, zero)
     assert codes.tolist() == [255, *exact, *(k + 1 for k in exact)]
 
 
@@ -97,9 +99,9 @@ def test_a_tie_goes_to_the_smaller(name):
 def test_nothing_but_zero_is_encoded_as_the_zero_of_second_moments(name):
     values = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1e-10, 3.0])
     code, second = CODES[name], name == "exp_avg_sq"
-    codes, absmax = moments.encode(values, code, zero_of(code))
+    codes, absmax = quantized.encode(values, code, zero_of(code))
     assert (codes == zero_of(code)).tolist() == [True, True, not second, not second, not second, False]
-    codes, absmax = moments.encode(torch.zeros(300), code, zero_of(code))
+    codes, absmax = quantized.encode(torch.zeros(300), code, zero_of(code))
     assert (codes == zero_of(code)).all() and absmax.tolist() == [0.0, 0.0]
 
 
@@ -108,15 +110,15 @@ def test_every_code_survives_32_bits(name):
     """All codes, in a block whose largest is positive: what was decoded is encoded as it was."""
     code, absmax = CODES[name], torch.tensor([0.37, 3e-20])
     codes = torch.arange(512).remainder(256).to(torch.uint8)
-    values = moments.decode(codes, absmax, code)
-    again = moments.encode(values, code, zero_of(code))
+    values = quantized.decode(codes, absmax, code)
+    again = quantized.encode(values, code, zero_of(code))
     assert torch.equal(again[0], codes) and torch.equal(again[1], absmax)
 
 
 @BITS
 def test_moments_of_the_asked_bits_are_taken_as_they_are(bits):
     first, second = drawn("exp_avg", 300), drawn("exp_avg_sq", 300)
-    wide = moments.Moments(5.0, first, second)
+    wide = quantized.Moments(5.0, first, second)
     narrow = wide.as_bits(8)
     assert wide.as_bits(32) is wide and narrow.as_bits(8) is narrow
     assert (narrow.step, narrow.as_bits(32).step) == (5.0, 5.0)

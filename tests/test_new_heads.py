@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from nf4lora import NF4Config, NF4Linear, load_adapter, prepare, report, save_adapter
-from nf4lora.new_weights import new_parameters
-from nf4lora.quantizer import layers_to_pack
+from nf4lora.adapters.new_weights import new_parameters
+from nf4lora.quantization.quantizer import layers_to_pack
 
 from adapted import trainable
 from families import inputs, tiny

@@ -10,7 +10,8 @@ import textwrap
 import pytest
 import torch
 
-from nf4lora import onednn, processor
+from nf4lora.loss import processor
+from nf4lora.memory import onednn
 
 from models import tiny_llama
 
@@ -27,7 +28,7 @@ def compiled_again(first: str, **environment: str) -> int:
     code = f"""
         import os
         import torch
-        from nf4lora import onednn
+        from nf4lora.memory import onednn
         {first}
         x, w = torch.zeros({SHAPES}, 8), torch.zeros(8, 8)
         def multiply():
@@ -63,7 +64,7 @@ def test_the_size_that_the_user_gives_stands():
 def test_products_of_many_lengths_hold_little_memory():
     code = """
         import sys, torch
-        from nf4lora import heap, onednn
+        from nf4lora.memory import heap, onednn
         if sys.argv[1] == "bounded":
             onednn.bound_caches()
         x, w = torch.zeros(512, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16)

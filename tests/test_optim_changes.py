@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nf4lora import PagedAdamW, reference
-from nf4lora.paged import Ram
+from nf4lora import PagedAdamW
+from nf4lora.ops import reference
+from nf4lora.optim.arena import RamArena
 
 BITS = pytest.mark.parametrize("bits", [32, 8])
 SIZES = [(64, 48), (7,), (9000,), (1,), (3, 5, 90)]
@@ -82,7 +83,7 @@ def test_any_parameters_may_take_part_in_any_step_in_any_group(taking_part, grou
     params = parameters()
     expected = [Expected(p, bits) for p in params]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ram, "chunk_bytes", chunk_bytes)
+        patch.setattr(RamArena, "chunk_bytes", chunk_bytes)
         optimizer = PagedAdamW(params, lr=1e-2, weight_decay=0.1, bits=bits)
         optimizer.add_param_group({"params": [], "lr": 3e-3, "betas": (0.7, 0.95)})
         for step, (part, group) in enumerate(zip(taking_part, groups)):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nf4lora import PagedAdamW, optim
+from nf4lora import PagedAdamW
+from nf4lora.optim import paged_adamw
 
 
 def parameters(grads):
@@ -19,8 +20,8 @@ def parameters(grads):
 def computed(monkeypatch):
     """How often a norm was computed."""
     calls = []
-    total_norm = optim.total_norm
-    monkeypatch.setattr(optim, "total_norm", lambda grads: calls.append(len(grads)) or total_norm(grads))
+    total_norm = paged_adamw.total_norm
+    monkeypatch.setattr(paged_adamw, "total_norm", lambda grads: calls.append(len(grads)) or total_norm(grads))
     return calls
 
 

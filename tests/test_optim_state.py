@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nf4lora import PagedAdamW, reference
+from nf4lora import PagedAdamW
+from nf4lora.ops import reference
 
 SIZES = [(64, 48), (7,), (513,), (1,), (4100,)]
 BITS = pytest.mark.parametrize("bits", [32, 8])

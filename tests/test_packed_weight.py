@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
 
-from nf4lora.linear import NF4Linear
+from nf4lora.nn.linear import NF4Linear
 
 
 def packed(N=32, K=64):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nf4lora import PagedAdamW
-from nf4lora.paged import ALIGNMENT, HUGE_PAGE, PIECE, File, Ram, cut, lay_out
+from nf4lora.optim.arena import HUGE_PAGE, FileArena, RamArena
+from nf4lora.optim.layout import ALIGNMENT, SEGMENT, cut, lay_out
 
 SIZES = [(300, 70), (5,), (64, 64), (1,), (41_000,), (0,), (9, 1000)]
 
@@ -38,7 +39,7 @@ def train(params, optimizer, steps=range(3)):
 # ---- layout
 
 
-def slots_of(counts, bits):
+def layouts_of(counts, bits):
     return lay_out([(count, -(-count // 256) if bits == 8 else None) for count in counts])
 
 
@@ -48,29 +49,31 @@ def slots_of(counts, bits):
     st.sampled_from([1 << 12, 1 << 15, 1 << 30]),
 )
 def test_chunks_visit_every_value_once_and_in_order(counts, bits, chunk_bytes):
-    slots, size = slots_of(counts, bits)
+    layouts, size = layouts_of(counts, bits)
     visited, last = {}, (-1, 0)
-    for chunk in cut(slots, chunk_bytes):
-        assert chunk.pieces
+    for chunk in cut(layouts, chunk_bytes):
+        assert chunk.segments
         held = [(offset, offset + length) for offset, length in chunk.ranges]
-        parts = [part for piece in chunk.pieces for part in slots[piece.slot].ranges(piece.begin, piece.end)]
+        parts = [
+            part for segment in chunk.segments for part in layouts[segment.param].ranges(segment.begin, segment.end)
+        ]
         for offset, length in parts:
             assert any(start <= offset and offset + length <= end for start, end in held)
-        piece_bytes = slots_of([PIECE], bits)[1]
+        piece_bytes = layouts_of([SEGMENT], bits)[1]
         assert sum(length for _, length in chunk.ranges) <= max(chunk_bytes, piece_bytes)
-        for piece in chunk.pieces:
-            assert piece.begin == visited.get(piece.slot, 0)  # the next value of its slot
-            assert piece.begin % PIECE == 0
-            assert (piece.slot, piece.begin) >= last
-            visited[piece.slot], last = piece.end, (piece.slot, piece.begin)
+        for segment in chunk.segments:
+            assert segment.begin == visited.get(segment.param, 0)  # the next value of its layout
+            assert segment.begin % SEGMENT == 0
+            assert (segment.param, segment.begin) >= last
+            visited[segment.param], last = segment.end, (segment.param, segment.begin)
     assert visited == dict(enumerate(counts))
-    assert all(0 <= offset and offset + length <= size for s in slots for offset, length in s.ranges(0, s.count))
+    assert all(0 <= offset and offset + length <= size for s in layouts for offset, length in s.ranges(0, s.count))
 
 
 @given(st.lists(st.integers(0, 5000), max_size=12), st.sampled_from([8, 32]))
 def test_tensors_do_not_overlap_and_begin_at_a_cache_line(counts, bits):
-    slots, size = slots_of(counts, bits)
-    parts = [part for slot in slots for part in slot.ranges(0, slot.count)]
+    layouts, size = layouts_of(counts, bits)
+    parts = [part for layout in layouts for part in layout.ranges(0, layout.count)]
     end = 0
     for offset, length in parts:
         assert offset % ALIGNMENT == 0
@@ -107,7 +110,7 @@ def test_state_goes_with_the_optimizer_and_the_last_of_its_tensors():
     params = parameters()
     optimizer = PagedAdamW(params)
     train(params, optimizer, range(1))
-    arena = weakref.ref(next(iter(optimizer._places.values())).region.arena)
+    arena = weakref.ref(next(iter(optimizer._param_states.values())).bucket.arena)
     kept = optimizer.state[params[0]]["exp_avg"]
     memory = weakref.ref(arena().memory)
     del optimizer
@@ -121,7 +124,7 @@ def test_state_goes_with_the_optimizer_and_the_last_of_its_tensors():
 
 
 def test_pages_are_taken_when_they_are_used():
-    arena = Ram(8 << 20)
+    arena = RamArena(8 << 20)
     assert arena.stats() == {"resident": 0, "paged": 8 << 20, "peak": 0}
     arena.tensor((0, 1 << 20), torch.uint8).fill_(1)
     assert 1 << 20 <= arena.stats()["resident"] <= 4 << 20  # whole huge pages where the system gives them
@@ -129,7 +132,7 @@ def test_pages_are_taken_when_they_are_used():
 
 def test_an_arena_beyond_memory_says_what_helps():
     with pytest.raises(MemoryError, match=r"state must fit into RAM, got \d+ MiB.*page_to=<folder>.*bits=8"):
-        Ram(1 << 46)
+        RamArena(1 << 46)
 
 
 # ---- a file
@@ -137,7 +140,7 @@ def test_an_arena_beyond_memory_says_what_helps():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(File, "chunk_bytes", 64 << 10)
+    monkeypatch.setattr(FileArena, "chunk_bytes", 64 << 10)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -158,10 +161,10 @@ def test_a_file_changes_no_bit(tmp_path, small_chunks, bits):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_what_is_in_the_page_cache_is_visited_at_once_and_the_rest_is_asked_for(tmp_path, monkeypatch, bits):
-    slots, size = lay_out([(4 << 20, 4 << 12 if bits == 8 else None)])
-    arena = File(size, tmp_path)
-    arena.plan(slots)
-    first = arena.chunks[0].pieces[0]
+    layouts, size = lay_out([(4 << 20, 4 << 12 if bits == 8 else None)])
+    arena = FileArena(size, tmp_path)
+    arena.plan(layouts)
+    first = arena.chunks[0].segments[0]
     assert 900_000 < first.end - first.begin <= 1 << 20
     chunks, asked = list(range(len(arena.chunks))), []
     monkeypatch.setattr(arena, "_advise", lambda chunk, advice: asked.append(chunk))
@@ -170,7 +173,7 @@ def test_what_is_in_the_page_cache_is_visited_at_once_and_the_rest_is_asked_for(
     assert asked == []
     monkeypatch.setattr(arena, "resident", lambda: size - 4096)
     assert arena.visits(chunks) == [[chunk] for chunk in chunks]
-    assert asked == chunks[: File.ahead]
+    assert asked == chunks[: FileArena.ahead]
     for chunk in chunks:
         arena.acquire([chunk], 0)
     assert asked == chunks

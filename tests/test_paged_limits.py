@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nf4lora import PagedAdamW
-from nf4lora.paged import Ram
+from nf4lora.optim.arena import RamArena
 
 BITS = pytest.mark.parametrize("bits", [32, 8])
 MIB = 1 << 20
@@ -163,7 +163,7 @@ def test_a_folder_that_may_not_be_written_to_is_told(tmp_path):
 # ---- the order of a visit
 
 
-class Watched(Ram):
+class Watched(RamArena):
     """An arena that writes down what is asked of it."""
 
     def __init__(self, size):
@@ -185,7 +185,7 @@ def test_chunks_are_visited_in_turn_where_something_has_a_gradient(monkeypatch, 
         made.append(Watched(size))
         return made[-1]
 
-    monkeypatch.setattr("nf4lora.optim.arena_of", arena_of)
+    monkeypatch.setattr("nf4lora.optim.paged_adamw.arena_of", arena_of)
     monkeypatch.setattr(Watched, "chunk_bytes", 96 << 10 if bits == 32 else 24 << 10)
     params = [nn.Parameter(torch.zeros(count)) for count in (8192, 100_000, 300, 8192)]
     optimizer = PagedAdamW(params, bits=bits)
@@ -202,6 +202,6 @@ def test_chunks_are_visited_in_turn_where_something_has_a_gradient(monkeypatch, 
     params[1].grad = None
     optimizer.step()
     visited = [each[1][0] for each in arena.log if each[0] == "acquire"]
-    of_others = [i for i, chunk in enumerate(arena.chunks) if {piece.slot for piece in chunk.pieces} != {1}]
+    of_others = [i for i, chunk in enumerate(arena.chunks) if {segment.param for segment in chunk.segments} != {1}]
     assert visited == of_others and len(visited) < count
     assert [each[2] for each in arena.log if each[0] == "acquire"] == of_others[1:] + of_others[:1]

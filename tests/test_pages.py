@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nf4lora import NF4Config, NF4Linear, pages
+from nf4lora import NF4Config, NF4Linear
+from nf4lora.memory import pages
 
 from models import tiny_llama
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from nf4lora import adapter
-from nf4lora.linear import NF4Linear
+from nf4lora.adapters import lora_layer
+from nf4lora.nn.linear import NF4Linear
 
 from adapted import IDS, dequantised, packed_llama
 
@@ -70,7 +70,7 @@ def packed_bytes(model):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_method_computes_what_it_does_over_the_dequantised_model(name):
-    adapter.install()
+    lora_layer.install()
     config, base = config_of(name, RIGHT[name]), packed_llama()
     results = []
     for model in (on(copy.deepcopy(base), config), on(dequantised(base), config)):
@@ -88,7 +88,7 @@ def test_a_method_computes_what_it_does_over_the_dequantised_model(name):
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("name", RIGHT)
 def test_merging_is_refused_and_changes_no_byte(name, merge):
-    adapter.install()
+    lora_layer.install()
     model = on(packed_llama(), config_of(name, RIGHT[name]))
     before = packed_bytes(model)
     # Some methods refuse by themselves; for the others the weight says what it is and what to do.
@@ -100,7 +100,7 @@ def test_merging_is_refused_and_changes_no_byte(name, merge):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_method_that_computes_with_the_weight_is_refused_by_name_and_the_model_is_as_before(name):
-    adapter.install()
+    lora_layer.install()
     config, base = config_of(name, REFUSED[name]), packed_llama()
     before = {key: type(module) for key, module in base.named_modules()}
     method = config.peft_type.value
@@ -112,6 +112,6 @@ def test_a_method_that_computes_with_the_weight_is_refused_by_name_and_the_model
 
 
 def test_a_method_that_computes_with_weights_may_have_layers_in_16_bits():
-    adapter.install()
+    lora_layer.install()
     model = get_peft_model(packed_llama(), peft.LoHaConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -9,10 +9,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from nf4lora import NF4Config, NF4Linear, bitsandbytes, prepare, report
-from nf4lora.adapter_files import base_hash
-from nf4lora.model_tree import evaluating
-from nf4lora.plan import plan_preparation
+from nf4lora import NF4Config, NF4Linear, prepare, report
+from nf4lora.adapters.files import base_hash
+from nf4lora.nn.model_tree import evaluating
+from nf4lora.preparation.plan import plan_preparation
+from nf4lora.quantization import bitsandbytes_format
 
 from adapted import IDS, layers, step
 from families import tiny
@@ -172,7 +173,7 @@ def test_an_interrupted_adoption_called_again_finishes(monkeypatch, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "16", dtype=torch.float32, quantization_config=how)
         for _ in range(2)
     )
-    resume = stopping(monkeypatch, bitsandbytes, "_packed_layer", after=5)
+    resume = stopping(monkeypatch, bitsandbytes_format, "_packed_layer", after=5)
     with pytest.raises(Stop):
         prepare(model)
     resume()

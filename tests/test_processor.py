@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nf4lora import processor
+from nf4lora.loss import processor
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora.ops import reference
 
 from absmax_claims import *  # noqa: F403  the tests that every device shares
 from absmax_claims import assert_same_bits

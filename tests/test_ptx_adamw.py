@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import _C, reference
+from nf4lora import _C
+from nf4lora.ops import reference
 
 from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import ops, reference
+from nf4lora import ops
+from nf4lora.ops import reference
 
 from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
 from ptx.tensors import bits

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import reference, unfused
+from nf4lora.ops import reference
+from nf4lora.ops.kernels import unfused
 
 from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
 from ptx.grid import Launch

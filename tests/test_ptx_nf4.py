@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora.ops import reference
 
 from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
 from ptx.tensors import bits

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.trainer_utils import validate_quantization_for_training
 
-from nf4lora import reference
-from nf4lora.config import NF4Config
-from nf4lora.linear import NF4Linear
-from nf4lora.model_tree import replace_layers
-from nf4lora.quantizer import NF4Quantizer, layers_to_pack
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.nn.model_tree import replace_layers
+from nf4lora.ops import reference
+from nf4lora.quantization.config import NF4Config
+from nf4lora.quantization.quantizer import NF4Quantizer, layers_to_pack
 
 from adapted import packed_llama
 from models import tiny_llama

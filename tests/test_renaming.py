@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from nf4lora import NF4Config, load_adapter, save_adapter
-from nf4lora.renaming import find_prefixes, module_of
+from nf4lora.adapters.renaming import find_prefixes, module_of
 
 from adapted import adapted, packed_llama
 

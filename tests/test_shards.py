@@ -15,7 +15,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from nf4lora import PagedAdamW, reference
+from nf4lora import PagedAdamW
+from nf4lora.ops import reference
 
 pytestmark = [
     pytest.mark.slow,

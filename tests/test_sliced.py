@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from nf4lora import ops, reference, sliced
+from nf4lora import ops
+from nf4lora.ops import reference
+from nf4lora.ops.kernels import sliced
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Distance of two neighbours of the dtype, relative to the smaller; of float32 what sums in another order differ by.

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nf4lora import NF4Config, NF4Linear, load_adapter, prepare, report, save_adapter
-from nf4lora.adapter_files import base_name
-from nf4lora.targets import find_targets, is_linear
-from nf4lora.task import text_part
+from nf4lora.adapters.files import base_name
+from nf4lora.preparation.targets import find_targets, is_linear
+from nf4lora.preparation.task import text_part
 
 from adapted import layers, trainable
 from families import answer, inputs, tiny

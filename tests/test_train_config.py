@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nf4lora import cli
+from nf4lora.cli import main
 from nf4lora.train import config as configuration
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import UsageError
@@ -207,20 +207,20 @@ def test_help_names_every_option_and_alias():
 
 
 def test_exit_codes_of_the_command_line(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    assert cli.main(["--version"]) == 0
-    assert cli.main([]) == 2
-    assert cli.main(["trian"]) == 2
+    assert main.main(["train", "--help"]) == 0
+    assert main.main(["--version"]) == 0
+    assert main.main([]) == 2
+    assert main.main(["trian"]) == 2
     assert "did you mean train" in capsys.readouterr().err
-    assert cli.main(["train", *NEEDED, "--lora_rnk", "3"]) == 2
+    assert main.main(["train", *NEEDED, "--lora_rnk", "3"]) == 2
     assert "did you mean lora_rank" in capsys.readouterr().err
-    assert cli.main(["doctor", "--verbose"]) == 2
+    assert main.main(["doctor", "--verbose"]) == 2
 
 
 def test_help_and_usage_errors_import_no_trainer():
     code = (
         "import sys, torch, transformers; theirs = set(sys.modules);"  # torch 2.11 has them import rich
-        "from nf4lora import cli; cli.main(['train', '--help']); cli.main(['train', '--lr', 'x']);"
+        "from nf4lora.cli.main import main; main(['train', '--help']); main(['train', '--lr', 'x']);"
         "print(sorted({'trl', 'datasets', 'peft', 'matplotlib', 'rich'} & sys.modules.keys() - theirs))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("trl")
 import torch
 
-from nf4lora import cli
+from nf4lora.cli import main
 from nf4lora.train import optimizer, plot
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
@@ -181,7 +181,7 @@ def test_errors_in_the_data_come_before_the_model(base, tmp_path, monkeypatch, c
     bad.write_text(
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n{"messages": 3}\n'
     )
-    assert cli.main(["train", *options(base, str(bad), tmp_path / "out")]) == 1
+    assert main.main(["train", *options(base, str(bad), tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert "bad.jsonl: line 2: messages must be a list" in captured.err
     assert "Traceback" not in captured.err
@@ -285,7 +285,7 @@ def test_without_matplotlib_a_run_has_no_picture_and_is_told_so(base, data, tmp_
     monkeypatch.setattr("nf4lora.train.plot.plot_loss", PLOT_LOSS)
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr(main, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     _, said = train(*options(base, data, tmp_path / "out", "--max_steps", "1"))
     assert "loss.png was not drawn" in said and "pip install matplotlib" in said
-    assert cli.main(["train", "--no_such_option", "1"]) == 2
+    assert main.main(["train", "--no_such_option", "1"]) == 2

@@ -22,7 +22,7 @@ pytest.importorskip("trl")
 import torch
 from safetensors import SafetensorError
 
-from nf4lora import cli
+from nf4lora.cli import main
 from nf4lora.train import output, streams
 from nf4lora.train import run as running
 from nf4lora.train.config import parse_arguments
@@ -39,7 +39,7 @@ def test_second_interrupt_ends_at_once(base, data, tmp_path, monkeypatch, capsys
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "training_step", twice)
-    assert cli.main(["train", *options(base, data, tmp_path / "out")]) == 130
+    assert main.main(["train", *options(base, data, tmp_path / "out")]) == 130
     assert "interrupted at once" in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(base, data, t
             return save(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", fills_up)
-    assert cli.main(["train", *options(base, data, out, "--save_steps", "2")]) == 1
+    assert main.main(["train", *options(base, data, out, "--save_steps", "2")]) == 1
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     last = said.err.strip().splitlines()[-1]
@@ -276,12 +276,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(base, data, t
     assert not (out / ".writing").exists()
 
 
-@pytest.mark.parametrize("who", ["nf4lora.save_adapter", "torch.save", "transformers.TrainerState.save_to_json"])
+SAVES = {
+    "nf4lora.adapters.files.save_adapter": SafetensorError("I/O error: No space left on device (os error 28)"),
+    "torch.save": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    "transformers.TrainerState.save_to_json": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("who", SAVES)
 def test_whoever_meets_the_full_disk_the_sentence_is_the_same(base, data, tmp_path, monkeypatch, who):
-    errors = {"nf4lora.save_adapter": SafetensorError("I/O error: No space left on device (os error 28)"),
-              "torch.save": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
-              "transformers.TrainerState.save_to_json": OSError(errno.ENOSPC, "No space left on device")}  # fmt: skip
-    monkeypatch.setattr(who, lambda *a, **k: (_ for _ in ()).throw(errors[who]))
+    monkeypatch.setattr(who, lambda *a, **k: (_ for _ in ()).throw(SAVES[who]))
     with pytest.raises(RunError, match=r"could not be written to: .*checkpoint") as raised:
         train(*options(base, data, tmp_path / "out", "--max_steps", "1"))
     assert len(str(raised.value).splitlines()) == 1
@@ -342,9 +346,9 @@ def test_traceback_shows_where_an_error_was_raised(base, data, tmp_path, monkeyp
 
     monkeypatch.setattr("peft.LoraConfig", mistaken)
     arguments = ["train", *options(base, data, tmp_path / "out")]
-    assert cli.main(arguments) == 1
+    assert main.main(arguments) == 1
     said = capsys.readouterr().err
     assert "cannot put adapters on the model: KeyError: 'lora' (--traceback shows where)" in said
     assert "Traceback" not in said
-    assert cli.main([*arguments, "--traceback"]) == 1
+    assert main.main([*arguments, "--traceback"]) == 1
     assert "in mistaken" in capsys.readouterr().err

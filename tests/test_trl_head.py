@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from nf4lora import trl_head
-from nf4lora.loss import chunk_loss
+from nf4lora.loss import trl_head
+from nf4lora.loss.causal_lm import chunk_loss
 
 from models import tiny_llama
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from nf4lora import _C, ops, reference, unfused
+from nf4lora import _C, ops
+from nf4lora.ops import reference
+from nf4lora.ops.kernels import unfused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Both sides sum in float32, in another order, and round once: two neighbours of the dtype at most one step apart.

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nf4lora import PagedAdamW, optim, shards, unified
+from nf4lora import PagedAdamW
+from nf4lora.optim import arena_cuda, dtensor, paged_adamw
 
 import cudart
 
@@ -23,21 +24,24 @@ def fake(request, monkeypatch):
     device = cudart.load(13000)
     device.reset()
 
-    class OnFake(unified.Unified):
-        chunk_bytes = PAGES
-
-        def _pager(self, number, size, paging):
+    class FakeCard(arena_cuda.Card):
+        def pager(self, size, paging):
             return device.Pager(0, size, request.param if paging == "auto" else paging)
 
-        def _stream(self):
+        def stream(self):
             return 0
 
-        def _on_card(self, address, size):
+        def bytes_at(self, address, size, owner):
             array = (ctypes.c_uint8 * size).from_address(address)
-            array.owner = self.pager
+            array.owner = owner
             return torch.frombuffer(array, dtype=torch.uint8)
 
-    monkeypatch.setattr(optim, "arena_of", lambda where, size, page_to, paging: OnFake(where, size, paging))
+    monkeypatch.setattr(arena_cuda.CudaArena, "chunk_bytes", PAGES)
+    monkeypatch.setattr(
+        paged_adamw,
+        "arena_of",
+        lambda where, size, page_to, paging: arena_cuda.cuda_arena(FakeCard(where), size, paging),
+    )
     device.mode = request.param
     yield device
     assert device.wrongs() == []
@@ -60,7 +64,7 @@ def train(params, optimizer, steps=range(4)):
 
 def in_ram(monkeypatch, bits, dtype=torch.float32, steps=4):
     with monkeypatch.context() as undone:
-        undone.setattr(optim, "arena_of", real_arena)
+        undone.setattr(paged_adamw, "arena_of", real_arena)
         params = parameters(dtype)
         optimizer = PagedAdamW(params, lr=1e-2, bits=bits)
         assert optimizer.stats()["mode"] == "none"
@@ -69,7 +73,7 @@ def in_ram(monkeypatch, bits, dtype=torch.float32, steps=4):
     return params, optimizer
 
 
-real_arena = optim.arena_of
+real_arena = paged_adamw.arena_of
 
 
 def assert_same(params, optimizer, others, other):
@@ -132,7 +136,7 @@ def test_a_step_out_of_memory_evicts_and_is_taken(fake, monkeypatch):
     optimizer = PagedAdamW(params, lr=1e-2)
     train(params, optimizer, range(3))
     resident = []
-    gradient_of = shards.gradient_of
+    gradient_of = dtensor.gradient_of
 
     def short(p, grad):
         resident.append(optimizer.stats()["resident"])
@@ -141,7 +145,7 @@ def test_a_step_out_of_memory_evicts_and_is_taken(fake, monkeypatch):
         return gradient_of(p, grad)
 
     with monkeypatch.context() as undone:
-        undone.setattr(optim, "gradient_of", short)
+        undone.setattr(paged_adamw, "gradient_of", short)
         if fake.mode == "streamed":  # nothing of it lies on the card but buffers: the error is the caller's
             with pytest.raises(torch.OutOfMemoryError):
                 train(params, optimizer, [3])
@@ -172,7 +176,7 @@ def test_what_was_copied_before_memory_ran_out_is_gone_when_the_step_is_tried_ag
             copies.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(optim, "gradient_of", short)
+    monkeypatch.setattr(paged_adamw, "gradient_of", short)
     train(params, optimizer, range(1, 2))
     assert copies[4] == [True, True, True]
 
@@ -324,11 +328,12 @@ def shown_tensors(optimizer, p):
 def test_a_tensor_that_is_a_copy_of_the_arena_is_refused(fake):
     if fake.mode == "streamed":
         pytest.skip("its tensors lie in host memory")
-    arena = optim.arena_of(torch.device("cpu"), 1 << 16, None, "managed")
-    arena._on_card = lambda address, size: type(arena)._on_card(arena, address, size).clone()
+    arena = paged_adamw.arena_of(torch.device("cpu"), 1 << 16, None, "managed")
+    bytes_at = arena.card.bytes_at
+    arena.card.bytes_at = lambda *where: bytes_at(*where).clone()
     with pytest.raises(RuntimeError, match="^PagedAdamW: a tensor over the state on cpu must lie where the state does"):
         arena.tensor((0, 4096), torch.float32)
-    del arena._on_card  # which keeps the arena
+    del arena.card.bytes_at  # which keeps the card
 
 
 # ---- on a real card: the state stays far below what is free, and moves by explicit prefetches
@@ -359,7 +364,7 @@ def train_on_card(params, optimizer, steps):
 def test_on_a_card_paging_changes_no_bit(paging, device, monkeypatch, bits, dtype):
     expected = parameters(dtype)
     in_ram_optimizer = PagedAdamW(expected, lr=1e-2, bits=bits)
-    monkeypatch.setattr(unified.Unified, "chunk_bytes", PAGES)
+    monkeypatch.setattr(arena_cuda.CudaArena, "chunk_bytes", PAGES)
     params = on_card(device, dtype)
     optimizer = PagedAdamW(params, lr=1e-2, bits=bits, paging=paging)
     for step in range(4):

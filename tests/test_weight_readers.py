@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nf4lora import NF4Config, NF4Linear, prepare, report
-from nf4lora.quantizer import layers_to_pack
-from nf4lora.weight_readers import chains_read, read_weights
+from nf4lora.quantization.quantizer import layers_to_pack
+from nf4lora.quantization.weight_readers import chains_read, read_weights
 
 from adapted import adapted, packed_llama
 from families import answer, inputs, tiny

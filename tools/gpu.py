@@ -49,7 +49,7 @@ KERNEL_TESTS = (
     "tests/test_adamw.py",
     "tests/test_unified.py",
 )
-CHOICE = "python/nf4lora/choice.json"
+HEURISTICS = "nf4lora/ops/kernels/heuristics.json"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct" / "config.json"
 
 
@@ -143,7 +143,7 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
     if child.returncode:
         return seconds, f"failed: exit code {child.returncode}"
     if part.name == "tune":  # the parts that follow are to take what it has chosen
-        shutil.copy(ROOT / CHOICE, SITE / "nf4lora")
+        shutil.copy(ROOT / "python" / HEURISTICS, SITE / HEURISTICS)
     if part.name == "tests" and (skipped := skips(LOGS / "tests.xml")):
         return seconds, f"failed: {len(skipped)} tests skipped, the first because {skipped[0]}"
     return seconds, "passed"

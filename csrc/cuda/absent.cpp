@@ -66,6 +66,6 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
                            double, double, int64_t)>(m);
 }
 
-void bind_pager(pybind11::module_&) {}  // python/nf4lora/unified.py says what is missing
+void bind_pager(pybind11::module_&) {}  // python/nf4lora/optim/arena_cuda.py says what is missing
 
 }  // namespace nf4lora::cuda

@@ -16,18 +16,19 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from nf4lora.compat import library
 
 if TYPE_CHECKING:
     from nf4lora import ops
-    from nf4lora.adapter_files import load_adapter, save_adapter
-    from nf4lora.config import NF4Config
-    from nf4lora.doctor import build_info
-    from nf4lora.linear import NF4Linear
-    from nf4lora.optim import PagedAdamW
-    from nf4lora.prepare import prepare
-    from nf4lora.report import report
+    from nf4lora.adapters.files import load_adapter, save_adapter
+    from nf4lora.compat.library import build_info
+    from nf4lora.nn.linear import NF4Linear
+    from nf4lora.optim.paged_adamw import PagedAdamW
+    from nf4lora.preparation.prepare import prepare
+    from nf4lora.preparation.report import report
+    from nf4lora.quantization.config import NF4Config
 
     __version__: str
 
@@ -43,56 +44,38 @@ __all__ = [
     "report",
     "save_adapter",
 ]
-_MODULES = {  # where each public name is
-    "NF4Config": "config",
-    "NF4Linear": "linear",
-    "PagedAdamW": "optim",
-    "build_info": "doctor",
-    "load_adapter": "adapter_files",
-    "prepare": "prepare",
-    "report": "report",
-    "save_adapter": "adapter_files",
+# Where each public name is. The quantizer too is loaded: transformers must know "nf4lora" to load our checkpoints.
+_MODULES = {
+    "NF4Config": "quantization.config",
+    "NF4Linear": "nn.linear",
+    "PagedAdamW": "optim.paged_adamw",
+    "build_info": "compat.library",
+    "load_adapter": "adapters.files",
+    "prepare": "preparation.prepare",
+    "report": "preparation.report",
+    "save_adapter": "adapters.files",
 }
 _failure: ImportError | None = None  # why the library could not be loaded
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system binds a module here once it is loaded. `nf4lora.prepare` is the function nevertheless.
-        if isinstance(value, ModuleType) and _MODULES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
 
 
 def _load() -> None:
     """Load the library and bind its public names.
 
     Raises:
-        ImportError: the compiled module, or a package that it needs, cannot be imported.
+        ImportError: as `compat.library.load` says; asked again, it gives the same answer.
     """
     global _failure
     if "__version__" in globals():
         return
     if _failure is not None:
         raise ImportError(str(_failure)) from _failure
-    what, cure = "torch cannot be imported", "pip install 'torch>=2.11'"
     try:
-        import torch
-
-        what = f"the compiled module did not load with torch {torch.__version__}"
-        cure = (
-            "it needs torch 2.11 or later and this Python; rebuild it where it runs: "
-            "pip install --force-reinstall --no-deps nf4lora"
-        )
-        compiled = import_module("nf4lora._C")
-        what, cure = "a package that it needs cannot be imported", "`nf4lora doctor` says which, and what brings it"
-        found = {name: getattr(import_module(f"nf4lora.{module}"), name) for name, module in _MODULES.items()}
-        found["ops"] = import_module("nf4lora.ops")
-        import_module("nf4lora.quantizer")  # transformers must know "nf4lora" to load our checkpoints
-    except Exception as error:  # a broken installation raises anything, OSError and RuntimeError included
-        _failure = ImportError(f"nf4lora: {what}: {error}; {cure}")
-        raise _failure from error
-    globals().update(found, __version__=compiled.__version__)
+        compiled, ops, _, *modules = library.load("_C", "ops", "quantization.quantizer", *_MODULES.values())
+    except ImportError as error:
+        _failure = error
+        raise
+    public = {name: getattr(module, name) for name, module in zip(_MODULES, modules)}
+    globals().update(public, ops=ops, __version__=compiled.__version__)  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:
@@ -116,7 +99,6 @@ def _is_command_line() -> bool:
     return Path(started).stem in ("nf4lora", "nf4lora-script")
 
 
-sys.modules[__name__].__class__ = _Package
 if not _is_command_line():
     with contextlib.suppress(ImportError):  # kept in _failure
         _load()

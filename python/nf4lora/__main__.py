@@ -2,6 +2,6 @@
 
 import sys
 
-from nf4lora.cli import main
+from nf4lora.cli.main import main
 
 sys.exit(main())

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nf4lora.train.data import Data, Split
 from nf4lora.train.options import TrainConfig
-from nf4lora.train.words import duration, human, number
+from nf4lora.words import dtype_name, duration, human, number
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +79,9 @@ def show_sample(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:
 def show_machine(console: Console, device: str, why: str) -> None:
     import torch
 
-    import nf4lora
+    from nf4lora.compat.library import build_info
 
-    info = nf4lora.build_info()
+    info = build_info()
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {info['threads']} threads"
     kernels = f"CUDA {info['cuda_built']} for {info['cuda_archs']}" if device == "cuda" else f"CPU, {info['cpu']}"
     say(console, "nf4lora", f"{info['version']}, torch {info['torch']}, {where}" + (f" ({why})" if why else ""))
@@ -89,11 +89,11 @@ def show_machine(console: Console, device: str, why: str) -> None:
 
 
 def show_model(console: Console, config: TrainConfig, model: Any, dtype: torch.dtype) -> None:
-    import nf4lora
+    from nf4lora.preparation.report import report
 
     base = "NF4" if config.load_in_4bit else "16-bit" if "float32" not in str(dtype) else "32-bit"
-    say(console, "model", f"{config.model_name_or_path}, {base} base, computing in {str(dtype).removeprefix('torch.')}")
-    console.print(Text(str(nf4lora.report(model))), soft_wrap=True)
+    say(console, "model", f"{config.model_name_or_path}, {base} base, computing in {dtype_name(dtype)}")
+    console.print(Text(str(report(model))), soft_wrap=True)
 
 
 def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epochs: float, warmup: int) -> None:

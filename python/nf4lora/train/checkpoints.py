@@ -106,7 +106,7 @@ def base_identity(model: nn.Module) -> str:
     """A hash of the base without its adapter: name, kind and shape of every tensor, and a thousand values of each."""
     import torch
 
-    from nf4lora.adapter_files import base_state_dict
+    from nf4lora.adapters.files import base_state_dict
 
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state_dict(model).items()):

@@ -232,7 +232,7 @@ def write(config: TrainConfig, path: Path) -> None:
     """The resolved options as YAML, ready to be given to `nf4lora train` again."""
     import yaml
 
-    from nf4lora import __version__
+    from nf4lora import _C  # type: ignore[attr-defined]
 
     values = {each.name: getattr(config, each.name) for each in fields(config) if each.name in OPTIONS}
     values = {name: value for name, value in values.items() if name not in PER_CALL and value is not None}
@@ -245,5 +245,5 @@ def write(config: TrainConfig, path: Path) -> None:
     if not config.load_in_4bit:
         values = {name: value for name, value in values.items() if not name.startswith("bnb_4bit")}
     values["report_to"] = config.report_to or "none"
-    head = f"{CONFIG_HEAD}{__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
+    head = f"{CONFIG_HEAD}{_C.__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -20,7 +20,7 @@ from nf4lora.train.options import TrainConfig
 from nf4lora.train.paths import nearby, not_here
 from nf4lora.train.rows import ENDINGS, Table, bad_rows, read_file, read_hub
 from nf4lora.train.turns import MaskError
-from nf4lora.train.words import number
+from nf4lora.words import number
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -280,7 +280,7 @@ def check_packing(trainer: Any) -> None:
     """
     import torch
 
-    from nf4lora.model_tree import evaluating
+    from nf4lora.nn.model_tree import evaluating
 
     model, scores = trainer.model, []
     size = model.config.get_text_config().vocab_size

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nf4lora.adapters.whole_files import mode_of_a_new_file
 from nf4lora.train.errors import UsageError
-from nf4lora.whole_files import mode_of_a_new_file
 
 RECORD = "nf4lora_run.json"
 STAGING = ".writing"  # folder for what is not whole yet

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.reach import as_pattern, unreached
+from nf4lora.words import listed
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +78,7 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     """bfloat16 where the device multiplies it, else float32."""
     import torch
 
-    from nf4lora.processor import multiplies
+    from nf4lora.loss.processor import multiplies
 
     if wanted != "auto":
         return getattr(torch, wanted)
@@ -169,7 +168,7 @@ def load_model(config: TrainConfig, model_config: PreTrainedConfig, device: str,
         UsageError: the checkpoint is quantised already and the options deny it.
         RunError: it cannot be loaded, or lacks a tensor.
     """
-    import nf4lora
+    from nf4lora.quantization.config import NF4Config
 
     name = config.model_name_or_path or ""
     options: dict[str, Any] = {"revision": config.model_revision, "dtype": dtype, "device_map": {"": device}}
@@ -179,20 +178,19 @@ def load_model(config: TrainConfig, model_config: PreTrainedConfig, device: str,
             raise UsageError(f"load_in_4bit false, but {name} is quantised already ({method})")
         if method == "bitsandbytes":
             with failures(f"cannot use {name}"):
-                adopted = nf4lora.NF4Config.from_bnb(model_config.quantization_config)
+                adopted = NF4Config.from_bnb(model_config.quantization_config)
                 model_config.quantization_config = adopted.to_dict()
         elif method != "nf4lora":
             raise RunError(f"{name} is quantised with {method}; give the 16-bit model, or one in NF4")
         options["config"] = model_config
     elif config.load_in_4bit:
-        options["quantization_config"] = nf4lora.NF4Config(double_quant=config.bnb_4bit_use_double_quant)
+        options["quantization_config"] = NF4Config(double_quant=config.bnb_4bit_use_double_quant)
     with failures(f"cannot load {name}"):
         model, about = auto_class(model_config, name).from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(about["missing_keys"]):  # transformers fills them with random numbers
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise RunError(
             f"cannot load {name}: the checkpoint must hold every tensor of {type(model).__name__}, got none for "
-            f"{', '.join(missing[:3])}{more}"
+            f"{listed(missing)}"
         )
     return model
 
@@ -205,14 +203,16 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[P
     """
     from peft import LoraConfig, get_peft_model
 
-    import nf4lora
-    from nf4lora import heap, onednn
+    from nf4lora.memory import heap, onednn
+    from nf4lora.preparation.plan import plan_preparation
+    from nf4lora.preparation.prepare import apply
 
     lines, excluded = [], config.lora_exclude_modules
     if excluded is None and (names := unreached(model, ids, config.lora_target_modules)):
         excluded = as_pattern(names)
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        lines.append(f"text does not pass through {shown}: no adapters there (lora_exclude_modules changes that)")
+        lines.append(
+            f"text does not pass through {listed(names, 6)}: no adapters there (lora_exclude_modules changes that)"
+        )
     # Where embedding and head are one tensor, training a copy of one would part them without a word.
     tied = bool(config.modules_to_save and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     if tied:
@@ -238,12 +238,10 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[P
             model = get_peft_model(model, lora)
             lines += unmatched(model, config.lora_target_modules)
             return in_float32(model), lines
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as warned:
-            model = nf4lora.prepare(model, lora)
-        texts = [*said.getvalue().splitlines(), *(str(each.message) for each in warned)]
-        lines += [text.removeprefix("nf4lora: ").removeprefix("prepare: ") for text in texts]
-        return in_float32(model), lines
+        plan = plan_preparation(model, lora)
+        done = apply(plan, model)
+        lines += [line for line in (done.said, *plan.warned, *done.warned) if line]
+        return in_float32(done.model), lines
 
 
 def unmatched(model: Any, targets: str | list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def choose(config: TrainConfig, device: str) -> str:
 
 def keywords(config: TrainConfig) -> dict[str, Any]:
     """What Trainer is given: nothing where its own AdamW is meant, which `arguments` names."""
-    from nf4lora.optim import PagedAdamW
+    from nf4lora.optim.paged_adamw import PagedAdamW
 
     if config.optim == "adamw":
         return {}
@@ -44,7 +44,7 @@ def keywords(config: TrainConfig) -> dict[str, Any]:
 
 def told(trainer: Trainer) -> list[str]:
     """What a paged optimizer says of its memory at the end."""
-    from nf4lora.optim import PagedAdamW
+    from nf4lora.optim.paged_adamw import PagedAdamW
 
     used = getattr(trainer.optimizer, "optimizer", None)  # accelerate wraps it
     return used.report().splitlines() if isinstance(used, PagedAdamW) else []

@@ -14,6 +14,7 @@ from nf4lora.train import folder as files
 from nf4lora.train.checkpoints import broken, check_options, checkpoints, is_whole, lies_in, step_of
 from nf4lora.train.errors import RunError, UsageError, reason
 from nf4lora.train.options import TrainConfig
+from nf4lora.words import listed
 
 RESULTS = (
     "adapter_model.safetensors", "adapter_config.json", "nf4lora.json", "chat_template.jinja", "config.yaml",
@@ -85,8 +86,7 @@ class Output:
                 f"folder (found {found})"
             )
         if others := foreign(folder, checkpoint if goes_on else None):
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            where = f"output_dir {folder} holds {', '.join(others[:3])}{more}"
+            where = f"output_dir {folder} holds {listed(others)}"
             cure = "move that away, or name another folder"
             if files.of_earlier_version(folder):
                 go_on = "go on from its checkpoint with --resume_from_checkpoint, " if checkpoints(folder) else ""
@@ -147,12 +147,12 @@ class Output:
         Raises:
             RunError: they cannot be written; the last checkpoint is named.
         """
-        import nf4lora
+        from nf4lora.adapters.files import save_adapter
 
         state = trainer.state
         with writing(self.folder, trainer.saved), files.staging(self.folder) as place:
             if self.config.load_in_4bit:
-                nf4lora.save_adapter(trainer.model, place)
+                save_adapter(trainer.model, place)
             else:
                 trainer.model.save_pretrained(place)
                 (place / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from nf4lora.words import listed
+
 
 def not_here(name: str) -> bool:
     """Whether a name can only be a path: a Hub id is `name` or `owner/name`, and nothing in a folder is spelled so.
@@ -54,5 +56,4 @@ def nearby(name: str) -> str:
     close = _like(path.name, there, 0.6)
     if close:
         return f"; did you mean {parent / close}?"
-    more = f" and {len(there) - 5} more" if len(there) > 5 else ""
-    return f" ({parent} holds {', '.join(there[:5])}{more})" if there and parent != Path(".") else ""
+    return f" ({parent} holds {listed(there, 5)})" if there and parent != Path(".") else ""

@@ -17,7 +17,7 @@ from nf4lora.train.errors import reason
 from nf4lora.train.folder import write_text
 from nf4lora.train.memory import peak_bytes, total_bytes
 from nf4lora.train.trainer import Trainer
-from nf4lora.train.words import duration, human, number
+from nf4lora.words import duration, human, number
 
 PAUSE = 3.0  # seconds without a line where there is no terminal
 

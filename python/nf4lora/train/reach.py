@@ -2,7 +2,7 @@
 would never be trained, and layers that a model leaves out (the key projections of layers that share their cache, say)
 are no different.
 
-A run has tokens, and tries. `nf4lora.task.text_part`, which `prepare` asks, goes by the class of a model alone: it
+A run has tokens, and tries. `preparation.task.text_part`, which `prepare` asks, goes by the class of a model alone: it
 calls nothing, and so does not know of layers within the text part that are left out."""
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def check_reach(trainer: Trainer) -> None:
     Raises:
         RunError: some would never be trained.
     """
-    from nf4lora.train.trainer import unchanged_random_state
+    from nf4lora.nn.model_tree import unchanged_random_state
 
     model: Any = trainer.model
     rows: Any = trainer.train_dataset

@@ -20,6 +20,7 @@ from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.options import TrainConfig
 from nf4lora.train.output import Output
 from nf4lora.train.streams import enduring_output
+from nf4lora.words import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         config.eval_strategy = "no"
 
     dtype = loading.choose_dtype(config.dtype, device)
-    config.dtype = str(dtype).removeprefix("torch.")  # written down: on another machine `auto` may be another one
+    config.dtype = dtype_name(dtype)  # written down: on another machine `auto` may be another one
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
     quantized = loading.quantization_of(model_config)
     with banner.working(console, "loading the model"):

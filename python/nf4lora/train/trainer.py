@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from trl import SFTConfig, SFTTrainer
 
-from nf4lora.loss import has_plain_head, score
+from nf4lora.loss.causal_lm import has_plain_head, score
+from nf4lora.nn.model_tree import unchanged_random_state
 from nf4lora.train import folder as files
 from nf4lora.train.errors import RunError
 from nf4lora.train.guard import Guard, check_gradients
@@ -306,15 +306,3 @@ def set_rates(scheduler: Any) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-
-
-@contextlib.contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """A data loader draws a seed when it starts: without this, evaluating would change the dropout masks that follow,
-    and a run resumed behind an evaluation would differ from one that went through it."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(state)

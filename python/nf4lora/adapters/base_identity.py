@@ -1,0 +1,294 @@
+"""Which base an adapter belongs to: what `nf4lora.json` keeps of the frozen weights, and how they are compared.
+
+Of each packed layer the codes are hashed, since they are equal to the bit wherever the same weight is packed. Scales
+and 16-bit weights are compared by value: two encoders may round a few double-quantised scales to the neighbouring 8-bit
+value, and a bfloat16 checkpoint may be loaded in float32. For this a tensor is reduced to four sums of its values with
+pseudo-random signs. Where two tensors differ by d on the average (root mean square), so do their sums, each divided by
+the square root of the number of values; so one other tensor in a hundred million passes for the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Callable, Container, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nf4lora import ops
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.nn.model_tree import adapter_names, base_name, base_of, nf4_layers
+
+SUMS = 4
+ROW, ROWS = 1 << 14, 64  # values of a row, and rows that are summed at a time: no float32 copy of an embedding is made
+# What two equal tensors may differ by, as a share of their root mean square. A 16-bit weight: one rounding to bfloat16
+# (2^-9), and one to float16 after it. Scales: half a percent of them off by one step of the 8-bit map, 1.4 % of the
+# largest; that is 0.1 % of the largest. A weight that was drawn anew differs by 1.4, scales of another weight by 0.1.
+TOLERANCE = 2**-7
+
+LARGE = 1 << 24  # values of a 16-bit weight from which on its sums are remembered: experts, large embeddings
+
+_found: Any = WeakIdKeyDictionary()  # tensor -> {what: (state of the tensors it was taken from, value)}
+
+
+def base_hash(model: nn.Module) -> str:
+    """SHA-256 of the packed base: name, shape, blocksize and bytes of each NF4 layer, in module order.
+
+    It is the same before and after `prepare`, on every device, and knows nothing of adapters.
+    """
+    layers = {
+        f"{name} {layer.out_features} {layer.in_features} {layer.blocksize}\n": _tensors(layer)
+        for name, layer in packed_layers(model).items()
+    }
+
+    def digest() -> str:
+        result = hashlib.sha256()
+        for line, tensors in layers.items():
+            result.update(line.encode())
+            for tensor in tensors:
+                result.update(_bytes(tensor))
+        return result.hexdigest()
+
+    return _once(tuple(layers), [tensor for tensors in layers.values() for tensor in tensors], digest)
+
+
+def identity(model: nn.Module, left_out: Container[str] = ()) -> dict[str, Any]:
+    """What names the base, by the names that its tensors had before PEFT: plain values, to be written as JSON.
+
+    Args:
+        left_out: parameters that the adapter's own file holds
+
+    Returns:
+        packed: of each NF4 layer its shape, blocksize and double_quant, the hash of its codes, the sums of its scales
+        weights: of each other parameter its shape and its sums
+    """
+    packed = {
+        name: {
+            "shape": [layer.out_features, layer.in_features],
+            "blocksize": layer.blocksize,
+            "double_quant": layer.double_quant,
+            "codes": _hash_of_codes(layer),
+            "scales": _sums_of_scales(layer),
+        }
+        for name, layer in packed_layers(model).items()
+    }
+    of_tensor: dict[int, list[float]] = {}  # tied parameters have several names
+    weights = {}
+    for name, parameter in other_parameters(model).items():
+        if name not in left_out and not parameter.is_meta:
+            if id(parameter) not in of_tensor:
+                of_tensor[id(parameter)] = _sums_of_weight(parameter)
+            weights[name] = {"shape": list(parameter.shape), "sums": of_tensor[id(parameter)]}
+    return {"packed": packed, "weights": weights}
+
+
+def differences(saved: Mapping[str, Any], model: nn.Module, rename: Mapping[str, str], whole: bool) -> list[str]:
+    """What of a saved identity the model does not have, in words; nothing where the base is the same.
+
+    Args:
+        rename: module names in the model by their names in the file
+        whole: whether the model must have no NF4 layer but those of the file
+    """
+    here, wrong = packed_layers(model), []
+    for name, about in saved["packed"].items():
+        layer = here.pop(rename.get(name, name), None)
+        if layer is None:
+            wrong.append(f"{name} is not there in NF4")
+            continue
+        got = {"shape": [layer.out_features, layer.in_features], "blocksize": layer.blocksize}
+        got["double_quant"] = layer.double_quant
+        wrong_options = [key for key in got if got[key] != about[key]]
+        if wrong_options:
+            wrong += [f"{name} has {key} {got[key]} instead of {about[key]}" for key in wrong_options]
+        elif _hash_of_codes(layer) != about["codes"]:
+            wrong.append(f"{name} has other codes")
+        elif not close(_sums_of_scales(layer), about["scales"]):
+            wrong.append(f"{name} has the same codes with other scales")
+    wrong += [f"{name} is in NF4 and was not" for name in here] if whole else []
+    parameters = other_parameters(model)
+    trained = _trained_copies(base_of(model))
+    for name, about in saved["weights"].items():
+        module, _, key = name.rpartition(".")
+        if module in saved["packed"] and key != "bias":  # some files list codes here too, which were compared above
+            continue
+        there = f"{rename.get(module, module)}.{key}" if module else key
+        parameter = parameters.get(there)
+        if parameter is None:
+            wrong += [] if there in trained else [f"{name} is not there"]
+        elif list(parameter.shape) != about["shape"]:
+            wrong.append(f"{name} has shape {list(parameter.shape)} instead of {about['shape']}")
+        elif not parameter.is_meta and not close(_sums_of_weight(parameter), about["sums"]):
+            wrong.append(f"{name} has other values")
+    return wrong
+
+
+def check_identity(saved: Any) -> str:
+    """What is wrong with an identity that was read from a file; nothing where it can be compared."""
+    numbers = [SUMS + 1, (int, float)]
+    packed = {"shape": [2, int], "blocksize": int, "double_quant": bool, "codes": str, "scales": numbers}
+    kinds: dict[str, dict[str, Any]] = {"packed": packed, "weights": {"shape": [None, int], "sums": numbers}}
+    if not isinstance(saved, dict):
+        return f"an object, got {type(saved).__name__}"
+    for part, fields in kinds.items():
+        if not isinstance(saved.get(part), dict):
+            return f"{part} as an object, got {type(saved.get(part)).__name__}"
+        for name, about in saved[part].items():
+            for field, kind in fields.items():
+                value = about.get(field) if isinstance(about, dict) else None
+                if isinstance(kind, list):
+                    good = isinstance(value, list) and kind[0] in (None, len(value))
+                    good = good and all(isinstance(each, kind[1]) for each in value)  # type: ignore[union-attr]
+                else:
+                    good = isinstance(value, kind)
+                if not good:
+                    return f"{field} of {name} in {part}, got {value!r}"
+    return ""
+
+
+# ---- the tensors of a base ----
+
+
+def packed_layers(model: nn.Module) -> dict[str, NF4Linear]:
+    """The NF4 layers by the names that they had before PEFT; a layer that stands at several places comes once."""
+    rename = _before_replication(model)
+    found: dict[str, NF4Linear] = {}
+    for name, layer in nf4_layers(model):
+        found.setdefault(rename(name), layer)
+    return found
+
+
+def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters that are not packed and that no trained copy replaces, by their names before PEFT."""
+    base, rename = base_of(model), _before_replication(model)
+    packed = {id(tensor) for layer in packed_layers(model).values() for tensor in _tensors(layer)}
+    not_base, replaced = adapter_names(base), _replaced(base)
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if id(parameter) not in packed and name not in not_base and not name.startswith(replaced):
+            found.setdefault(rename(base_name(name)), parameter)
+    return found
+
+
+def _replaced(base: nn.Module) -> tuple[str, ...]:
+    """Where the originals of modules stand that an adapter trains in full, each with a dot behind it."""
+    wrappers = [name for name, module in base.named_modules() if module._modules.get("modules_to_save")]
+    return tuple(f"{name}.original_module." for name in wrappers)
+
+
+def _trained_copies(base: nn.Module) -> set[str]:
+    """Names of the parameters that an adapter trains in full."""
+    replaced = _replaced(base)
+    return {base_name(name) for name, _ in base.named_parameters(remove_duplicate=False) if name.startswith(replaced)}
+
+
+def _before_replication(model: nn.Module) -> Callable[[str], str]:
+    """The name that a layer had before PEFT's layer_replication, which repeats layers and numbers them anew."""
+    config = next(iter((getattr(base_of(model), "peft_config", None) or {}).values()), None)
+    ranges = getattr(config, "layer_replication", None)
+    if not ranges:
+        return lambda name: name
+    numbers = [number for first, end in ranges for number in range(first, end)]
+
+    def rename(name: str) -> str:
+        def original(match: re.Match[str]) -> str:
+            return f"{match[1]}{numbers[int(match[2])]}." if int(match[2]) < len(numbers) else match[0]
+
+        return re.sub(r"^(.*?\b(?:layers?|h)\.)(\d+)\.", original, name, count=1)
+
+    return rename
+
+
+# ---- what is kept of a tensor ----
+
+
+def sums(tensor: Tensor) -> list[float]:
+    """Root mean square, and four sums with pseudo-random signs, each over the square root of the number of values."""
+    flat = tensor.detach().reshape(-1)
+    squares = torch.zeros((), dtype=torch.float64, device=flat.device)
+    found = torch.zeros(SUMS, dtype=torch.float64, device=flat.device)
+    signs = _signs(0, ROW, flat.device)
+    for number, chunk in enumerate(flat.split(ROW * ROWS)):
+        values = chunk.float()
+        squares += torch.linalg.vector_norm(values).double().square()
+        # The signs of a row of values are those of the first one, all turned where the row's own sign is -1: a product
+        # with a small matrix, which stays in the cache.
+        whole = values.numel() // ROW
+        rows = values[: whole * ROW].view(whole, ROW) @ signs.T
+        if rest := values.numel() - whole * ROW:
+            rows = torch.cat([rows, (signs[:, :rest] @ values[whole * ROW :])[None]])
+        found += (rows.double() * _signs(number * ROWS, len(rows), flat.device).T.double()).sum(0)
+    count = max(flat.numel(), 1)
+    numbers = [math.sqrt(squares.item() / count), *(found / math.sqrt(count)).tolist()]
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+def close(one: list[float], other: list[float]) -> bool:
+    """Whether two tensors with these sums may be the same tensor."""
+    if not all(map(math.isfinite, [*one, *other])):
+        return str(one) == str(other)
+    allowed = TOLERANCE * max(one[0], other[0])
+    apart = math.sqrt(sum((a - b) ** 2 for a, b in zip(one[1:], other[1:])) / SUMS)
+    return abs(one[0] - other[0]) <= allowed and apart <= allowed
+
+
+@functools.lru_cache(maxsize=4)
+def _signs(first: int, length: int, device: torch.device) -> Tensor:
+    """[SUMS, length] of +1 and -1 from an index on, the same everywhere: a bit of each index, hashed by products."""
+    index = torch.arange(first, first + length, dtype=torch.int64)
+    rows = []
+    for row in range(SUMS):
+        mixed = (index * 2654435761 + row * 40503 + 12345) & 0xFFFFFFFF
+        for factor in (2246822519, 3266489917):
+            mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF  # an overflow keeps the low 32 bits
+        rows.append(1.0 - 2.0 * ((mixed >> 16) & 1).float())
+    return torch.stack(rows).to(device)
+
+
+def _tensors(layer: NF4Linear) -> list[Tensor]:
+    """The parameters themselves: `layer.weight` is a guard that lives as long as somebody holds it."""
+    state = layer._parameters
+    found = (state.get(name, vars(layer).get(name)) for name in ("weight", "weight_absmax", "weight_nested"))
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _hash_of_codes(layer: NF4Linear) -> str:
+    codes = _tensors(layer)[0]
+    return _once("codes", [codes], lambda: hashlib.sha256(_bytes(codes)).hexdigest()[:16])
+
+
+def _sums_of_weight(parameter: nn.Parameter) -> list[float]:
+    # Small ones are summed each time: who writes through `.data` leaves no trace in the version.
+    small = parameter.numel() < LARGE or parameter.requires_grad
+    return sums(parameter) if small else _once("sums", [parameter], lambda: sums(parameter))
+
+
+def _sums_of_scales(layer: NF4Linear) -> list[float]:
+    def scales() -> list[float]:
+        arguments = layer.op_arguments()
+        absmax, nested = arguments["absmax"], arguments["nested"]
+        return sums(absmax if nested is None else ops.absmax_dequantize(absmax, nested))
+
+    return _once("scales", _tensors(layer)[1:], scales)
+
+
+def _once(what: Hashable, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
+    """make(), remembered until one of the tensors is written to or put elsewhere."""
+    try:
+        state = tuple((t._version, t.data_ptr(), t.dtype, t.shape, t.device) for t in tensors)
+    except RuntimeError:  # a tensor made in inference mode counts no versions
+        return make()
+    if not tensors:
+        return make()
+    kept = _found.setdefault(tensors[0], {})
+    if what not in kept or kept[what][0] != state:
+        kept[what] = (state, make())
+    return kept[what][1]

@@ -1,0 +1,348 @@
+"""Reader and writer of adapters: PEFT's two files, and a third one that names the base they belong to."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nf4lora import _C
+from nf4lora.adapters.base_identity import base_hash, differences, identity, other_parameters
+from nf4lora.adapters.folder import BASE_FILE, FORMAT_VERSION, TENSOR_FILE, as_json, read_folder
+from nf4lora.adapters.new_weights import grown_vocabulary, new_parameters
+from nf4lora.adapters.renaming import ROOT, Prefixes, find_prefixes, renamed, renamed_config, renamed_tensors
+from nf4lora.adapters.whole_files import written_whole
+from nf4lora.memory import heap  # type: ignore[attr-defined]
+from nf4lora.nn.model_tree import (
+    WRAPPED,
+    adapter_names,
+    base_name,
+    base_of,
+    base_state_dict,
+    nf4_layers,
+    token_layers,
+    unchanged_on_failure,
+    uncompiled,
+)
+from nf4lora.words import listed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+HELD = "held_by_adapter"  # marks a parameter of the base that came from an adapter's file, and goes into the next one
+# What the fields of a LoraConfig that are not compared are about. Every other field is, and so those that a later PEFT
+# brings.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
+    *("peft_type", "task_type"),
+    # how an adapter starts, which what is loaded replaces
+    *("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config", "ensure_weight_tying"),
+    "lora_dropout",  # how training goes on; nothing of what the adapter computes
+    # where adapters are: the names of the tensors tell, whatever was written to choose them
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    "target_parameters",
+}
+
+__all__ = [
+    "WRAPPED",
+    "adapter_names",
+    "base_hash",
+    "base_name",
+    "base_of",
+    "base_state_dict",
+    "load_adapter",
+    "nf4_layers",
+    "save_adapter",
+]
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Write the active adapter as PEFT's two files, and `nf4lora.json`, which names the base that it was trained on.
+
+    `adapter_config.json` and `adapter_model.safetensors` are what PEFT writes and reads. `nf4lora.json` holds
+    format_version, blocksize, double_quant, base_sha256 (see `base_hash`), base (see `base_identity`), with_base (the
+    base's parameters that the adapter file holds), and the versions of the packages.
+
+    What cannot be had again from the base's checkpoint goes into the adapter's file: parameters of the base that are
+    trained, and those that no checkpoint held, such as the new head of a classifier (with a warning where that head is
+    not trained). The three files are written whole or not at all, with the mode that the umask gives.
+
+    Raises:
+        TypeError: model is no PeftModel.
+        ValueError: its base is not in NF4, or not exactly one adapter is active; folder is a file.
+
+    >>> save_adapter(model, "out")                                          # doctest: +SKIP
+    """
+    import peft
+
+    model = uncompiled(model)
+    name, layers = _one_adapter("save_adapter", model), [layer for _, layer in nf4_layers(model)]
+    if not layers:
+        raise ValueError("save_adapter: the base must be in NF4, got no NF4 layer; use model.save_pretrained instead")
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"save_adapter: folder must be a folder, got the file {folder}")
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True  # as PEFT writes it
+    base = base_of(model)
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    parameters = other_parameters(model)
+    tensors |= {ROOT + key: parameters[key] for key in _only_here(base, parameters, {*map(base_name, tensors)})}
+    held = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
+    with_base = sorted(key for key, parameter in parameters.items() if id(parameter) in held)  # tied ones by all names
+    about = {
+        "format_version": FORMAT_VERSION,
+        "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one
+        "double_quant": layers[0].double_quant,
+        "base_class": type(base).__name__,
+        "base_sha256": base_hash(model),
+        "base": identity(model, left_out=with_base),
+        "with_base": with_base,
+        "versions": {
+            "nf4lora": _C.__version__,
+            **{package.__name__: package.__version__ for package in (torch, transformers, peft)},
+        },
+    }
+    with written_whole(folder) as stage:
+        # a copy each: safetensors refuses aliases, which tied adapters are
+        whole = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, stage / TENSOR_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(stage), auto_mapping_dict=mapping if config.task_type is None else None)
+        (stage / BASE_FILE).write_text(as_json(about), encoding="utf-8")
+
+
+def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]) -> list[str]:
+    """Names of the base's parameters that neither its checkpoint nor the adapter's tensors hold."""
+    drawn, resized = {id(base.get_parameter(name)) for name in new_parameters(base)}, _resized(base)
+    only_here: dict[int, str] = {}
+    untrained = []
+    for name, parameter in parameters.items():
+        if name in held or id(parameter) in only_here:  # tied parameters once
+            continue
+        new = id(parameter) in drawn
+        if new or parameter.requires_grad or id(parameter) in resized or hasattr(parameter, HELD):
+            only_here[id(parameter)] = name
+            untrained += [name] if new and not parameter.requires_grad else []
+    if untrained:
+        modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in untrained})
+        warnings.warn(
+            f"save_adapter: {listed(untrained)} stood in no checkpoint, was drawn at random and is not trained; it is "
+            f"saved with the adapter. To train it: modules_to_save={modules}",
+            stacklevel=3,
+        )
+    return list(only_here.values())
+
+
+def _resized(base: Any) -> set[int]:
+    """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
+    if grown_vocabulary(base) is None:
+        return set()
+    weights = [getattr(layer, "weight", None) for layer in token_layers(base)]
+    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter)}
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Put the adapter of a folder on a model in NF4: on a bare one, or into the adapter of a prepared one.
+
+    The folder is one that `save_adapter`, or plain PEFT (then nothing says what base it belongs to, and only names and
+    shapes are checked), has written. The adapter comes back active and trainable, in float32. A bare model comes back
+    in evaluation mode, as from `PeftModel.from_pretrained`: call `model.train()` to train on. A prepared one keeps the
+    mode that it is in. An adapter of a text model fits on the multimodal model that it was taken out of, and the other
+    way round; a warning then says under which names. Everything is checked before the model is touched.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: the base is not in NF4, or another one than the adapter was trained on; an option of the prepared
+            model's adapter differs that changes what the adapter computes; a file is missing, broken or of a newer
+            format; a tensor is missing, left over or of another shape.
+
+    >>> model = load_adapter(model, "out")                                  # doctest: +SKIP
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    from nf4lora.adapters import lora_layer
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
+    folder = Path(folder)
+    config, tensors, about = read_folder(folder)
+    if next(nf4_layers(model), None) is None:
+        raise ValueError(
+            "load_adapter: the base must be in NF4, got no NF4 layer; load it with quantization_config=NF4Config(), or "
+            "call nf4lora.prepare first"
+        )
+    saved = about.get("base") or {"packed": {}, "weights": {}}
+    prefixes: Prefixes = {}
+    if not config.layer_replication:
+        prefixes = find_prefixes(tensors, saved["packed"], model)
+    if prefixes:
+        tensors = renamed_tensors(tensors, prefixes)
+        config = renamed_config(config, tensors, prefixes)
+    _check_base(model, folder, about, config, prefixes)
+    lora_layer.install()
+    loaded: Any = uncompiled(model)
+    if isinstance(loaded, PeftModel):
+        name = _one_adapter("load_adapter", loaded)
+        _check_options(folder, loaded.peft_config[name], config)  # type: ignore[arg-type]
+        expected = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
+        _check_tensors(folder, tensors, expected, _not_trained_in_full(loaded, config))
+    elif adapter_names(loaded):
+        raise ValueError(
+            f"load_adapter: a model with PEFT's layers must come as its PeftModel, got the {type(loaded).__name__} "
+            f"inside; pass what prepare or get_peft_model returned, or call unload() on that first"
+        )
+    else:
+        name, loaded = "default", _wrapped(loaded, folder, config, tensors)
+        loaded.eval()
+    if prefixes:
+        exchanged = ", ".join(f"{old or 'the top'} is {new or 'the top'} here" for old, new in prefixes.items())
+        warnings.warn(
+            f"load_adapter: the adapter in {folder} was trained on {about.get('base_class', 'another class')} and is "
+            f"put on {type(base_of(loaded)).__name__}, whose modules have other names: {exchanged}",
+            stacklevel=2,
+        )
+    parameters = other_parameters(loaded)
+    for key in tensors.keys() & {ROOT + each for each in parameters}:
+        parameter = parameters[key.removeprefix(ROOT)]
+        with torch.no_grad():
+            parameter.copy_(tensors.pop(key))
+        setattr(parameter, HELD, True)
+    set_peft_model_state_dict(loaded, tensors, adapter_name=name)
+    heap.keep_small(base_of(loaded))
+    return loaded
+
+
+def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> PeftModel:
+    """A bare model with the adapter's layers in it, of which the tensors are known to fit; else as it was."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # which layer_replication changes
+    base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
+    config.inference_mode = False
+    try:
+        with unchanged_on_failure(bare):
+            try:
+                wrapped = get_peft_model(bare, config)
+            except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
+                raise ValueError(f"load_adapter: the adapter in {folder} must fit the model: {error}") from error
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            _check_tensors(folder, tensors, expected, _not_trained_in_full(wrapped, config))
+    except BaseException:
+        if layers is not None:
+            bare.config.num_hidden_layers = layers  # type: ignore[union-attr]
+        raise
+    wrapped.peft_config["default"].base_model_name_or_path = base_id
+    return wrapped
+
+
+def _not_trained_in_full(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The base's parameters that may stand in a file beside its adapter: those of no module that it trains in full."""
+    ends = tuple(f".{name}." for name in config.modules_to_save or ())
+    return {
+        name: parameter
+        for name, parameter in other_parameters(model).items()
+        if not any(end in f".{name.rpartition('.')[0]}." for end in ends)
+    }
+
+
+def _check_base(
+    model: nn.Module, folder: Path, about: Mapping[str, Any], config: LoraConfig, prefixes: Prefixes
+) -> None:
+    """Refuse another base than the one that the adapter was trained on, and say what differs."""
+    if not about:
+        return
+    who = f"load_adapter: the base must be the one that the adapter in {folder} was trained on, {_describe(about)}, got"
+    advice = f"to use it on another base nevertheless, call peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    if "base" not in about:  # a folder of an older nf4lora
+        if about["base_sha256"] != (found := base_hash(model)):
+            raise ValueError(
+                f"{who} base_sha256 {found[:12]}; the folder is of an older nf4lora, which kept a hash of codes and "
+                f"scales and nothing to compare scales by; {advice}"
+            )
+        return
+    saved = {part: dict(entries) for part, entries in about["base"].items()}
+    if prefixes:  # of the other class, only what this one has as well
+        there = {*dict(nf4_layers(model)), *other_parameters(model)}
+        for entries in saved.values():
+            for name in [name for name in entries if renamed(name, prefixes) == name and name not in there]:
+                del entries[name]
+    modules = {*saved["packed"], *(name.rpartition(".")[0] for name in saved["weights"])}
+    rename = {name: renamed(name, prefixes) for name in modules}
+    wrong = differences(saved, model, rename, whole=not prefixes and not config.layer_replication)
+    if wrong:
+        raise ValueError(f"{who} base_sha256 {base_hash(model)[:12]}: {listed(wrong)}; {advice}")
+
+
+def _check_options(folder: Path, ours: LoraConfig, theirs: LoraConfig) -> None:
+    """Refuse another value of any option that changes what the adapter computes."""
+    for option in [field.name for field in fields(theirs) if field.name not in HARMLESS]:
+        here, there = getattr(ours, option, None), getattr(theirs, option)
+        if _comparable(here) != _comparable(there):
+            raise ValueError(
+                f"load_adapter: {option} of the model's adapter must be that of {folder}, {there!r}, got {here!r}"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """Equal for what means the same: an empty dict and None; sets, whose order in a file is no order."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict) and set(value) == {"embed_tokens"}:
+        value = value["embed_tokens"]  # as a list of trainable_token_indices is meant
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        value = [_comparable(each) for each in value]
+    return value if value or (value == 0 and value is not False) else None
+
+
+def _one_adapter(who: str, model: Any) -> str:
+    """Name of the only active adapter."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"{who}: model must be a PeftModel, as nf4lora.prepare returns it, got {type(model).__name__}")
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"{who}: exactly one adapter must be active, got {model.active_adapters}; call set_adapter")
+    return model.active_adapters[0]
+
+
+def _describe(about: Mapping[str, Any]) -> str:
+    return (
+        f"base_sha256 {about['base_sha256'][:12]} (blocksize {about.get('blocksize')}, "
+        f"double_quant {about.get('double_quant')})"
+    )
+
+
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> None:
+    """Same names and shapes; otherwise the first three that differ. Parameters of the base may be among the tensors."""
+    file = folder / TENSOR_FILE
+    expected = {ROOT + key: base[key] for key in base if ROOT + key in tensors} | dict(expected)
+    for names, problem in (
+        (expected.keys() - tensors.keys(), "must hold every tensor of the adapter, got none for"),
+        (tensors.keys() - expected.keys(), "must hold nothing that has no place in the model, got"),
+    ):
+        if names:
+            raise ValueError(f"load_adapter: {file} {problem} {listed(sorted(names))}")
+    for name in sorted(expected):
+        if tensors[name].shape != expected[name].shape:
+            hint = "the adapter belongs to another model or has another rank"
+            if "embed" in name or "lm_head" in name:
+                hint = f"call model.resize_token_embeddings({tensors[name].shape[0]}) first if tokens were added"
+            raise ValueError(
+                f"load_adapter: {name} in {file} must be {list(expected[name].shape)}, got "
+                f"{list(tensors[name].shape)}; {hint}"
+            )

@@ -1,0 +1,224 @@
+"""PEFT's LoRA layer with our compute, and the one place where PEFT learns of it.
+
+Adapters are PEFT's own: their creation, names, files, switching and hot-swapping. What changes is the forward of one
+plain active adapter over an `NF4Linear`, which becomes a single fused op. Importing this file imports PEFT, so only
+functions import it: `import nf4lora` does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from nf4lora.nn.linear import NF4Linear
+
+SEEDS = 2**63 - 1
+# PEFT's other methods whose layers call the base layer and leave its weight alone, but for merging: what each of them
+# computes over a packed layer is compared with what it computes over the dequantised one (tests/test_peft_methods.py).
+METHODS = {
+    *("LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY"),
+    *("PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
+}
+# PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
+INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
+
+
+class NF4LoraLinear(lora.Linear):
+    """PEFT's `lora.Linear` over an `NF4Linear`: one fused op, `y = x W^T + bias + scaling (dropout(x) A^T) B^T`.
+
+    Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the adapter's
+    own layers: all of these run PEFT's code, on top of the same base layer. Adapters stay float32.
+    """
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        check_init("NF4LoraLinear", config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT would round a freshly created, or even a freshly loaded, adapter to the base's compute_dtype.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None if isinstance(base_layer, NF4Linear) else dtype
+
+    def _fused_adapter(self) -> tuple[nn.Module, nn.Module, float, float] | None:
+        """lora_A, lora_B, scaling and dropout that the fused op can compute; None where PEFT's own forward has to."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        # A module's attribute takes half a microsecond to find, and a generated token asks for thousands: so the
+        # dictionaries that hold them are asked directly.
+        modules: Any = self._modules
+        layers_A, layers_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+        active = [name for name in self.active_adapters if name in layers_A]
+        if len(active) != 1 or not isinstance(modules["base_layer"], NF4Linear):
+            return None
+        (name,) = active
+        lora_A, lora_B, dropout = layers_A[name], layers_B[name], modules["lora_dropout"]._modules[name]
+        scaling = self.scaling[name]
+        plain = (
+            name not in self.lora_variant
+            and isinstance(scaling, (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
+            and _is_plain(lora_A)
+            and _is_plain(lora_B)
+            and _parameter(lora_B, "bias") is None
+        )
+        if not plain:
+            return None
+        if type(dropout) is nn.Dropout and dropout.p < 1:
+            return lora_A, lora_B, scaling, dropout.p if dropout.training else 0.0
+        return (lora_A, lora_B, scaling, 0.0) if isinstance(dropout, nn.Identity) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        fused = None if args or kwargs else self._fused_adapter()
+        if fused is None:
+            return super().forward(x, *args, **kwargs)
+        lora_A, lora_B, scaling, p = fused
+        # From torch's generator, so that checkpointing, which restores its state, draws the same mask again.
+        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
+        A, B = _parameter(lora_A, "weight"), _parameter(lora_B, "weight")
+        if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
+            A, B = A.float(), B.float()
+        base: Any = self._modules["base_layer"]
+        return base(x, A, B, scaling, p, seed)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into a 16-bit base as PEFT does; refuse a packed one."""
+        if isinstance(self.get_base_layer(), NF4Linear) and check_adapters_to_merge(self, adapter_names):
+            # W lies on the NF4 grid, so that W + delta rounds back to W: 96 to 99.5 % of a normal adapter is lost.
+            raise ValueError(
+                "merge: the base must be in 16 or 32 bits, got NF4, where rounding to 4 bits would silently lose most "
+                "of the adapter; call model.get_base_model().dequantize(), then model.merge_and_unload()"
+            )
+        super().merge(safe_merge, adapter_names)
+
+
+def check_method(tuner: Any, model: nn.Module, adapter_name: str) -> None:
+    """Refuse a method of PEFT that computes with the weight of a layer, where it would get a packed one."""
+    config = tuner.peft_config[adapter_name]
+    method = getattr(config.peft_type, "value", config.peft_type)
+    if method in METHODS:
+        return
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, NF4Linear) and _is_target(tuner, config, name):
+            raise ValueError(
+                f"{method}: target modules must be in 16 or 32 bits, got {name} in NF4, with whose weight this method "
+                f"computes; use LoRA (nf4lora.prepare), one of {', '.join(sorted(METHODS - {'LORA'}))}, or load the "
+                f"model without quantization_config"
+            )
+
+
+def _is_target(tuner: Any, config: Any, name: str) -> bool:
+    targets = getattr(config, "target_modules", None)
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return True  # PEFT fills them in later, with linear layers
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def check_init(who: str, config: LoraConfig) -> None:
+    """Refuse ways to start an adapter that need a base in floating point."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(INITS_OF_A_FLOAT_BASE):
+        raise ValueError(
+            f"{who}: init_lora_weights must be True, False, 'gaussian' or 'eva' on a base packed in NF4, got {init!r}, "
+            f"which works on a floating-point base only"
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module multiplies by its weight and does no more: the fused op reads the weight alone.
+
+    Hooks of every kind, a forward of its own (accelerate's, a user's) and parametrizations, which change the class, all
+    want the call.
+    """
+    if type(module) is not nn.Linear:
+        return False
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_hf_hook" in state
+    )
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """The module's attribute of this name; found at once where it is a parameter, as it is unless FSDP flattens it."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def install() -> None:
+    """Make every way into PEFT's LoRA put an `NF4LoraLinear` over an `NF4Linear`; a second call does nothing.
+
+    Other methods of PEFT are checked when they are put on a model (`check_method`).
+
+    One function of PEFT decides on the class of a new layer, `LoraModel._create_new_module`: `get_peft_model`,
+    `PeftModel.from_pretrained`, `add_adapter`, transformers' `load_adapter` and TRL's `peft_config` all come through
+    it. (PEFT's public way, `LoraConfig._register_custom_module`, is forgotten when an adapter is saved.) A model that
+    was loaded in NF4, `prepare` and `load_adapter` call this; it cannot happen at `import nf4lora`, which must not
+    import PEFT.
+
+    Raises:
+        ImportError: this release of PEFT builds its layers in another way.
+    """
+    model_class = lora.LoraModel
+    original = model_class.__dict__.get("_create_new_module")
+    if getattr(original, "installed_by_nf4lora", False):
+        return
+    expected = {"lora_config", "adapter_name", "target"}
+    if not isinstance(original, staticmethod) or not expected <= set(inspect.signature(original).parameters):
+        raise ImportError(
+            f"nf4lora: peft must build its layers in LoraModel._create_new_module(lora_config, adapter_name, target), "
+            f"got peft {peft.__version__}, which does not; install a release that nf4lora was tested with: "
+            f"pip install 'peft>=0.21,<0.22'"
+        )
+    create = original.__func__
+
+    def create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, NF4Linear):
+            return create(lora_config, adapter_name, target, **kwargs)
+        if kwargs.pop("parameter_name", None) is not None:
+            raise ValueError(
+                "NF4LoraLinear: target_parameters must name floating-point parameters, got one packed in NF4; name its "
+                "layer in target_modules instead"
+            )
+        return NF4LoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    inject_adapter = BaseTuner.inject_adapter
+
+    @functools.wraps(inject_adapter)
+    def inject_checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_method(self, model, adapter_name)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_checked  # type: ignore[method-assign]
+    replacement = staticmethod(create_new_module)
+    replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
+    model_class._create_new_module = replacement  # type: ignore[method-assign,assignment]
+    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
+    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
+    NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
+
+
+def fuse(model: nn.Module) -> int:
+    """Give LoRA layers that PEFT made before `install`, or over bitsandbytes, the fused forward; how many changed."""
+    changed = 0
+    module: Any
+    for module in model.modules():
+        plain = type(module) is lora.Linear
+        from_bnb = type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
+        if (plain or from_bnb) and isinstance(module.get_base_layer(), NF4Linear):
+            module.__class__ = NF4LoraLinear
+            module.is_target_conv_1d_layer = False  # the one attribute that PEFT's Linear4bit lacks
+            changed += 1
+    return changed

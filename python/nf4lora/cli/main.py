@@ -1,0 +1,92 @@
+"""The command line: `nf4lora <command>`. Each command imports what it needs once its options are understood."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from nf4lora.compat import library
+
+USAGE = """\
+usage: nf4lora <command> [options]
+
+  train     fine-tune a model on your data       nf4lora train --help
+  doctor    what was loaded, what was not, and what mends it
+
+  --version, --help"""
+NEEDED_BY_TRAIN = ("yaml", "rich", "datasets", "trl")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"nf4lora {_version()}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else f"; commands are {', '.join(COMMANDS)}"
+        return _fail(f"nf4lora: {words[0]!r} is no command{meant}", 2)
+    return command(words[1:])
+
+
+def _version() -> str:
+    """What is installed; asked of the metadata, since the library takes seconds to load."""
+    try:
+        return metadata.version("nf4lora")
+    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+        project = Path(__file__).parents[3] / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"', project.read_text(), re.MULTILINE) if project.is_file() else None
+        return f"{found[1]} (source tree)" if found else "of unknown version: it is not installed"
+
+
+def _train(arguments: list[str]) -> int:
+    from nf4lora.train.config import parse_arguments
+    from nf4lora.train.errors import RunError, UsageError
+    from nf4lora.train.options import help_text
+
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    missing = [name for name in NEEDED_BY_TRAIN if find_spec(name) is None]
+    if missing:
+        return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
+    try:
+        config = parse_arguments(arguments)
+        _, run = library.load("quantization.quantizer", "train.run")
+        return run.train(config)
+    except UsageError as error:
+        return _fail(f"nf4lora train: {error}", 2)
+    except RunError as error:
+        return _fail(f"nf4lora train: {error}", 1)
+    except ImportError as error:
+        if "nf4lora: " not in str(error):
+            raise
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("nf4lora train: interrupted at once; a checkpoint that was being written is not used", 130)
+
+
+def _doctor(arguments: list[str]) -> int:
+    if arguments:
+        return _fail("usage: nf4lora doctor", 0 if arguments[0] in ("-h", "--help") else 2)
+    from nf4lora.cli import doctor
+
+    return doctor.main()
+
+
+def _fail(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "doctor": _doctor}

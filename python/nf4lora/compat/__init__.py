@@ -1,0 +1,1 @@
+"""What is built on: whether it is there, and what of other libraries is used beyond their public interface."""

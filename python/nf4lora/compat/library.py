@@ -1,0 +1,66 @@
+"""The library as it was built and as it loads: torch, the compiled module, and the packages on which it stands."""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+def load(*names: str) -> list[ModuleType]:
+    """Modules of this package, imported; nothing else imports torch before.
+
+    Raises:
+        ImportError: torch, the compiled module, or a package that they need, cannot be imported. It says what mends it.
+    """
+    what, cure = "torch cannot be imported", "pip install 'torch>=2.11'"
+    try:
+        import torch
+
+        what = f"the compiled module did not load with torch {torch.__version__}"
+        cure = (
+            "it needs torch 2.11 or later and this Python; rebuild it where it runs: "
+            "pip install --force-reinstall --no-deps nf4lora"
+        )
+        import_module("nf4lora._C")
+        what, cure = "a package that it needs cannot be imported", "`nf4lora doctor` says which, and what brings it"
+        return [import_module(f"nf4lora.{name}") for name in names]
+    except Exception as error:  # a broken installation raises anything, OSError and RuntimeError included
+        raise ImportError(f"nf4lora: {what}: {error}; {cure}") from error
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs: a dict of plain values, safe to log.
+
+    Keys: version, format_version, torch, built_with_torch, python, compiler, cpu (instruction set in use),
+    cpu_available (those this processor has), threads, cuda_built (toolkit version or None), cuda_archs, cuda_torch
+    (torch's CUDA or None), cuda_devices (name and compute capability of each). Starts no CUDA context.
+
+    >>> sorted(build_info())[:3]
+    ['built_with_torch', 'compiler', 'cpu']
+    """
+    import torch
+
+    from nf4lora import _C
+
+    devices = []
+    if torch.version.cuda and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            devices.append({"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"})
+    return {
+        "version": _C.__version__,
+        "format_version": _C.FORMAT_VERSION,
+        "torch": torch.__version__,
+        "built_with_torch": _C.BUILD_TORCH,
+        "python": platform.python_version(),
+        "compiler": _C.COMPILER,
+        "cpu": _C.cpu_instruction_set(),
+        "cpu_available": _C.cpu_instruction_sets(),
+        "threads": torch.get_num_threads(),
+        "cuda_built": _C.CUDA_VERSION or None,
+        "cuda_archs": _C.CUDA_ARCHS or None,
+        "cuda_torch": torch.version.cuda,
+        "cuda_devices": devices,
+    }

@@ -1,0 +1,135 @@
+"""The loss of a language model without all of its logits.
+
+`chunk_loss` puts it behind a model's own `model(input_ids, labels=labels)`; `score` gives it token by token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nf4lora.loss import trl_head
+from nf4lora.loss.cross_entropy import CrossEntropy
+from nf4lora.loss.deferred_logits import as_matrix, deferred, is_deferrable
+from nf4lora.nn.model_tree import evaluating, output_head, unchanged_random_state
+
+
+def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """log p of each trained token of a batch, and whether it is the likeliest: [tokens] float32, [tokens] bool.
+
+    Args:
+        base: a model for which `has_plain_head` holds
+        inputs: input_ids, labels [B, T] with -100 where a token is not trained, and what else the model takes
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator]
+    return score_hidden(base, hidden, targets)
+
+
+def score_hidden(base: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from last hidden states [B, T, H] and the tokens they predict [B, T], -100 where none is asked for."""
+    asked = targets != -100
+    head: Any = output_head(base)
+    return CrossEntropy.apply(hidden[asked], head.weight, head.bias, targets[asked])
+
+
+def has_plain_head(base: nn.Module, device: torch.device) -> bool:
+    """Whether the logits are one frozen linear layer on the last hidden states: no scale, no cap, nothing trained.
+
+    It is tried, not looked up: every architecture has its own name for what it does to logits. The trial leaves no
+    trace: the mode of each module, the random state and the buffers are as before.
+    """
+    head = linear_head(base)
+    if head is None or not head.weight.is_floating_point() or head.weight.requires_grad:
+        return False
+    backbone: Any = getattr(base, "base_model", base)
+    if backbone is base:
+        return False
+    ids = torch.arange(1, 9, device=device)[None].clamp(max=head.out_features - 1)
+    try:
+        with (
+            torch.no_grad(),
+            evaluating(base),
+            unchanged_buffers(base),
+            unchanged_random_state([device] if device.type == "cuda" else []),
+        ):
+            logits = base(input_ids=ids, use_cache=False).logits
+            plain = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
+    except Exception:  # a model with other inputs or outputs fails in its own way, and has its own loss
+        return False
+    return logits.shape == plain.shape and bool((logits - plain).abs().max() <= 1e-3 * logits.std())
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    before = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = {id(b): (b, b.clone()) for _, buffers in before for b in buffers.values() if b is not None}
+    try:
+        yield
+    finally:
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, value in values.values():
+            buffer.data.copy_(value)
+
+
+def chunk_loss(base: nn.Module) -> bool:
+    """Let `base(input_ids, labels=labels)` compute its loss without all logits; says whether that was changed.
+
+    The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
+    at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
+    chunk at a time (deferred_logits.py). Compiled models stay as they are. So do calls without labels, but that
+    their head multiplies hidden states as one matrix. On transformers' side this is an instance's `forward`, as TRL's
+    fused head is, which wraps it; where that one would hold many logits, on a CPU, it is given the same numbers
+    (trl_head.py).
+    """
+    if "forward" in vars(base) or linear_head(base) is None:  # accelerate's hooks, or ourselves
+        return False
+    base.forward = InChunks(base)
+    base.register_forward_pre_hook(trl_head.take_over, with_kwargs=True)
+    return True
+
+
+def has_chunked_loss(base: nn.Module) -> bool:
+    """Whether a call with labels would compute its loss in chunks: `chunk_loss` was there, and the head is frozen."""
+    return getattr(vars(base).get("forward"), "in_chunks", False) and is_deferrable(linear_head(base))
+
+
+def linear_head(base: nn.Module) -> nn.Linear | None:
+    """The output head, if it is a linear layer."""
+    head = output_head(base)
+    return head if isinstance(head, nn.Linear) else None
+
+
+class InChunks:
+    """A model's forward, with logits that are deferred where its loss can take them so.
+
+    No method of the model's, since a pickled model would come back with that of its class in place of it.
+    """
+
+    in_chunks = True
+
+    def __init__(self, base: nn.Module) -> None:
+        functools.update_wrapper(self, type(base).forward)
+        self.base, self.__wrapped__ = base, types.MethodType(type(base).forward, base)  # whose signature is asked for
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        base, original = self.base, type(self.base).forward
+        if kwargs.pop(trl_head.TAKEN_OVER, False):
+            return trl_head.score(base, *args, **kwargs)
+        head = None if torch.compiler.is_compiling() else linear_head(base)
+        if head is None or not is_deferrable(head):
+            return original(base, *args, **kwargs)
+        with as_matrix(head) if kwargs.get("labels") is None else deferred(head):
+            return original(base, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[InChunks], tuple[nn.Module]]:
+        return InChunks, (self.base,)

@@ -1,0 +1,1 @@
+"""PagedAdamW: its state in memory that can be smaller than it."""

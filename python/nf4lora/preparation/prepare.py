@@ -1,0 +1,160 @@
+"""prepare: any model in, a PeftModel whose layers run our kernels out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from nf4lora.loss.causal_lm import chunk_loss, has_chunked_loss
+from nf4lora.memory import heap, onednn
+from nf4lora.nn.model_tree import unchanged_on_failure
+from nf4lora.preparation.plan import Plan, plan_preparation
+from nf4lora.preparation.report import Report, report
+from nf4lora.quantization.config import NF4Config
+from nf4lora.quantization.quantize_model import pack
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+class _Shown(logging.Handler):
+    """Prints what is logged: scripts and notebooks see it without setting up logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record))
+
+
+logger = logging.getLogger("nf4lora")
+if not logger.handlers:  # a program that has set up this logger before keeps what it wants
+    logger.addHandler(_Shown())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # it is shown already
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `apply` did: the model, in words, and what a user should know of it."""
+
+    model: PeftModel
+    said: str  # "" where nothing was done
+    warned: tuple[str, ...]
+
+
+def prepare(
+    model: nn.Module,
+    lora_config: LoraConfig | None = None,
+    *,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    target_modules: str | list[str] | None = None,
+    quantization_config: NF4Config | BitsAndBytesConfig | None = None,
+    **lora_options: Any,
+) -> PeftModel:
+    """Freeze a model in NF4, put LoRA on it, and compute both in one op: returns a PeftModel for any trainer.
+
+    The model may be one in 16 or 32 bits (its linear layers are quantised in place, one by one, on the device they are
+    on), one loaded with `NF4Config`, one loaded by bitsandbytes (its bytes are adopted without a copy), or a PeftModel
+    over any of these, which keeps its adapters. Embeddings, norms and the output head stay as they are; no dtype
+    changes but those that the logged line names; adapters are float32. Whether gradient checkpointing is on is left
+    to the trainer. A call with `labels` then computes its loss in chunks, where the model's head allows it
+    (`loss.causal_lm.chunk_loss`), and its `logits` only when they are looked at.
+
+    The head of a classifier, and whatever else was in no checkpoint, is trained in full and saved with the adapter. In
+    a multimodal model the text part carries the adapters; the other parts are packed and frozen, unless target_modules
+    names their layers. The logged line says so.
+
+    Args:
+        lora_config: a `peft.LoraConfig`, in place of single options
+        r: rank of the adapters; 16 where left out
+        lora_alpha: 32 where left out;  lora_dropout: 0.0
+        target_modules: "all-linear" where left out
+        lora_options: every other option of `peft.LoraConfig` by its name, such as use_rslora, use_dora,
+            modules_to_save, exclude_modules; task_type is that of the model's class
+        quantization_config: how to pack a model that is still in 16 or 32 bits
+
+    What was done is logged in one line by the logger "nf4lora", which prints it unless it is set up otherwise.
+
+    On a model that `prepare` returned, the same options return it as it is, and others are an error; on another
+    PeftModel the options that were given are compared with its adapter. On a model of which an interrupted `prepare`
+    has packed a part, it packs the rest.
+
+    Raises:
+        TypeError: an unknown option, or one of the wrong kind; model is no nn.Module.
+        ValueError: no module matches target_modules, or the output head does; the model has no linear layer, is merged,
+            carries an adapter with other options, or is quantised in another way; NaN in a weight; PEFT refuses. The
+            model is then as it was.
+
+    >>> model = prepare(model, r=16, lora_alpha=32)                         # doctest: +SKIP
+    nf4lora: 210 layers from bfloat16 to NF4 (4.13 bits per weight); float32 adapters of rank 16 on 210 layers; ...
+    """
+    single = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
+    given = {name: value for name, value in single.items() if value is not None} | lora_options
+    plan = plan_preparation(model, lora_config, given, quantization_config)
+    for line in plan.warned:
+        warnings.warn(f"prepare: {line}", stacklevel=2)
+    done = apply(plan, model)
+    for line in done.warned:
+        warnings.warn(f"prepare: {line}", stacklevel=2)
+    if done.said:
+        logger.info("nf4lora: %s", done.said)
+    return done.model
+
+
+def apply(plan: Plan, model: nn.Module) -> Prepared:
+    """Carry out a plan that was just made for this model.
+
+    Whatever stops it (out of memory, Ctrl-C) leaves a model without half an adapter, of which some layers may be packed
+    already: `prepare` then takes up the rest.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from nf4lora.adapters import lora_layer
+
+    onednn.bound_caches()
+    base: Any = plan.base
+    done = pack(base, plan.packing)
+    lora_layer.install()
+    prepared: Any = model
+    with unchanged_on_failure(base):
+        if plan.lora is not None:
+            with warnings.catch_warnings():  # PEFT asks transformers for an attribute by its former name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                prepared = get_peft_model(base, copy.deepcopy(plan.lora))
+            prepared.nf4lora_asked = plan.asked
+        fused = lora_layer.fuse(model) if isinstance(model, PeftModel) else 0
+        chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)
+        heap.keep_small(base)
+        if _recomputes(base):
+            base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
+        if not (done or plan.lora or fused or chunked):
+            return Prepared(prepared, "", ())
+        about = report(prepared)
+        unpacked = about.mostly_unpacked()
+        said = _summary(plan, done, fused, chunked, about)
+        return Prepared(prepared, said, (unpacked,) if unpacked else ())
+
+
+def _recomputes(base: Any) -> bool:
+    """Whether activations are recomputed; transformers renamed the attribute in 5.23 and warns of the former name."""
+    if hasattr(base, "is_activation_checkpointing"):
+        return base.is_activation_checkpointing
+    return getattr(base, "is_gradient_checkpointing", False)
+
+
+def _summary(plan: Plan, packed: list[str], fused: int, chunked: bool, about: Report) -> str:
+    parts = list(packed)
+    if plan.packing.blocksizes and about.bits_per_weight:
+        parts[0] += f" ({about.bits_per_weight:.2f} bits per weight)"
+    if plan.lora is not None:
+        parts += [f"float32 adapters of rank {plan.asked.r} on {about.adapted_layers} layers", *plan.said]
+    parts += [f"the fused op under the adapters of {fused} layers"] if fused else []
+    parts += ["a loss that never holds all logits"] if chunked else []
+    share = about.trainable / max(about.parameters, 1)
+    return f"{'; '.join(parts)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train"

@@ -1,0 +1,101 @@
+"""A model's modules without their tensors, on which PEFT is tried before the model itself is touched.
+
+PEFT checks while it replaces layers: what it refuses, it refuses half-way. Here it meets a copy of the tree in which
+every tensor is on the meta device, so that nothing is lost, and no memory used.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.nn.model_tree import replace_layers
+from nf4lora.quantization import bitsandbytes_format
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool, config: LoraConfig) -> None:
+    """Put adapters on a copy of the model without tensors, in which the named layers are packed.
+
+    Raises:
+        ValueError: PEFT refuses, in its words.
+    """
+    from peft import get_peft_model
+
+    copied = skeleton(base)
+
+    def packed(name: str, linear: Any) -> NF4Linear:
+        return NF4Linear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            blocksize=blocksizes[name],
+            double_quant=double_quant,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+
+    def dense(_: str, linear: Any) -> nn.Linear:
+        return nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+
+    replace_layers(copied, blocksizes, packed)
+    # Adopted or dequantised: PEFT takes a linear layer either way.
+    of_bnb = [name for name, module in copied.named_modules() if bitsandbytes_format.is_linear4bit(module)]
+    replace_layers(copied, of_bnb, dense)
+    copied.__dict__.pop("is_loaded_in_4bit", None)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says it again when it meets the model
+        try:
+            get_peft_model(copied, copy.deepcopy(config), low_cpu_mem_usage=True)
+        except NotImplementedError:  # something that meta tensors cannot do: not known beforehand
+            return
+        except Exception as error:
+            if "meta" in str(error):
+                return
+            raise ValueError(f"prepare: the options must fit the model, got PEFT's refusal: {error}") from error
+
+
+def skeleton(model: nn.Module) -> Any:
+    """A copy of the module tree: the same classes and attributes, tensors on meta, no hooks; sharing is kept."""
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, torch.Tensor] = {}
+
+    def on_meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return tensors[id(tensor)]
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) in modules:
+            return modules[id(module)]
+        new: Any = type(module).__new__(type(module))
+        modules[id(module)] = new
+        new.__dict__.update(
+            {key: value for key, value in module.__dict__.items() if key not in ("forward", "_hf_hook")}
+        )
+        new.__dict__.update({key: OrderedDict() for key in HOOKS})
+        new.__dict__["_parameters"] = {key: on_meta(tensor) for key, tensor in module._parameters.items()}
+        new.__dict__["_buffers"] = {key: on_meta(tensor) for key, tensor in module._buffers.items()}
+        new.__dict__["_modules"] = {
+            key: child if child is None else copied(child) for key, child in module._modules.items()
+        }
+        if "config" in module.__dict__:  # PEFT writes into it
+            new.__dict__["config"] = copy.copy(module.__dict__["config"])
+        return new
+
+    return copied(model)

@@ -1,0 +1,145 @@
+"""What a checkpoint must hold: asked of the files before anything is read, and of the model once it is loaded.
+
+transformers only warns of a tensor that is missing, and draws it at random; in a frozen model that is never right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4lora.adapters.new_weights import task_heads, was_loaded
+from nf4lora.nn.linear import NF4Linear
+from nf4lora.words import dtype_name, listed
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_files(files: list[str], packed_file: bool) -> None:
+    """Refuse, before anything is read, a safetensors file that is cut off, or packed where 16 bits are expected.
+
+    Raises:
+        ValueError: naming the file and the tensors.
+    """
+    for path in files:
+        if not path.endswith(".safetensors"):
+            continue
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            whole = size >= 8 and start <= size
+            try:
+                header = json.loads(file.read(start - 8)) if whole else {}
+            except (ValueError, RecursionError):
+                whole = False
+        if not whole:
+            raise ValueError(
+                f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
+            )
+        if isinstance(header, dict):
+            header.pop("__metadata__", None)
+        if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
+            raise ValueError(
+                f"NF4Config: {path} must have a safetensors header, which gives each tensor its dtype, shape and "
+                f"data_offsets, got other JSON; download again"
+            )
+        cut = [name for name, tensor in header.items() if start + tensor["data_offsets"][1] > size]
+        if cut:
+            raise ValueError(
+                f"NF4Config: {path} must hold {listed(cut)}, got a file cut off at {size} bytes; download again"
+            )
+        packed = [name for name in header if name.endswith((".weight_absmax", ".weight_nested"))]
+        packed += [name for name in header if f"{name}_absmax" in header]
+        # transformers would cast them to integers on the way in
+        rounded = [name for name in packed if packed_file and header[name]["dtype"] in FLOATS]
+        if rounded:
+            raise ValueError(
+                f"NF4Config: {listed(rounded)} must hold integers (codes, or the bits of scales), "
+                f"got {header[rounded[0]]['dtype']} in {path}"
+            )
+        foreign = [name for name, t in header.items() if name.endswith(".weight") and t["dtype"] not in FLOATS]
+        if foreign and not packed_file:
+            raise ValueError(
+                f"NF4Config: {listed(foreign)} must be in 16 or 32 bits, got {header[foreign[0]]['dtype']} in {path}; "
+                f"the checkpoint is quantised, and its config.json does not say how"
+            )
+
+
+def _is_entry(tensor: Any) -> bool:
+    """Whether this is what a safetensors header says of one tensor."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(number, int) for number in value)
+
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return False
+    offsets = tensor.get("data_offsets")
+    return numbers(tensor.get("shape")) and numbers(offsets) and len(offsets) == 2  # type: ignore[arg-type]
+
+
+def check_loaded(
+    model: Any, shapes: dict[str, torch.Size], packed_file: bool, new: Container[str] = frozenset()
+) -> None:
+    """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
+
+    Args:
+        shapes: of all parameters that are not packed, as the model's config makes them
+        new: parameters that the checkpoint cannot hold, since it was saved from a model of another class
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    wrong: dict[str, str] = {}
+    packed: set[str] = set()
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, NF4Linear):
+            continue
+        likeness = NF4Linear(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            blocksize=layer.blocksize,
+            double_quant=layer.double_quant,
+            device="meta",
+        )
+        for key, expected in likeness.named_parameters():
+            name, got = f"{prefix}.{key}", layer.get_parameter(key)
+            packed.add(name)
+            if not was_loaded(got):
+                wrong[name] = "nothing"
+            elif got.shape != expected.shape or (key != "bias" and got.dtype != expected.dtype):
+                wrong[name] = f"{describe(got)} for {describe(expected)}"
+        largest = layer.weight_nested if layer.double_quant else layer.weight_absmax
+        if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
+            wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    # Only what another class than the one that was saved has, and the head of a task, which may have had another number
+    # of classes, may be new: transformers draws it and says so.
+    heads = tuple(f"{name}." for name in task_heads(model))
+    whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
+    for name, parameter in model.named_parameters():
+        expected_in_file = (whole or name.startswith(f"{model.base_model_prefix}.")) and not name.startswith(heads)
+        if name in packed:
+            continue
+        if expected_in_file and name not in new and not was_loaded(parameter):
+            if not any(pattern.search(name) for pattern in ignored):
+                wrong[name] = "nothing"
+        elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
+            wrong[name] = f"{describe(parameter)} for shape {list(shapes[name])}"
+    if wrong:
+        first, what = next(iter(wrong.items()))
+        more = f" (and {len(wrong) - 1} more: {listed(list(wrong)[1:])})" if len(wrong) > 1 else ""
+        advice = "it is damaged, or its config.json is another's"
+        if first in packed and not packed_file:
+            advice = f"name {first.rpartition('.')[0]} in modules_to_not_convert if it is meant to be new"
+        raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
