@@ -4,7 +4,7 @@ python -m bench                   everything, into bench/results/<device>.json
 python -m bench nf4 lora          two cases; the others' results stay
 python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
 python -m bench tune              by name alone: which kernel a GPU takes, measured, into heuristics.json
-python -m bench --table           writes the results into bench/README.md
+python -m bench --table           writes bench/results/<device>.md, and all targets into bench/README.md
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from . import results
-from .case import MODEL, Absent, Settings, WrongAnswer
-from .machine import environment
-from .timing import Watch, warning, warning_before
+from .harness import results
+from .harness.case import MODEL, Absent, Settings, WrongAnswer
+from .harness.machine import environment
+from .harness.timing import Watch, warning, warning_before
 
 CASES = (
     "nf4",
@@ -92,7 +92,7 @@ def run(name: str, settings: Settings, about: dict, json: Path | None) -> bool:
 
 
 def case(name: str):
-    return importlib.import_module(f".{name}", __package__)
+    return importlib.import_module(f".cases.{name}", __package__)
 
 
 def write_table() -> int:
@@ -117,7 +117,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the real model (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--list", action="store_true", help="print the cases and what they answer")
-    parser.add_argument("--table", action="store_true", help="write bench/results/*.json into bench/README.md")
+    parser.add_argument(
+        "--table", action="store_true", help="write the pages of bench/results, and bench/README.md's targets"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.case if name not in (*CASES, *EXPLICIT)]
     if unknown:

@@ -18,29 +18,14 @@ from models import tiny_llama, tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
 
-from bench import (  # noqa: E402
-    __main__,
-    absmax,
-    adamw,
-    contenders,
-    converge,
-    layers,
-    load,
-    lora,
-    nf4,
-    optimizers,
-    paging,
-    perplexity,
-    prose,
-    results,
-    timing,
-    train,
-)
-from bench import eval as evaluation  # noqa: E402
-from bench.case import Settings, WrongAnswer, check_close, check_equal  # noqa: E402
-from bench.process import Process  # noqa: E402
-from bench.shapes import SHAPES, named  # noqa: E402
-from bench.table import Table, number, shown  # noqa: E402
+from bench import __main__  # noqa: E402
+from bench.cases import absmax, adamw, converge, load, lora, nf4, optimizers, paging, perplexity, train  # noqa: E402
+from bench.cases import eval as evaluation  # noqa: E402
+from bench.harness import contenders, layers, prose, results, timing  # noqa: E402
+from bench.harness.case import Settings, WrongAnswer, check_close, check_equal  # noqa: E402
+from bench.harness.process import Process  # noqa: E402
+from bench.harness.shapes import SHAPES, named  # noqa: E402
+from bench.harness.table import Table, number, shown  # noqa: E402
 from nf4lora import _C  # noqa: E402
 from nf4lora.ops import reference  # noqa: E402
 from nf4lora.ops.kernels import dispatch  # noqa: E402
@@ -60,7 +45,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def alone(monkeypatch):
     """A machine without bitsandbytes."""
-    import bench.case as case
+    from bench.harness import case
 
     for module in (case, nf4, absmax, lora):
         monkeypatch.setattr(module, "installed", lambda package: False)
@@ -263,22 +248,48 @@ def test_keeping_a_case_leaves_the_others(tmp_path):
     assert [(name, each["environment"]["commit"]) for name, each in kept.items()] == [("nf4", "def"), ("lora", "abc")]
 
 
-def test_the_page_is_written_anew_between_its_markers(tmp_path):
+def test_the_pages_are_written_anew(tmp_path):
     page, folder = tmp_path / "README.md", tmp_path / "results"
     page.write_text(f"before\n{results.START}\nold figures\n{results.END}\nafter\n")
     assert results.write(page, folder) == []
+    assert "None recorded" in page.read_text()
     results.keep(record("nf4"), folder)
+    (path,) = results.write(page, folder)[:1]
     results.keep(record("lora", others=1.2), folder)
     results.write(page, folder)
-    text = page.read_text()
+    text, of_device = page.read_text(), path.with_suffix(".md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old figures" not in text
     assert "None recorded" not in text
-    assert text.index("Speed of nf4") < text.index("Speed of lora")
-    assert text.count("**Warning**") == 1
+    assert [line.split("|")[2:5] for line in text.splitlines() if "Some CPU" in line] == [
+        [" nf4  ", " fast   ", " met |".removesuffix("|")],
+        [" lora ", " fast   ", " met |".removesuffix("|")],
+    ]
+    assert f"](results/{path.stem}.md)" in text
+    assert of_device.index("Speed of nf4") < of_device.index("Speed of lora")
+    assert of_device.count("**Warning**") == 1
     results.write(page, folder)
     assert page.read_text() == text
+
+
+def test_a_target_that_is_missed_is_shown_as_such(tmp_path):
+    page, missed = tmp_path / "README.md", record("nf4")
+    page.write_text(f"{results.START}{results.END}")
+    missed["tables"][0]["targets"] = [("fast, got slow", False)]
+    results.keep(missed, tmp_path)
+    results.write(page, tmp_path)
+    assert "| fast, got slow | **missed** |" in page.read_text()
+
+
+def test_what_is_committed_is_what_the_results_say(tmp_path):
+    copied = shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    results.write(copied / "README.md", copied / "results")
+    for page in (Path("README.md"), *(path.relative_to(copied) for path in copied.glob("results/*.md"))):
+        assert (copied / page).read_text() == (ROOT / "bench" / page).read_text(), (
+            f"run python -m bench --table: {page}"
+        )
+    assert len((ROOT / "bench/README.md").read_text().splitlines()) < 150
 
 
 def test_a_page_without_markers_is_refused(tmp_path):
@@ -300,7 +311,7 @@ def test_the_readme_has_the_markers_and_every_case():
 
 
 def test_list_of_cases_is_complete():
-    modules = {path.stem for path in (ROOT / "bench").glob("*.py") if "QUESTION =" in path.read_text()}
+    modules = {path.stem for path in (ROOT / "bench/cases").glob("*.py") if "QUESTION =" in path.read_text()}
     cases = (*__main__.CASES, *__main__.EXPLICIT)
     assert set(cases) == modules and len(cases) == len(modules)
     for name in cases:
@@ -310,7 +321,7 @@ def test_list_of_cases_is_complete():
 
 
 def test_bench_imports_itself_relatively():
-    for path in (ROOT / "bench").glob("*.py"):  # the same files are nf4lora.bench where they are installed
+    for path in (ROOT / "bench").rglob("*.py"):  # the same files are nf4lora.bench where they are installed
         for line in path.read_text().splitlines():
             assert not line.strip().startswith(("import bench", "from bench", "from nf4lora.bench")), path.name
 
@@ -427,7 +438,10 @@ def test_a_way_is_taken_for_its_own_call_only():
     assert set(lora.OTHER_WAYS) < set(dispatch.KERNELS)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if path.stem[0] != "_"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{path.parent.name}.{path.stem}" for path in sorted((ROOT / "bench").glob("*/*.py")) if path.stem[0] != "_"],
+)
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"bench.{name}")
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

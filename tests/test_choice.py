@@ -18,10 +18,12 @@ from nf4lora.ops.kernels.dispatch import Rule, kernel_for
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
 
-from bench import __main__, heuristics, results, timing, tune  # noqa: E402
-from bench.case import Absent, Settings, WrongAnswer  # noqa: E402
-from bench.shapes import Shape  # noqa: E402
-from bench.tune import Time, rules_from  # noqa: E402
+from bench import __main__  # noqa: E402
+from bench.cases import tune  # noqa: E402
+from bench.cases.tune import Time, rules_from  # noqa: E402
+from bench.harness import heuristics, results, timing  # noqa: E402
+from bench.harness.case import Absent, Settings, WrongAnswer  # noqa: E402
+from bench.harness.shapes import Shape  # noqa: E402
 
 RULES = heuristics.read(dispatch.HEURISTICS)
 CARDS = sorted({rule.architecture for rule in RULES})
@@ -334,7 +336,7 @@ class Card:
         monkeypatch.setattr(tune, "TOKENS", (1, 16, 32))
         monkeypatch.setattr(tune, "times_of", self.times_of)
         monkeypatch.setattr(tune, "IN_REPOSITORY", True)
-        monkeypatch.setattr(tune, "HERE", folder / "bench")
+        monkeypatch.setattr(tune, "TOP", folder)
         self.path = folder / "python/nf4lora/ops/kernels/heuristics.json"
         self.path.parent.mkdir(parents=True)
         self.path.write_text(dispatch.HEURISTICS.read_text())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nf4lora import ops
 
-from .case import Settings
-from .table import Table
-from .timing import alternate
+from ..harness.case import Settings
+from ..harness.table import Table
+from ..harness.timing import alternate
 
 
 def overhead(settings: Settings) -> Table:

@@ -8,11 +8,11 @@ from statistics import median
 
 import torch
 
-from .case import Settings, without
-from .contenders import OURS, RIVAL, adapted
-from .process import Process, forget_peak, peak_bytes, status
-from .prose import tokens
-from .table import Table
+from ..harness.case import Settings, without
+from ..harness.contenders import OURS, RIVAL, adapted
+from ..harness.process import Process, forget_peak, peak_bytes, status
+from ..harness.prose import tokens
+from ..harness.table import Table
 
 QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its speed?"
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from nf4lora import NF4Linear, build_info
 from nf4lora.ops import reference
 
-from .case import Settings, check_close, installed, without
-from .contenders import ALPHA, RANK
-from .layers import CALLS, forward, linear, of_bitsandbytes, taking, with_lora
-from .machine import bandwidth
+from ..harness.case import Settings, check_close, installed, without
+from ..harness.contenders import ALPHA, RANK
+from ..harness.layers import CALLS, forward, linear, of_bitsandbytes, taking, with_lora
+from ..harness.machine import bandwidth
+from ..harness.shapes import QUICK, Shape, named
+from ..harness.table import Table
+from ..harness.timing import CLOCKS, Timing, alternate, rotation
 from .overhead import overhead
-from .shapes import QUICK, Shape, named
-from .table import Table
-from .timing import CLOCKS, Timing, alternate, rotation
 
 QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and beside bitsandbytes + PEFT?"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nf4lora import PagedAdamW
 
-from .case import Settings, installed, without
-from .table import Table
+from ..harness.case import Settings, installed, without
+from ..harness.table import Table
 
 COUNT = 4096  # of fewer, bitsandbytes keeps moments in 32 bits
 STILL, WAITED = 50, 100  # steps with all gradients; steps without every second one until the drift is measured

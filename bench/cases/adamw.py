@@ -7,11 +7,11 @@ import torch
 from nf4lora import _C, PagedAdamW, ops
 from nf4lora.ops import reference
 
+from ..harness.case import Settings, check_equal, installed, without
+from ..harness.machine import peak_bandwidth
+from ..harness.table import Table
+from ..harness.timing import alternate
 from . import drift, paging
-from .case import Settings, check_equal, installed, without
-from .machine import peak_bandwidth
-from .table import Table
-from .timing import alternate
 
 QUESTION = "What does a step of AdamW cost in time and in bytes?"
 NUMBERS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}

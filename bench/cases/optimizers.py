@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from statistics import mean
 
-from .case import Absent, Settings
-from .contenders import OURS
+from ..harness.case import Absent, Settings
+from ..harness.contenders import OURS
+from ..harness.table import Table
 from .converge import DATA, EVALUATED, OPTIMIZERS, TORCH, trained
-from .table import Table
 
 QUESTION = "After the same 60 steps, is the loss on held-out data with PagedAdamW that with torch's AdamW?"
 

@@ -6,11 +6,11 @@ from itertools import cycle
 
 import torch
 
-from .case import Settings
-from .contenders import OURS, adapted
-from .process import Process, forget_peak, peak_bytes
-from .prose import batches
-from .table import Table
+from ..harness.case import Settings
+from ..harness.contenders import OURS, adapted
+from ..harness.process import Process, forget_peak, peak_bytes
+from ..harness.prose import batches
+from ..harness.table import Table
 from .train import BATCH, LENGTH, MB
 
 QUESTION = "Where does the time of our training step go?"

@@ -7,12 +7,12 @@ from itertools import cycle
 
 import torch
 
-from .case import Settings, WrongAnswer, without
-from .contenders import IN_BF16, KBIT, OURS, RIVAL, SIXTEEN, adapted
-from .process import Process, forget_peak, peak_bytes
-from .prose import batches
-from .table import Table
-from .timing import Timing
+from ..harness.case import Settings, WrongAnswer, without
+from ..harness.contenders import IN_BF16, KBIT, OURS, RIVAL, SIXTEEN, adapted
+from ..harness.process import Process, forget_peak, peak_bytes
+from ..harness.prose import batches
+from ..harness.table import Table
+from ..harness.timing import Timing
 
 QUESTION = "What does a training step cost in time and memory beside PEFT + bitsandbytes and beside 16-bit LoRA?"
 

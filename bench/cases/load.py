@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 
-from .case import Settings, without
-from .contenders import OURS, RIVAL, load
-from .process import Process, anonymous_bytes, peak_bytes
-from .table import Table
-from .timing import spread
+from ..harness.case import Settings, without
+from ..harness.contenders import OURS, RIVAL, load
+from ..harness.process import Process, anonymous_bytes, peak_bytes
+from ..harness.table import Table
+from ..harness.timing import spread
 
 QUESTION = "How much memory does it take to load a model in 4 bits, over what the model then needs?"
 

@@ -11,9 +11,9 @@ import torch
 
 from nf4lora import PagedAdamW, ops
 
-from .case import Settings
-from .table import Table
-from .timing import alternate
+from ..harness.case import Settings
+from ..harness.table import Table
+from ..harness.timing import alternate
 
 TENSORS = 64
 LORA = 10_000_000

@@ -9,10 +9,10 @@ import torch
 from nf4lora import ops
 from nf4lora.ops import reference
 
-from .case import Settings, check_equal, installed, without
-from .shapes import QUICK, SHAPES, Shape
-from .table import Table
-from .timing import Spread, alternate, rotation
+from ..harness.case import Settings, check_equal, installed, without
+from ..harness.shapes import QUICK, SHAPES, Shape
+from ..harness.table import Table
+from ..harness.timing import Spread, alternate, rotation
 
 QUESTION = "How fast is a weight packed and unpacked, and how much is lost?"
 

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 import torch
 import torch.nn.functional as F
 
-from .case import Settings, without
-from .contenders import OURS, RIVAL, SIXTEEN, load
-from .process import Process
-from .prose import windows
-from .table import Table
+from ..harness.case import Settings, without
+from ..harness.contenders import OURS, RIVAL, SIXTEEN, load
+from ..harness.process import Process
+from ..harness.prose import windows
+from ..harness.table import Table
 
 QUESTION = "Does a model in NF4 predict text as well as with bitsandbytes' NF4, and how far from 16 bits?"
 
@@ -33,7 +33,7 @@ def run(settings: Settings) -> list[Table]:
         targets.append((f"within 0.1 % of bitsandbytes in float32 arithmetic, got {off:.4f} %", off <= 0.1))
     return [
         Table(
-            f"{settings.model.name} on bench/text.txt, {len(found[OURS]['float32'])} predictions",
+            f"{settings.model.name} on bench/harness/text.txt, {len(found[OURS]['float32'])} predictions",
             rows,
             [
                 f"windows of {length(settings.quick)} tokens that do not overlap; NF4 with double quantisation in "

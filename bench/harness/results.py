@@ -1,20 +1,23 @@
-"""Results on disk: one JSON file per device, a record per case, and the page that shows them."""
+"""Results on disk: a JSON file for each device, with a record per case, and the pages that show them.
+
+A device's page is results/<device>.md; README.md has one table of all targets, met and missed.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from .machine import file_name
-from .table import Table
+from .machine import TOP, file_name
+from .table import Table, grid
 from .timing import warning
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 README = HERE / "README.md"
-IN_REPOSITORY = (HERE.parent / "pyproject.toml").is_file()
+IN_REPOSITORY = (TOP / "pyproject.toml").is_file()
 FOLDER = HERE / "results" if IN_REPOSITORY else Path("nf4lora-bench")
 UNTIMED = ("converge", "optimizers", "perplexity")  # whose figures are the same on a busy machine
-START, END = "<!-- results, written by python -m bench --table -->", "<!-- end of results -->"
+START, END = "<!-- targets, written by python -m bench --table -->", "<!-- end of targets -->"
 
 
 def append(path: Path, record: dict) -> None:
@@ -34,29 +37,55 @@ def keep(record: dict, folder: Path = FOLDER) -> Path:
 
 
 def write(page: Path, folder: Path = FOLDER) -> list[Path]:
-    """Replace what stands between the markers of the page; returns the files that were shown.
+    """Write each device's page beside its results, and all targets between the markers of `page`.
+
+    Returns:
+        the files of results that are shown
 
     Raises:
-        ValueError: the page has no markers.
+        ValueError: the page has no markers; nothing is written then.
     """
     text = page.read_text()
     if text.count(START) != 1 or text.count(END) != 1:
         raise ValueError(f"bench: {page} must hold the markers {START} and {END} once each")
     files = sorted(folder.glob("*.json"))
-    body = "\n\n".join(section(json.loads(path.read_text())["cases"]) for path in files) or "None recorded yet."
+    by_device = {path: json.loads(path.read_text())["cases"] for path in files}
+    for path, cases in by_device.items():
+        path.with_suffix(".md").write_text(device_page(cases))
+    body = "\n".join(summary(by_device)) or "None recorded yet."
     before, after = text.split(START)[0], text.split(END)[1]
     page.write_text(f"{before}{START}\n\n{body}\n\n{END}{after}")
     return files
 
 
-def section(cases: dict[str, dict]) -> str:
+def summary(by_device: dict[Path, dict[str, dict]]) -> list[str]:
+    """The lines of a table of all targets: what was wanted and found, where, and whether it is met."""
+    rows = [["device", "case", "target", ""]]
+    for path, cases in by_device.items():
+        for record in cases.values():
+            targets = [target for table in record["tables"] for target in table["targets"]]
+            link = f"[{short_name(record['environment'])}](results/{path.with_suffix('.md').name})"
+            rows += [[link, record["case"], claim, "met" if met else "**missed**"] for claim, met in targets]
+    return list(grid(rows)) if len(rows) > 1 else []
+
+
+def device_page(cases: dict[str, dict]) -> str:
     """A device's results as Markdown."""
     last = list(cases.values())[-1]["environment"]
-    return "\n\n".join([f"### {headline(last)}", *(case_text(record, last) for record in cases.values())])
+    head = [f"# {headline(last)}", "Written by `python -m bench --table`; [how to read it](../README.md)."]
+    return "\n\n".join([*head, *(case_text(record, last) for record in cases.values())]) + "\n"
+
+
+def short_name(about: dict) -> str:
+    """
+    >>> short_name({"device": "AMD EPYC", "cuda": None, "instruction_set": "avx2"})
+    'AMD EPYC, avx2'
+    """
+    return about["device"] if about["cuda"] else f"{about['device']}, {about['instruction_set']}"
 
 
 def case_text(record: dict, shown: dict) -> str:
-    lines = [f"#### {record['case']}: {record['question']}", ""]
+    lines = [f"## {record['case']}: {record['question']}", ""]
     about, load = record["environment"], record["load_average"]
     lines += [f"{record['seconds']:.0f} s; load average {load[0]} at the start, {load[-1]} at the end."]
     if about != shown:
@@ -69,11 +98,10 @@ def case_text(record: dict, shown: dict) -> str:
 
 def headline(about: dict) -> str:
     """Device, versions and commit in one line."""
-    device = about["device"] if about["cuda"] else f"{about['device']}, {about['instruction_set']}"
     packages = [name for name in ("torch", "transformers", "peft", "bitsandbytes") if about[name]]
     return ", ".join(
         [
-            f"{device}, {about['threads']} threads",
+            f"{short_name(about)}, {about['threads']} threads",
             f"nf4lora {about['nf4lora']} ({about['commit'] or 'no commit'})",
             *(f"{name} {about[name]}" for name in packages),
         ]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import nf4lora
 
-from .case import Absent, Settings, without
-from .contenders import EXACT, OURS, RIVAL, SIXTEEN, adapted
-from .process import Process
-from .table import Table
+from ..harness.case import Absent, Settings, without
+from ..harness.contenders import EXACT, OURS, RIVAL, SIXTEEN, adapted
+from ..harness.process import Process
+from ..harness.table import Table
 
 QUESTION = "After the same 60 steps from the same start, is the loss on held-out data that of PEFT + bitsandbytes?"
 

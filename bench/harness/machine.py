@@ -15,7 +15,7 @@ from nf4lora import build_info
 from .timing import alternate, last_cache
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "kernels", "accelerate")
-HERE = Path(__file__).resolve().parent
+TOP = Path(__file__).resolve().parents[2]  # the folder that this package lies in: the repository, or nf4lora
 
 
 def environment(device: str) -> dict:
@@ -58,12 +58,12 @@ def commit() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(HERE.parent), *words], capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", "-C", str(TOP), *words], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
 
-    if git("rev-parse", "--show-toplevel") != str(HERE.parent):
+    if git("rev-parse", "--show-toplevel") != str(TOP):
         return None  # installed in a folder that happens to lie in somebody's repository
     changed = git("status", "--porcelain", "--", "csrc", "python", "CMakeLists.txt", "bench/*.py")
     return f"{git('rev-parse', '--short', 'HEAD')}{'+' if changed else ''}"

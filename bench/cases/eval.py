@@ -10,11 +10,11 @@ import torch
 
 from nf4lora import _C
 
-from .case import Settings, without
-from .contenders import OURS, RIVAL, adapted
+from ..harness.case import Settings, without
+from ..harness.contenders import OURS, RIVAL, adapted
+from ..harness.process import Process
+from ..harness.table import Table
 from .load import write_model
-from .process import Process
-from .table import Table
 
 QUESTION = "Does an evaluation in the middle of training change the gradients of the next step?"
 

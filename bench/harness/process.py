@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TOP = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]  # the folder that this package lies in
+TOP = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]  # the folder that bench lies in
 
 
 class Process:
@@ -120,7 +120,7 @@ def main() -> None:
     module, arguments = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
-    steps = importlib.import_module(f".{module}", __package__).contender(**json.loads(arguments))
+    steps = importlib.import_module(f"..cases.{module}", __package__).contender(**json.loads(arguments))
     for _ in sys.stdin:
         print(json.dumps(next(steps)), file=answers, flush=True)
 

@@ -7,10 +7,10 @@ import torch
 from nf4lora import NF4Linear, ops
 from nf4lora.ops import reference
 
-from .case import Settings, check_equal, installed, without
-from .shapes import QUICK, SHAPES, Shape
-from .table import Table
-from .timing import alternate, rotation
+from ..harness.case import Settings, check_equal, installed, without
+from ..harness.shapes import QUICK, SHAPES, Shape
+from ..harness.table import Table
+from ..harness.timing import alternate, rotation
 
 QUESTION = "What do the scales of a weight cost in time and in bits?"
 

@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from .case import Settings, WrongAnswer, without
-from .contenders import OURS, RANK, RIVAL, SIXTEEN, adapted, load
-from .process import Process
-from .prose import windows
-from .table import Table
-from .timing import Timing
+from ..harness.case import Settings, WrongAnswer, without
+from ..harness.contenders import OURS, RANK, RIVAL, SIXTEEN, adapted, load
+from ..harness.process import Process
+from ..harness.prose import windows
+from ..harness.table import Table
+from ..harness.timing import Timing
 
 QUESTION = "How fast are 1, 4 and 16 texts generated, beside the 16-bit model and beside bitsandbytes?"
 

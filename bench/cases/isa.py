@@ -10,13 +10,13 @@ import torch
 from nf4lora import NF4Linear, build_info
 from nf4lora.ops import reference
 
-from .case import Absent, Settings, check_close
-from .contenders import ALPHA, RANK
-from .layers import CALLS, linear, with_lora
-from .process import Process
-from .shapes import QUICK, named
-from .table import Table
-from .timing import alternate
+from ..harness.case import Absent, Settings, check_close
+from ..harness.contenders import ALPHA, RANK
+from ..harness.layers import CALLS, linear, with_lora
+from ..harness.process import Process
+from ..harness.shapes import QUICK, named
+from ..harness.table import Table
+from ..harness.timing import alternate
 
 QUESTION = "How fast is a layer on a processor with AVX2, or with AVX-512 but no BF16, beside torch held to the same?"
 

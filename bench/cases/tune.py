@@ -17,15 +17,15 @@ from torch import Tensor
 from nf4lora import ops
 from nf4lora.ops.kernels import dispatch
 
-from . import heuristics
-from .case import Absent, Settings, check_close
-from .contenders import ALPHA, RANK
-from .layers import taking
-from .machine import commit
-from .results import HERE, IN_REPOSITORY
-from .shapes import Shape, named
-from .table import Table
-from .timing import CLOCKS, alternate, rotation
+from ..harness import heuristics
+from ..harness.case import Absent, Settings, check_close
+from ..harness.contenders import ALPHA, RANK
+from ..harness.layers import taking
+from ..harness.machine import TOP, commit
+from ..harness.results import IN_REPOSITORY
+from ..harness.shapes import Shape, named
+from ..harness.table import Table
+from ..harness.timing import CLOCKS, alternate, rotation
 
 QUESTION = "Which kernel is the fastest for how many tokens, forward and backward, on this GPU?"
 
@@ -40,7 +40,7 @@ QUICK = named("SmolLM2-135M q, o", "Llama-3.1-8B q, o")
 TOKENS = tuple(2**power for power in range(14))
 SMALL = 1 << 22  # weights: between what is measured, 0.9 million of SmolLM2 and 17 million of Llama, by ratio
 TOLERANCE = 0.02  # bf16, S and T rounded to it: a few last places of 2**-8
-PATH = HERE.parent / "python/nf4lora/ops/kernels/heuristics.json"
+PATH = TOP / "python/nf4lora/ops/kernels/heuristics.json"
 
 Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
 
@@ -74,7 +74,7 @@ def run(settings: Settings) -> list[Table]:
         print(heuristics.text(rules), flush=True)
     else:
         heuristics.rewrite(PATH, architecture, rules)
-        note = f"written into {PATH.relative_to(HERE.parent)}"
+        note = f"written into {PATH.relative_to(TOP)}"
     return [
         *(table_of(direction, times, rules) for direction in dispatch.CHOICES),
         Table(f"Rules of {architecture}", [asdict(rule) for rule in rules], [note]),

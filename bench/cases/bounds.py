@@ -15,12 +15,12 @@ from torch import Tensor
 from nf4lora import NF4Linear, ops
 from nf4lora.memory.pages import in_huge_pages
 
-from .case import Absent, Settings, check_equal
-from .contenders import ALPHA, RANK
-from .layers import linear
-from .shapes import QUICK, SHAPES, Shape, named
-from .table import Table
-from .timing import alternate, rotation
+from ..harness.case import Absent, Settings, check_equal
+from ..harness.contenders import ALPHA, RANK
+from ..harness.layers import linear
+from ..harness.shapes import QUICK, SHAPES, Shape, named
+from ..harness.table import Table
+from ..harness.timing import alternate, rotation
 
 QUESTION = "What is a layer's time made of: decoding, pages of memory, the LoRA branch?"
 

@@ -1,0 +1,1 @@
+"""The cases, a module each: `QUESTION` and `run(settings) -> list[Table]`."""

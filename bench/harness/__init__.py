@@ -1,0 +1,1 @@
+"""What the cases measure with: contenders, processes, timing, tables, and results on disk."""
