@@ -14,6 +14,8 @@ import os
 
 import torch
 
+from nf4lora.compat.torch import onednn_linear
+
 CAPACITY = 16  # products: more than the layers of one length need, each layer the same ones
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own cache, and torch's in front of it
 
@@ -46,6 +48,5 @@ def _use_caches() -> None:
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         vector, matrix = torch.zeros(1, 1), torch.zeros(64, 64, dtype=torch.bfloat16)
-        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch's own affair: not there in every build
-            torch.ops.mkldnn._linear_pointwise(vector, vector, None, "none", [], "")
+        onednn_linear(vector, vector)
         torch.mm(matrix[:32], matrix)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from nf4lora.compat.torch import as_subclass, storage_address, tree_leaves, tree_map_only
 
 # In-place functions that change no code, or put other codes in their place.
 HARMLESS_IN_PLACE = ("copy_", "requires_grad_", "share_memory_", "bitwise_")
@@ -59,7 +60,7 @@ class PackedWeight(nn.Parameter):
     def __new__(cls, codes: Tensor, requires_grad: bool = False) -> PackedWeight:
         if isinstance(codes, PackedWeight):
             codes = codes.codes
-        guard = Tensor._make_subclass(cls, torch.empty(0, dtype=torch.uint8), False)
+        guard = as_subclass(cls, torch.empty(0, dtype=torch.uint8))
         object.__setattr__(guard, "codes", codes)
         return guard
 
@@ -67,7 +68,7 @@ class PackedWeight(nn.Parameter):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        memory = {leaf.codes.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
+        memory = {storage_address(leaf.codes) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
         args, kwargs = tree_map_only(cls, lambda guard: guard.codes, (args, kwargs or {}))
         name = getattr(func, "__name__", str(func))
         in_place = name.endswith("_") and not name.endswith("__") and not name.startswith(HARMLESS_IN_PLACE)
@@ -78,7 +79,7 @@ class PackedWeight(nn.Parameter):
             raise ValueError(refusal(name))
 
         def guarded(tensor: Tensor) -> Tensor:  # .data, .T, a slice and a copy are packed codes as well
-            is_view = tensor.untyped_storage()._cdata in memory
+            is_view = storage_address(tensor) in memory
             return cls(tensor) if tensor.dtype == torch.uint8 and (is_view or name in COPIES) else tensor
 
         # A torch.Size stays one: tree_map would make a plain tuple of it.

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from nf4lora import _C
+from nf4lora.compat.torch import below_autograd, is_forward_mode, is_transformed
 from nf4lora.ops.nf4 import BLOCKSIZE
 
 _ops = torch.ops.nf4lora
@@ -64,18 +65,18 @@ def lora_linear(
     arguments = (x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize)
     if torch.compiler.is_compiling():
         return _ops.lora_linear.default(*arguments)[0]
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed() or is_forward_mode():
         _refuse_transforms(x, bias, lora_A, lora_B)
     if _wants_gradient(x, lora_A, lora_B):
         return _LoraLinear.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # the way through Python that notes a gradient costs 10 microseconds
+    with below_autograd():
         return _ops.lora_linear.default(*arguments)[0]
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
     """Both ways below go past what torch.func and forward mode have to see, and would drop their part of the result."""
     duals = (tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    if torch._C._are_functorch_transforms_active() or any(duals):
+    if is_transformed() or any(duals):
         raise NotImplementedError(
             "lora_linear: gradients must be taken by reverse mode (backward, torch.autograd.grad), got forward-mode "
             "differentiation or a transform of torch.func (vmap, grad, jvp); call backward() per sample instead, or "
@@ -134,7 +135,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y, S = _ops.lora_linear.default(*inputs)
         _save(ctx, inputs, S)
         return y

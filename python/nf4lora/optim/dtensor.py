@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4lora.compat.torch import dtensor_like, norms
 from nf4lora.optim.quantized import blocks_of
 
 PLAIN = Tensor, torch.nn.Parameter
@@ -41,7 +42,7 @@ def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
         shown = DTensor.from_local(
             likeness, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
-    return DTensor(tensor, shown._spec, requires_grad=False)
+    return dtensor_like(tensor, shown)
 
 
 def shard_of(value: Any, like: Any) -> Any:
@@ -97,11 +98,11 @@ def total_norm(grads: list[Any]) -> Tensor:
     for grad in grads:
         _require_dense(grad)
         by_mesh.setdefault(grad.device_mesh if is_shard(grad) else None, []).append(grad)
-    norms: list[Any] = []
+    found: list[Any] = []
     for mesh, some in by_mesh.items():
         if mesh is None:
-            norms += torch._foreach_norm(some, 2, dtype=torch.float32)
+            found += norms(some)
         else:
             norm: Any = torch.nn.utils.get_total_norm(some)
-            norms.append((norm.full_tensor() if is_shard(norm) else norm).float())
-    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+            found.append((norm.full_tensor() if is_shard(norm) else norm).float())
+    return torch.linalg.vector_norm(torch.stack([each.to(found[0].device) for each in found]))

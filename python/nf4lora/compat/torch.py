@@ -1,0 +1,107 @@
+"""What is used of torch beyond its public interface, each thing in one place.
+
+Tried with torch 2.11 to 2.14. `tests/test_compat.py` fails where one of these names has gone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["tree_leaves", "tree_map_only"]
+
+
+# ---- modules: their dictionaries, which an attribute takes half a microsecond to search
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's own modules by name, also under each of several names."""
+    return module._modules
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters by name."""
+    return module._parameters
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers by name."""
+    return module._buffers
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module calls anything else besides its forward."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def uncompiled(model: Any) -> Any:
+    """The model under the wrapper of `torch.compile`, if it has one."""
+    return getattr(model, "_orig_mod", model)
+
+
+# ---- tensors
+
+
+def version(tensor: Tensor) -> int:
+    """Counts what has been written into a tensor in place."""
+    return tensor._version
+
+
+def storage_address(tensor: Tensor) -> int:
+    """The same for tensors that share their memory, however it is moved."""
+    return tensor.untyped_storage()._cdata
+
+
+def as_subclass(cls: Any, tensor: Tensor) -> Any:
+    """The tensor as one of this class, without a gradient."""
+    return Tensor._make_subclass(cls, tensor, False)
+
+
+def without_memory(cls: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of this class that has a shape and no values."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def dtensor_like(tensor: Tensor, dtensor: Any) -> Any:
+    """A DTensor over this very tensor, which lies as the other one does."""
+    return type(dtensor)(tensor, dtensor._spec, requires_grad=False)
+
+
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each, in float32, in one call."""
+    return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+
+
+# ---- calling ops
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Call ops without noting a gradient: the way through Python that notes one costs 10 microseconds."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, such as vmap, is on."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return forward_ad._current_level >= 0
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> None:
+    """Multiply as torch.compile's code does; nothing where torch was built without it."""
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
