@@ -1,5 +1,6 @@
 """The fused LoRA layer against PEFT's own on the dequantised model, and every way into and around it."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from peft.tuners import lora
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from nf4lora import ops
 from nf4lora.adapters import lora_layer
@@ -327,6 +329,69 @@ def test_a_hook_of_any_kind_on_the_adapters_own_layer_is_called(which, kind):
     assert relative(again, y) < 1e-5
     assert len(seen) == 1
     handle.remove()
+
+
+def into_hook(seen, kind):
+    """A hook of this kind, written as for any linear layer: it doubles what it may, and notes what shape comes in."""
+
+    def pre(module, inputs):
+        (x,) = inputs
+        seen.append(x.shape)
+        return (2 * x,)
+
+    def pre_with_kwargs(module, inputs, kwargs):
+        return pre(module, inputs), kwargs
+
+    def after(module, inputs, output):
+        (x,) = inputs
+        seen.append(x.shape)
+        return 2 * output
+
+    def backward(module, grad_inputs, grad_outputs):
+        (dx,) = grad_inputs
+        seen.append(dx.shape)
+        return (2 * dx,)
+
+    return {"pre": pre, "pre_with_kwargs": pre_with_kwargs, "forward": after, "full_backward": backward}[kind]
+
+
+HOOKS = {
+    "pre": lambda layer, hook: layer.register_forward_pre_hook(hook),
+    "pre_with_kwargs": lambda layer, hook: layer.register_forward_pre_hook(hook, with_kwargs=True),
+    "forward": lambda layer, hook: layer.register_forward_hook(hook),
+    "full_backward": lambda layer, hook: layer.register_full_backward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_the_base_layer_sees_and_changes_what_it_does_under_peft(kind, disabled):
+    results = []
+    for model in pair():
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        seen, x = [], torch.linspace(-1, 1, 3 * 64).view(3, 64).requires_grad_()
+        HOOKS[kind](layer.base_layer, into_hook(seen, kind))
+        with model.disable_adapter() if disabled else contextlib.nullcontext():
+            y = layer(x)
+        y.square().sum().backward()
+        results.append((seen, y, x.grad))
+    (seen, y, grad), (expected_seen, expected, expected_grad) = results
+    assert seen == expected_seen == [(3, 64)]
+    assert relative(y, expected) < 1e-5 and relative(grad, expected_grad) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward"])
+def test_a_hook_for_every_module_finds_one_input_and_the_adapter_stays_in_the_op(kind, fused_calls):
+    layer, x, seen = layers(adapted(packed_llama()))[0], torch.randn(3, 64), []
+    expected = layer(x)
+    register = {"pre": register_module_forward_pre_hook, "forward": register_module_forward_hook}[kind]
+    handle = register(lambda module, inputs, *_: seen.append(len(inputs)) or (inputs if kind == "pre" else None))
+    try:
+        y = layer(x)
+    finally:
+        handle.remove()
+    assert set(seen) == {1}
+    assert torch.equal(y, expected) and len(fused_calls) == 2
 
 
 def doubled(module):

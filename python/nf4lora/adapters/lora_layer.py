@@ -34,8 +34,8 @@ INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", 
 class NF4LoraLinear(lora.Linear):
     """PEFT's `lora.Linear` over an `NF4Linear`: one fused op, `y = x W^T + bias + scaling (dropout(x) A^T) B^T`.
 
-    Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the adapter's
-    own layers: all of these run PEFT's code, on top of the same base layer. Adapters stay float32.
+    Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the base layer or
+    on the adapter's own: all of these run PEFT's code, on top of the same base layer. Adapters stay float32.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -56,7 +56,8 @@ class NF4LoraLinear(lora.Linear):
         modules: Any = self._modules
         layers_A, layers_B = modules["lora_A"]._modules, modules["lora_B"]._modules
         active = [name for name in self.active_adapters if name in layers_A]
-        if len(active) != 1 or not isinstance(modules["base_layer"], NF4Linear):
+        base = modules["base_layer"]
+        if len(active) != 1 or not isinstance(base, NF4Linear) or _has_hooks(base):
             return None
         (name,) = active
         lora_A, lora_B, dropout = layers_A[name], layers_B[name], modules["lora_dropout"]._modules[name]
@@ -85,7 +86,8 @@ class NF4LoraLinear(lora.Linear):
         if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
             A, B = A.float(), B.float()
         base: Any = self._modules["base_layer"]
-        return base(x, A, B, scaling, p, seed)
+        # By keyword: a hook that torch calls for every module finds x alone among the inputs, as of any linear layer.
+        return base(x, lora_A=A, lora_B=B, scaling=scaling, dropout=p, seed=seed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a 16-bit base as PEFT does; refuse a packed one."""
@@ -137,16 +139,19 @@ def _is_plain(module: nn.Module) -> bool:
     Hooks of every kind, a forward of its own (accelerate's, a user's) and parametrizations, which change the class, all
     want the call.
     """
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or _has_hooks(module):
         return False
+    return "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what goes into the module and comes out of it."""
     state = module.__dict__
-    return not (
+    return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or "forward" in state
-        or "_hf_hook" in state
     )
 
 
