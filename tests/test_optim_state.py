@@ -103,6 +103,40 @@ def test_a_copy_goes_on_bit_for_bit(bits, how, tmp_path):
 
 
 @BITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_a_parameter_that_is_frozen_while_it_is_loaded_waits_unharmed(bits, dtype):
+    params, optimizer = trained(bits, dtype)
+    others = copies(params)
+    for p in others[::2]:
+        p.requires_grad_(False)
+    other = PagedAdamW(others, lr=1e-2, bits=bits)
+    other.load_state_dict(optimizer.state_dict())
+    third = PagedAdamW(copies(params), lr=1e-2, bits=bits)  # what is saved meanwhile is whole
+    third.load_state_dict(through_torch(other.state_dict()))
+    thirds = third.param_groups[0]["params"]
+    optimizer.zero_grad()
+    train(params[1::2], optimizer, [8])
+    train(others[1::2], other, [8])
+    train(thirds[1::2], third, [8])
+    for p in others[::2]:
+        p.requires_grad_(True)
+    for each, its in ((params, optimizer), (others, other), (thirds, third)):
+        train(each, its, [9])
+    assert_same(params, optimizer, others, other)
+    assert_same(params, optimizer, thirds, third)
+
+
+def test_a_wrong_state_of_a_frozen_parameter_is_refused():
+    params, optimizer = trained(8)
+    state = optimizer.state_dict()
+    state["state"][0]["absmax"] = state["state"][0]["absmax"][:-1]
+    others = copies(params)
+    others[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="the state of parameter 0 must hold absmax"):
+        PagedAdamW(others, bits=8).load_state_dict(state)
+
+
+@BITS
 def test_a_state_can_be_loaded_where_it_was_saved(bits):
     params, optimizer = trained(bits)
     others, other = trained(bits)

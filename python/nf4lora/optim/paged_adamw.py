@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from nf4lora.optim.arena import Arena
 from nf4lora.optim.arena_cuda import PAGING
@@ -147,10 +149,11 @@ class PagedAdamW(Optimizer):
             self._adopt_state(p, moments)
 
     def _read(self, p: Tensor, entry: dict[str, Any], what: str) -> Moments:
-        """A state of p that lies elsewhere, this process's part."""
-        own = self._param_states[p]
-        shard = {name: shard_of(value, own.exposed.get(name)) for name, value in unwrapped(entry).items()}
-        return read_state(shard, own.bucket.counts[own.index], absmax_blocks(p), shard_size_tag(p), what)
+        """A state of p that lies elsewhere, this process's part; p may be frozen, and have no place in an arena yet."""
+        own = self._param_states.get(p)
+        like = dict.fromkeys(("exp_avg", "exp_avg_sq"), p) if own is None else own.exposed
+        shard = {name: shard_of(value, like.get(name)) for name, value in unwrapped(entry).items()}
+        return read_state(shard, local(p).numel(), absmax_blocks(p), shard_size_tag(p), what)
 
     def _adopt_state(self, p: Tensor, moments: Moments | None) -> None:
         """Write these moments, or those of no step, into the arena, and expose that in `state[p]`."""
@@ -315,8 +318,10 @@ class PagedAdamW(Optimizer):
             self._param_states, self._skipped, self._norm = {}, {}, None
         super().__setstate__(state)
         for p, entry in list(self.state.items()):
-            if isinstance(entry, Moments):  # of `_readable`
+            if isinstance(entry, Moments):  # of `_readable`, as is the next
                 self._adopt_state(p, entry)
+            elif isinstance(entry, _Waiting):
+                self.state[p] = entry.entry
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -324,10 +329,17 @@ class PagedAdamW(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in options}
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """The state of a parameter that is frozen while it is loaded, as it was saved: adopted once it is trained."""
+
+    entry: dict[str, Any]
+
+
 def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with every state read and checked, before anything of the optimizer changes.
 
-    As Moments: torch would cast tensors to the dtype of their parameter.
+    As Moments, or waiting: torch would cast tensors to the dtype of their parameter.
     """
     assert isinstance(optimizer, PagedAdamW)
     lengths = [
@@ -342,7 +354,11 @@ def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     state = {}
     for key, entry in state_dict["state"].items():
         state[key] = entry
-        if entry and key in params and params[key] in optimizer._param_states:
-            moments = optimizer._read(params[key], entry, f"the state of parameter {key}")
+        if not entry or key not in params:
+            continue
+        moments = optimizer._read(params[key], entry, f"the state of parameter {key}")
+        if params[key] in optimizer._param_states:
             state[key] = moments.clone() if moments.exp_avg.data_ptr() in addresses else moments
+        else:
+            state[key] = _Waiting(tree_map_only(Tensor, torch.clone, dict(entry)))
     return {**state_dict, "state": state, "param_groups": groups}
