@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import peft
@@ -27,6 +28,8 @@ METHODS = {
     *("LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY"),
     *("PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
 }
+# PEFT's variants of LoRA that leave the base weight alone, or dequantise it: compared in tests/test_peft_methods.py.
+VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
 # PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
 INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
 
@@ -40,6 +43,7 @@ class NF4LoraLinear(lora.Linear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         check_init("NF4LoraLinear", config)
+        check_variant("NF4LoraLinear", config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -131,6 +135,17 @@ def check_init(who: str, config: LoraConfig) -> None:
             f"{who}: init_lora_weights must be True, False, 'gaussian' or 'eva' on a base packed in NF4, got {init!r}, "
             f"which works on a floating-point base only"
         )
+
+
+def check_variant(who: str, config: Any) -> None:
+    """Refuse variants of LoRA that compute with the base weight, or take its dtype, which is that of codes."""
+    for option in fields(config):
+        if option.metadata.get("is_lora_variant") and getattr(config, option.name) and option.name not in VARIANTS:
+            raise ValueError(
+                f"{who}: {option.name} must be left out on a base packed in NF4, got "
+                f"{type(getattr(config, option.name)).__name__}, a variant of LoRA that needs a floating-point base; "
+                f"plain LoRA and {', '.join(sorted(VARIANTS))} work on one"
+            )
 
 
 def _is_plain(module: nn.Module) -> bool:

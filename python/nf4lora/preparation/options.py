@@ -59,7 +59,7 @@ def checked_lora_config(base: nn.Module, lora_config: LoraConfig | None, given: 
     """The configuration, or one made of single options; a copy, since PEFT writes into what it is given."""
     from peft import LoraConfig
 
-    from nf4lora.adapters.lora_layer import check_init
+    from nf4lora.adapters.lora_layer import check_init, check_variant
 
     if lora_config is None:
         known = {field.name for field in fields(LoraConfig)}
@@ -93,6 +93,7 @@ def checked_lora_config(base: nn.Module, lora_config: LoraConfig | None, given: 
         raise ValueError(f"prepare: lora_dropout must be in [0, 1), got {config.lora_dropout}")
     _check_names(config)
     check_init("prepare", config)
+    check_variant("prepare", config)
     return config
 
 

@@ -73,6 +73,7 @@ def plan_preparation(
     if isinstance(model, PeftModel):
         _check_same_adapter(model, base, asked, None if lora_config is not None else set(given or ()))
         config = model.active_peft_config
+        lora_layer.check_variant("prepare", config)
         trained = _named_modules(base, _full_names(config), ASKED)
         targets = find_targets(base, asked)
         frozen = [
