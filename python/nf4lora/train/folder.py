@@ -192,7 +192,7 @@ def set_aside(folder: Path, step: int) -> Path | None:
     """Move checkpoints later than `step`, and results, into a folder of their own; None where there are none.
 
     A run that goes back to an earlier checkpoint would otherwise leave its new checkpoints among later ones of the old
-    course, and replace these one by one.
+    course, and replace these one by one. A damaged one may still hold the weights.
     """
     later = [each for number, each in own_checkpoints(folder).items() if number > step]
     names = [name for name in own_files(folder) if name not in (RECORD, "config.yaml", "metrics.jsonl")]

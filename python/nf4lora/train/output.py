@@ -111,18 +111,17 @@ class Output:
                 if self._check() != self.checkpoint:
                     raise UsageError(f"output_dir {folder}: another nf4lora train has put a checkpoint there meanwhile")
             files.sweep(folder)
-            if config.resume_from_checkpoint == "auto":
-                reached = -1 if self.checkpoint is None else step_of(self.checkpoint)
-                later = [each for step, each in files.checkpoint_folders(folder).items() if step > reached]
-                said += [f"{each.name} is passed over: {broken(each)}" for each in later]
+            passes_over = config.resume_from_checkpoint == "auto"
+            reached = -1 if self.checkpoint is None else step_of(self.checkpoint)
+            if (passes_over or self.goes_on) and (aside := files.set_aside(folder, reached)):
+                moved = files.checkpoint_folders(aside).values()
+                if passes_over:
+                    said += [f"{each.name} is passed over: {broken(each)}; it is kept in {aside}" for each in moved]
+                else:
+                    names = ", ".join(each.name for each in moved)
+                    said.append(f"{names} and the results of the earlier course are kept in {aside}")
             if not self.goes_on:
                 files.clear(folder)
-            elif config.resume_from_checkpoint != "auto":
-                assert self.checkpoint is not None
-                aside = files.set_aside(folder, step_of(self.checkpoint))
-                if aside is not None:
-                    moved = ", ".join(sorted(each.name for each in aside.glob("checkpoint-*")))
-                    said.append(f"{moved} and the results of the earlier course are kept in {aside}")
             adopted = OF_TOKENIZERS if self.goes_on and files.of_earlier_version(folder) else ()
             files.note_files(folder, (*RESULTS, *adopted), output_dir=config.output_dir)
             configuration.write(config, folder / "config.yaml")

@@ -251,9 +251,14 @@ class Trainer(SFTTrainer):
             place.rename(final)
         self.saved, self._written = final, self.state.global_step
         if rotate and self.keep:
-            for each in list(files.own_checkpoints(folder).values())[: -self.keep]:
-                with contextlib.suppress(OSError):  # one too many is no reason to stop
-                    files.remove(each)
+            self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Drop the checkpoints before the current one that are too many."""
+        earlier = [each for step, each in files.own_checkpoints(folder).items() if step < self.state.global_step]
+        for each in earlier[: max(len(earlier) + 1 - self.keep, 0)]:
+            with contextlib.suppress(OSError):  # one too many is no reason to stop
+                files.remove(each)
 
     def rescue(self) -> bool:
         """After an error within a step: save the steps before, unless they are saved; says whether that was done."""
