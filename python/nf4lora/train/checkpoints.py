@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nf4lora.train.clock import Clock
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.folder import CHECKPOINT_RECORD, checkpoint_folders
 from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
@@ -117,12 +119,22 @@ def base_identity(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def record(config: TrainConfig, data: dict[str, Any], base: str) -> dict[str, Any]:
+def record(config: TrainConfig, data: dict[str, Any], base: str, clock: Clock) -> dict[str, Any]:
     """What is written into each checkpoint."""
     from nf4lora import _C  # type: ignore[attr-defined]
 
     options = {name: getattr(config, name) for name in OPTIONS if name not in PER_CALL}
-    return {"written_by": f"nf4lora train {_C.__version__}", "data": data, "base": base, "options": options}
+    about = {"written_by": f"nf4lora train {_C.__version__}", "date": clock.moment.isoformat()}
+    return {**about, "data": data, "base": base, "options": options}
+
+
+def clock_of(checkpoint: Path) -> Clock:
+    """What the templates of the run that wrote it took for now."""
+    try:
+        noted = read_record(checkpoint).get("date")
+        return Clock(datetime.fromisoformat(noted)) if noted else Clock()
+    except (TypeError, ValueError):
+        raise UsageError(f"resume_from_checkpoint: {checkpoint / CHECKPOINT_RECORD} holds no date as `date`") from None
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from nf4lora.train import banner, checkpoints, optimizer
 from nf4lora.train import data as reading
 from nf4lora.train import model as loading
+from nf4lora.train.clock import Clock
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.fit import Setup, fit
 from nf4lora.train.interrupt import Interrupt
@@ -56,8 +57,10 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         check_reports(config)
         tokenizer, stops, model_config = loading.load_tokenizer(config)
         length_note = loading.check_length(config, model_config)
-        data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
-    data.notes[:0] = [note for note in (*tables[2], length_note, data.choice) if note]
+        clock = Clock() if output.checkpoint is None else checkpoints.clock_of(output.checkpoint)
+        with clock.shown():
+            data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
+    data.notes[:0] = [note for note in (*tables[2], length_note, data.choice, clock.note) if note]
     check_tokens(data, tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
     identity = checkpoints.data_identity(data.train, config)
 
@@ -83,7 +86,7 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         model, said = loading.add_adapters(config, model, data.train.input_ids[0])
     for line in said:
         banner.say(console, "prepare", line)
-    record = checkpoints.record(config, identity, checkpoints.base_identity(model))
+    record = checkpoints.record(config, identity, checkpoints.base_identity(model), clock)
     opened_with = loading.auto_class(model_config, config.model_name_or_path or "").__name__
     return fit(
         Setup(config, console, device, dtype, tokenizer, data, model, quantized, opened_with, output, record, interrupt)
