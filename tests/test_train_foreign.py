@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from nf4lora.train.config import parse_arguments
+from nf4lora.train.data import read
 from nf4lora.train.errors import UsageError
 from nf4lora.train.foreign import ASIDE, ONLY, TRANSLATED, aside
+from nf4lora.train.formats import recognise, samples
 from nf4lora.train.options import ALIASES, OPTIONS
 
 # Shaped like the QLoRA examples of each tool; only what they name is theirs.
@@ -174,7 +177,7 @@ def values(config, *names):
 def test_axolotl_file_needs_no_edit(tmp_path):
     config = parsed(tmp_path, AXOLOTL)
     assert values(config, "model_name_or_path", "data", "dataset_format", "load_in_4bit", "max_length", "packing") == (
-        "org/Llama-7B", "rows.jsonl", "messages", True, 4096, True
+        "org/Llama-7B", "rows.jsonl", "sharegpt", True, 4096, True
     )  # fmt: skip
     assert values(config, "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") == (32, 16, 0.05, "all-linear")
     assert values(config, "optim", "learning_rate", "dtype", "warmup_steps", "val_size") == (
@@ -202,6 +205,56 @@ def test_llama_factory_file_needs_no_edit(tmp_path):
     said = "\n".join(config.notes)
     for name in ("overwrite_cache", "preprocessing_num_workers", "plot_loss", "ddp_timeout", "trust_remote_code"):
         assert said.count(name) == 1
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "column"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        (
+            "field_messages: conversations, message_property_mappings: {role: from, content: value}",
+            {"conversations": SHAREGPT},
+        ),
+        ("field_messages: conversations", {"conversations": CHAT, "messages": OTHER}),
+        ("field_messages: messages", {"conversations": OTHER, "messages": CHAT}),
+        ("message_field_role: from, message_field_content: value", {"messages": SHAREGPT}),
+        ("message_property_mappings: {role: from, content: content}",
+         {"messages": [{"from": "human", "content": "hi"}, {"from": "gpt", "content": "ho"}]}),
+    ],
+)  # fmt: skip
+def test_rows_are_read_as_the_entry_of_axolotl_describes_them(tmp_path, entry, row):
+    assert conversations(
+        tmp_path, f"base_model: m\ndatasets: [{{path: ROWS, type: chat_template, {entry}}}]\n", row
+    ) == [CHAT]
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        ({"formatting": "sharegpt"}, {"conversations": SHAREGPT, "messages": OTHER}),
+        ({"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role"}},
+         {"conversations": OTHER, "messages": CHAT}),
+        ({}, {"instruction": "hi", "output": "ho", "messages": OTHER}),
+    ],
+)  # fmt: skip
+def test_rows_are_read_as_the_listing_of_llama_factory_describes_them(tmp_path, entry, row):
+    listing = {"mine": {"file_name": "rows.jsonl", **entry}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listing))
+    assert conversations(tmp_path, LLAMA_FACTORY.replace("{folder}", str(tmp_path)), row) == [CHAT]
+
+
+def conversations(folder, text, row):
+    """The messages that are read from a file of one row."""
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    config = parsed(folder, text.replace("ROWS", str(rows)))
+    table, _, _ = read(replace(config, val_size=0, given=frozenset()))
+    kind, _ = recognise(table, config.dataset_format)
+    return [sample.messages for sample in samples(table, kind)]
 
 
 def test_files_of_trl_and_mlx_need_no_edit(tmp_path):
@@ -312,8 +365,6 @@ def test_keys_of_other_tools_may_be_flags():
 
 
 def test_evaluations_per_epoch_are_a_wish(tmp_path):
-    from nf4lora.train.data import read
-
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": "b"}\n')
     config = parsed(tmp_path, f"base_model: m\ndata: {rows}\nval_set_size: 0.0\nevals_per_epoch: 4\n")

@@ -40,6 +40,27 @@ def test_chat_formats_give_the_same_conversation(row, kind):
     assert sample.messages == TURNS
 
 
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "column"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"conversations": SHARED}, "messages"),
+        ({"messages": SHARED}, "messages"),
+        ({"messages": SHARED}, "auto"),
+        ({"conversations": TURNS}, "sharegpt"),
+        ({"conversations": TURNS, "messages": OTHER}, "sharegpt"),
+        ({"conversations": OTHER, "messages": SHARED}, "messages"),
+        ({"messages": [{"role": "user", "value": "hi"}, {"from": "gpt", "content": "ho"}]}, "messages"),
+        ({"messages": [{"from": None, "value": None, **turn} for turn in TURNS]}, "messages"),
+    ],
+)
+def test_turns_are_read_under_the_names_they_have_in_the_column_that_is_named(row, wanted):
+    assert converted(row, wanted)[1].messages == TURNS
+
+
 def test_text_and_prompt_keep_their_text():
     assert converted({"text": "abc"})[1].text == "abc"
     kind, sample = converted({"prompt": "a", "completion": "b"})

@@ -283,6 +283,9 @@ ENTRY_ONLY: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+COLUMN_OF = {"messages": "messages", "conversations": "sharegpt"}  # the format that reads turns in this column
+
+
 def _entry(value: Any) -> dict:
     """One entry of Axolotl's list of data sets.
 
@@ -314,8 +317,8 @@ def _entry(value: Any) -> dict:
                 raise ValueError(f"must have a type of {', '.join(FORMATS)} (or chat_template, completion), got {item}")
             found.setdefault(ENTRY[name], kinds.get(item, item) if name == "type" else item)
         elif name == "message_property_mappings":
-            if not isinstance(item, dict) or set(item.items()) - {("role", "role"), ("content", "content"),
-                                                                 ("role", "from"), ("content", "value")}:  # fmt: skip
+            known_names = {"role": ("role", "from"), "content": ("content", "value")}
+            if not isinstance(item, dict) or any(each not in known_names.get(key, ()) for key, each in item.items()):
                 raise ValueError("must keep the keys role and content (or from and value) in message_property_mappings")
         elif name == "roles_to_train":
             if [*item] not in (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]):
@@ -329,6 +332,8 @@ def _entry(value: Any) -> dict:
             raise ValueError(f"must hold one entry with {', '.join(ENTRY)}; {name} cannot be honoured")
         elif not _same(item, ENTRY_ONLY[name]):
             raise ValueError(f"must have {' or '.join(map(_word, ENTRY_ONLY[name]))} as {name}, got {item}")
+    if entry.get("field_messages") and found.get("dataset_format", "messages") in COLUMN_OF.values():
+        found["dataset_format"] = COLUMN_OF[entry["field_messages"]]
     return found
 
 

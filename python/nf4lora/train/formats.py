@@ -69,8 +69,11 @@ def _recognise(table: Table, index: int, wanted: str) -> tuple[str, str]:
         "alpaca": ("instruction", "output"),
         "text": ("text",),
     }
-    if "conversations" in first and "messages" not in first and _speaks_roles(row["conversations"]):
-        columns["messages"], columns["sharegpt"] = ("conversations",), ("from and value in conversations",)
+    if "conversations" in first and "messages" not in first:
+        if wanted == "messages":
+            columns["messages"] = ("conversations",)
+        elif wanted == "auto" and _speaks_roles(row["conversations"]):
+            columns["messages"], columns["sharegpt"] = ("conversations",), ("from and value in conversations",)
     found = [name for name, needed in columns.items() if set(needed) <= first]
     if wanted != "auto":
         if wanted not in found:
@@ -224,13 +227,30 @@ def _conversation(turns: Any, name: str) -> list[tuple[dict, bool]]:
     turns = _listed_turns(turns)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{name} must be a list of messages that is not empty")
-    return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
+    return [_message(_in_roles(turn, f"{name}[{index}]"), f"{name}[{index}]") for index, turn in enumerate(turns)]
 
 
-def _message(turn: Any, name: str) -> tuple[dict, bool]:
+def _in_roles(turn: Any, name: str) -> dict:
+    """A turn that says who speaks under `role` or `from`, and what under `content` or `value`, as role and content."""
     turn = parsed(turn)
     if not isinstance(turn, dict):
         raise ValueError(f"{name} must be an object with role and content")
+    turn = dict(turn)
+    if turn.get("content") is None and turn.get("value") is not None:
+        turn["content"] = turn.pop("value")
+        if not isinstance(turn["content"], str):
+            raise ValueError(f"{name}: value must be text, got {_kind(turn['content'])}")
+    if turn.get("role") is not None or turn.get("from") is None:
+        return turn
+    speaker = turn.pop("from")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT:
+        raise ValueError(f"{name}: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
+    if speaker == "function_call":
+        return {**turn, "role": "assistant", "content": "", "tool_calls": _function_call(turn.get("content"), name)}
+    return {**turn, "role": SHAREGPT[speaker]}
+
+
+def _message(turn: dict, name: str) -> tuple[dict, bool]:
     turn = {key: value for key, value in turn.items() if value is not None}  # parquet fills absent keys with nulls
     role = "tool" if turn.get("role") == "function" else turn.get("role")
     if not isinstance(role, str) or role not in ROLES:
@@ -263,27 +283,10 @@ def _part(part: Any, name: str) -> str:
 
 
 def _sharegpt(row: dict) -> Sample:
-    turns = _listed_turns(row.get("conversations"))
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("conversations must be a list of turns that is not empty")
-    found = []
-    for index, turn in enumerate(turns):
-        name = f"conversations[{index}]"
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if not isinstance(speaker, str) or speaker not in SHAREGPT:
-            raise ValueError(f"{name}: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"{name}: value must be text, got {_kind(turn.get('value'))}")
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        if speaker == "function_call":
-            message = {**rest, "role": "assistant", "content": "", "tool_calls": _function_call(turn["value"], name)}
-        else:
-            message = {**rest, "role": SHAREGPT[speaker], "content": turn["value"]}
-        found.append(_message(message, name))
-    return _chat(row, found)
+    return _chat(row, _conversation(row.get("conversations"), "conversations"))
 
 
-def _function_call(value: str, name: str) -> list[dict]:
+def _function_call(value: Any, name: str) -> list[dict]:
     called = parsed(value)
     called = called if isinstance(called, list) else [called]
     if not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in called):

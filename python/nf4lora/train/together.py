@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nf4lora.train.foreign import COLUMN_OF
 from nf4lora.train.options import default
 from nf4lora.train.values import boolean
 
@@ -123,9 +124,8 @@ def _data_set_of_llama_factory(given: dict, result: Together) -> None:
     if isinstance(found, str):
         result.errors.append(f"dataset {names[0]}: {listing} has {found}")
     else:
-        given |= found
-    if not isinstance(found, str):
         del given["dataset"]
+        given |= found
 
 
 def _listed(entry: dict, folder: Path) -> dict | str:
@@ -146,11 +146,14 @@ def _listed(entry: dict, folder: Path) -> dict | str:
     others = set(entry) - {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "subset", "split"}
     if others or entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
         return f"{', '.join(sorted(others)) or entry['formatting']}, which cannot be honoured"
+    kind = "alpaca"
+    if entry.get("formatting") == "sharegpt":
+        kind = COLUMN_OF[(entry.get("columns") or {}).get("messages", "conversations")]
     if entry.get("file_name"):
-        return {"data": str(folder / entry["file_name"])}
+        return {"data": str(folder / entry["file_name"]), "dataset_format": kind}
     if not entry.get("hf_hub_url"):
         return "neither file_name nor hf_hub_url"
-    found = {"data": entry["hf_hub_url"]}
+    found = {"data": entry["hf_hub_url"], "dataset_format": kind}
     return found | {ours: entry[name] for name, ours in (("subset", "dataset_config"), ("split", "dataset_train_split"))
                     if entry.get(name)}  # fmt: skip
 
