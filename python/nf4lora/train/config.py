@@ -18,7 +18,7 @@ from nf4lora.train.folder import CONFIG_HEAD, moved_from, write_text
 from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
-from nf4lora.train.together import together
+from nf4lora.train.together import left_unsaid, together
 from nf4lora.train.values import boolean, boolean_or_auto, checkpointing
 from nf4lora.train.yaml_file import read_yaml
 
@@ -44,7 +44,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     given_flags, files = _read_flags(arguments)
     if len(files) > 1:
         raise UsageError(f"one configuration file, got {', '.join(files)}")
-    file = _settings(read_yaml(Path(files[0]).expanduser()), files[0]) if files else Settings()
+    lines = read_yaml(Path(files[0]).expanduser()) if files else []
+    file = _settings(lines, files[0]) if files else Settings()
     flags = _settings(given_flags, "")
     errors = [*file.errors, *flags.errors]
     if len(errors) > 1:
@@ -56,7 +57,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         file.values["output_dir"] = (str(Path(files[0]).expanduser().parent), files[0])
     values = {name: value for name, (value, _) in {**file.values, **flags.values}.items()}
     given = frozenset(values) - (file.wishes | flags.wishes)
-    return check(TrainConfig(**values, given=given, notes=(*file.notes, *flags.notes)))
+    unsaid = left_unsaid((name for name, _ in lines), values)
+    return check(TrainConfig(**values, given=given, notes=(*file.notes, *unsaid, *flags.notes)))
 
 
 def _give_way(file: Values, flags: Values) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.options import ALIASES, FORMATS
-from nf4lora.train.values import boolean
+from nf4lora.train.values import boolean, integer, real
 
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
@@ -234,7 +234,8 @@ def _lora_parameters(value: Any) -> dict:
     if "keys" in value:
         found["lora_target_modules"] = [str(each).rpartition(".")[2] for each in value["keys"]]
     if "scale" in value:
-        found["lora_alpha"] = float(value["scale"]) * float(value.get("rank", 8))
+        found = {"lora_r": 8, **found}  # MLX's own
+        found["lora_alpha"] = real(0, above=True)(value["scale"]) * integer(1)(found["lora_r"])
     return found
 
 

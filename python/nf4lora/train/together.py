@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.foreign import COLUMN_OF
-from nf4lora.train.options import default
+from nf4lora.train.options import OPTIONS, default, shown
 from nf4lora.train.values import boolean
 
 EPOCHS = ("num_train_epochs", "num_epochs", "epochs")
+
+OWN = {*OPTIONS, "model", "base", "lr", "r", "epochs"} - {"dataset_name"}  # names that files for nf4lora have
+DECIDING = (  # options that every tool has a default of its own for
+    "lora_r", "lora_alpha", "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_length",
+)  # fmt: skip
 
 
 @dataclass
@@ -54,6 +60,32 @@ def together(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Together
     _say_what_differs(given, result)
     result.items = list(given.items())
     return result
+
+
+def left_unsaid(names: Iterable[str], values: dict[str, Any]) -> list[str]:
+    """Add to the values what a file of another tool leaves to that tool's defaults; returns what is to be said.
+
+    Such a file has names that are not nf4lora's own. A batch size alone is all of a step there; here it would be
+    taken `gradient_accumulation_steps` times.
+    """
+    names = {name.replace("-", "_") for name in names}
+    if names <= OWN:
+        return []
+    notes = []
+    if "per_device_train_batch_size" in values and "gradient_accumulation_steps" not in values:
+        values["gradient_accumulation_steps"] = 1
+        notes.append(
+            "the file has a batch size and no gradient_accumulation_steps: 1, as other tools have it "
+            f"(nf4lora's own default is {default('gradient_accumulation_steps')})"
+        )
+    if "lora_rank" in names and "lora_r" in values and "lora_alpha" not in values:
+        values["lora_alpha"] = 2 * values["lora_r"]
+        notes.append(f"lora_alpha is not given: {values['lora_alpha']}, twice the rank, as LLaMA-Factory has it")
+    instead = {"num_train_epochs"} if values.get("max_steps") else set()
+    left = [f"{name} {shown(default(name))}" for name in DECIDING if name not in {*values, *instead}]
+    if left:
+        notes.append(f"not in the file, so nf4lora's defaults, which may not be those of its tool: {', '.join(left)}")
+    return notes
 
 
 def _true(value: Any) -> bool:
