@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+PARTS = 'the chat template takes a text as [{"type": "text", "text": ...}]'
+
+
 @dataclass
 class Split:
     """Tokenised rows of one part of the data, and what happened to them on the way."""
@@ -158,6 +161,8 @@ def prepare_data(
         raise UsageError("assistant_only_loss needs data with roles or prompts; text has neither")
     answers_only = roles if config.assistant_only_loss == "auto" else bool(config.assistant_only_loss)
     encoder = Encoder(tokenizer, answers_only, [*stops, *(config.eot_tokens or [])])
+    if encoder.parts:
+        notes.insert(0, f"{PARTS}, here and when the model is used")
     splits = []
     for part in parts:
         split, said = _tokenise(part, encoder, config, progress)

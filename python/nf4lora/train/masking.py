@@ -12,6 +12,7 @@ from nf4lora.train.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.formats import Sample
 from nf4lora.train.marks import REASONING
+from nf4lora.train.processor import in_parts, wants_parts
 from nf4lora.train.tools import functions, shown_as_python, with_arguments_as_text
 from nf4lora.train.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
 
@@ -129,9 +130,11 @@ class Encoder:
     answers_only: bool
     stop_tokens: Sequence[str] = ()
     left_out: list[str] = field(default_factory=list)  # of the sample that was encoded last; see dropped.py
+    parts: bool = False  # whether the template takes texts as parts of a content only
     _refusal: Exception | None = None
 
     def __post_init__(self) -> None:
+        self.parts = wants_parts(self._render(None))
         self.source = _source(self.tokenizer)
         self.ends = find_ends(self.tokenizer, self.stop_tokens, self._render(None))
         self.eos = self.tokenizer.eos_token_id
@@ -141,7 +144,7 @@ class Encoder:
         def render(messages: Sequence[dict], add_generation_prompt: bool = False) -> str | None:
             try:
                 return self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    self._taken(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
                     **(options or {}),
                 )  # fmt: skip
             except Exception as error:  # a template is a program that came with the model: it may raise anything
@@ -149,6 +152,9 @@ class Encoder:
                 return None
 
         return render
+
+    def _taken(self, messages: Sequence[dict]) -> list[dict]:
+        return in_parts(messages) if self.parts else list(messages)
 
     def __call__(self, sample: Sample) -> tuple[list[int], list[int]]:
         """-> input_ids, labels (-100 where a token is not trained); the end token is there and trained.
@@ -262,7 +268,7 @@ class Encoder:
     def _tagged(self, sample: Sample, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """What the template's own {% generation %} tags mark, and the end token behind each answer."""
         encoded = self.tokenizer.apply_chat_template(
-            messages, tools=sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            self._taken(messages), tools=sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
             **sample.template_kwargs,
         )  # fmt: skip
         ids, mask = list(encoded["input_ids"]), [bool(bit) for bit in encoded["assistant_masks"]]

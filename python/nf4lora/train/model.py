@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.options import TrainConfig
+from nf4lora.train.processor import processor_template
 from nf4lora.train.reach import as_pattern, unreached
 from nf4lora.words import listed
 
@@ -119,6 +120,26 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[s
         ids = [ends] if isinstance(ends, int) else ends or []
         stops = [token for token in tokenizer.convert_ids_to_tokens(ids) if token]
     return tokenizer, stops, model_config
+
+
+def take_processor_template(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Give a tokenizer without a chat template the one that its checkpoint has for the processor; says so.
+
+    Raises:
+        RunError: it cannot be read, and no other one is named.
+    """
+    if tokenizer.chat_template:
+        return ""
+    try:
+        found = processor_template(config.model_name_or_path or "", config.model_revision)
+    except RunError:
+        if config.chat_template is None:
+            raise
+        return ""
+    if found is None:
+        return ""
+    tokenizer.chat_template, file = found
+    return f"the chat template is that of the processor ({file})"
 
 
 def check_length(config: TrainConfig, model_config: PreTrainedConfig) -> str:

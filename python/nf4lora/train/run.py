@@ -56,11 +56,13 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         config.optim = optimizer.choose(config, device)
         check_reports(config)
         tokenizer, stops, model_config = loading.load_tokenizer(config)
+        template_note = loading.take_processor_template(config, tokenizer)
         length_note = loading.check_length(config, model_config)
         clock = Clock() if output.checkpoint is None else checkpoints.clock_of(output.checkpoint)
         with clock.shown():
             data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
-    data.notes[:0] = [note for note in (*tables[2], length_note, data.choice, clock.note) if note]
+    notes = (*tables[2], template_note, length_note, data.choice, clock.note)
+    data.notes[:0] = [note for note in notes if note]
     check_tokens(data, tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
     identity = checkpoints.data_identity(data.train, config)
 
