@@ -1,5 +1,8 @@
 """What no checkpoint held (a classifier's head, a pooler, a language model's new head) is trained, saved and loaded."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from nf4lora import NF4Config, NF4Linear, load_adapter, prepare, report, save_adapter
-from nf4lora.adapters.new_weights import new_parameters
+from nf4lora.adapters.new_weights import HELD_NAMES, new_parameters
 from nf4lora.quantization.quantizer import layers_to_pack
 
 from adapted import trainable
@@ -136,6 +139,72 @@ def test_what_is_dequantised_is_not_new(tmp_path):
     language_model(tmp_path)
     assert new_parameters(AutoModelForCausalLM.from_pretrained(tmp_path, **NF4).dequantize()) == set()
     assert new_parameters(prepare(AutoModelForCausalLM.from_pretrained(tmp_path), r=2).unload().dequantize()) == set()
+
+
+def scaled(model):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def untied(model):
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+
+
+def assigned(model):
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def dequantised_by_another(model):
+    """As transformers does it after bitsandbytes: other modules, with other parameters."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = nn.Parameter(module.weight.detach().clone())
+            model.set_submodule(name, plain)
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["loaded with nf4lora", "loaded before"])
+@pytest.mark.parametrize("change", [scaled, untied, assigned, dequantised_by_another])
+def test_what_was_replaced_since_it_was_loaded_is_not_new(change, noted, tmp_path):
+    language_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    change(model)
+    if not noted:
+        del model.__dict__[HELD_NAMES]
+    assert new_parameters(model) == set()
+    layers = sum(type(module) is nn.Linear for module in model.modules()) - 1
+    about = report(prepare(model, r=2))
+    assert about.packed_layers == layers and about.trained_in_full == ()
+
+
+def test_a_copy_of_a_model_knows_what_is_new(tmp_path):
+    language_model(tmp_path, "BertForMaskedLM")
+    model = AutoModel.from_pretrained(tmp_path)
+    assert new_parameters(copy.deepcopy(model)) == new_parameters(model) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_a_model_loaded_before_nf4lora_was_imported_knows_what_is_new(tmp_path):
+    language_model(tmp_path, "BertForMaskedLM")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    new = new_parameters(model)
+    del model.__dict__[HELD_NAMES]
+    assert new_parameters(model) == new
+    assert {name.rpartition(".")[0] for name in new} == {"bert.pooler.dense", "classifier"}
+
+
+def test_a_layer_that_the_user_has_added_is_new(tmp_path):
+    language_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.model.extra = nn.Linear(64, 64)
+    assert new_parameters(model) == {"model.extra.weight", "model.extra.bias"}
+
+
+def test_a_new_pooler_that_is_trained_is_not_said_to_be_frozen_by_a_second_prepare(tmp_path):
+    language_model(tmp_path, "BertForMaskedLM")
+    model = prepare(AutoModel.from_pretrained(tmp_path), r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert prepare(model, r=2) is model
 
 
 def test_a_grown_vocabulary_is_said_with_what_to_do(tmp_path):

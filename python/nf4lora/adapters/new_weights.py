@@ -1,13 +1,16 @@
 """Which parameters of a model were in no checkpoint: a classifier's new head, a pooler, a grown vocabulary.
 
 They begin at random, so an adapter that is trained around them is worth nothing without them: they have to be trained
-and saved with it. transformers marks what it sets from a file; a model that was built from its configuration alone has
-no marks at all, and only its class says what is a head for a new task.
+and saved with it. transformers marks what it sets from a file. A mark sits on the parameter itself, which a user or
+transformers may replace by another that holds what the file held (scaled, untied, dequantised); so the names of the
+marked ones are noted on the model while it is loaded. A model that was built from its configuration alone has neither,
+and only its class says what is a head for a new task.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any
 
@@ -17,7 +20,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nf4lora.nn.linear import NF4Linear
-from nf4lora.nn.model_tree import input_embedding, output_head
+from nf4lora.nn.model_tree import base_name, input_embedding, output_head, token_layers
+
+HELD_NAMES = "nf4lora_held_names"  # attribute of a model: of the parameters that its checkpoint held
+
+
+def install() -> None:
+    """Have transformers note on each model that it loads what the checkpoint held; a second call does nothing.
+
+    Where it draws what is missing, all else has its mark. A release that calls this otherwise leaves the names to
+    `_held_by_class`.
+    """
+    original: Any = getattr(PreTrainedModel, "_initialize_missing_keys", None)
+    if original is None or getattr(original, "installed_by_nf4lora", False):
+        return
+
+    @functools.wraps(original)
+    def initialize_missing_keys(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = {name for name, tensor in self.named_parameters(remove_duplicate=False) if was_loaded(tensor)}
+        self.__dict__[HELD_NAMES] = held
+        return original(self, *args, **kwargs)
+
+    initialize_missing_keys.installed_by_nf4lora = True  # type: ignore[attr-defined]
+    PreTrainedModel._initialize_missing_keys = initialize_missing_keys  # type: ignore[method-assign]
 
 
 def was_loaded(parameter: torch.Tensor) -> bool:
@@ -46,18 +71,56 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def new_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that no checkpoint held; nothing where no parameter of the model came from a file."""
-    if not isinstance(model, PreTrainedModel) or not any(map(was_loaded, model.parameters())):
+    """Names of the parameters that no checkpoint held; nothing where no parameter of the model came from a file.
+
+    A parameter under a name that the checkpoint held is not new, whatever it was replaced by. But a layer at either end
+    of the model is where it stands in the place of the one that was loaded: a head of the user's, a resized vocabulary.
+    """
+    if not isinstance(model, PreTrainedModel):
         return set()
+    held = getattr(model, HELD_NAMES, None)
+    if held is None and not any(map(was_loaded, model.parameters())):
+        return set()
+    held = _held_by_class(model) if held is None else held
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     packed = {id(tensor) for layer in model.modules() if isinstance(layer, NF4Linear) for tensor in layer.parameters()}
+    replaced = _replaced_ends(model)
     return {
         name
         for name, parameter in model.named_parameters()
         if not was_loaded(parameter)
         and id(parameter) not in packed
+        and (base_name(name) not in held or id(parameter) in replaced)
         and not any(pattern.search(name) for pattern in ignored)  # computed by the model itself
     }
+
+
+def _replaced_ends(model: nn.Module) -> set[int]:
+    """`id` of the parameters of embedding, output head and heads of a task that are not the modules that were loaded.
+
+    transformers marks every module of a model that it has loaded. When a vocabulary grows it replaces both ends, and
+    marks one.
+    """
+    ends = [list(layer.modules()) for layer in token_layers(model)]
+    tokens = [module for layer in ends for module in layer]
+    heads = [list(model.get_submodule(name).modules()) for name in task_heads(model)]
+    found: set[int] = set()
+    for modules in (tokens, *heads):
+        own = [module for module in modules if module._parameters]
+        if not all(vars(module).get("_is_hf_initialized", False) for module in own):
+            found |= {id(parameter) for module in own for parameter in module.parameters(recurse=False)}
+    return found
+
+
+def _held_by_class(model: Any) -> set[str]:
+    """As well as can be told of a model that was loaded before nf4lora was imported: what the class that was saved has.
+
+    The head of a task is left out: it may have had another number of classes.
+    """
+    heads = tuple(f"{name}." for name in task_heads(model))
+    missing = not_in_checkpoint(model)
+    names = {base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name for name in names if name not in missing and not name.startswith(heads)}
 
 
 def modules_of(model: nn.Module, parameters: set[str]) -> tuple[list[str], list[str]]:
@@ -93,9 +156,8 @@ def not_in_checkpoint(model: Any) -> set[str]:
     except Exception:  # what a class of another version may raise has no end; the check after loading is still there
         return set()
     held = {name.removeprefix(f"{other.base_model_prefix}.") for name, _ in other.named_parameters()}
-    return {
-        name for name, _ in model.named_parameters() if name.removeprefix(f"{model.base_model_prefix}.") not in held
-    }
+    names = {base_name(name) for name, _ in model.named_parameters()}
+    return {name for name in names if name.removeprefix(f"{model.base_model_prefix}.") not in held}
 
 
 def grown_vocabulary(model: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nf4lora.adapters.new_weights import grown_vocabulary, modules_of, new_parameters, task_heads, was_loaded
+from nf4lora.adapters.new_weights import grown_vocabulary, modules_of, new_parameters, task_heads
 from nf4lora.nn.model_tree import adapter_names, base_name, base_of, token_layers
 from nf4lora.preparation.options import check_model, checked_lora_config, checked_nf4_config
 from nf4lora.preparation.rehearsal import rehearse
@@ -76,11 +76,12 @@ def plan_preparation(
         lora_layer.check_variant("prepare", config)
         trained = _named_modules(base, _full_names(config), ASKED)
         targets = find_targets(base, asked)
-        frozen = [
+        drawn = {base_name(name) for name in new_parameters(base) - adapter_names(base)}
+        frozen = {
             name
-            for name in _new_modules(base, asked).keys() - trained.keys()
-            if not all(map(was_loaded, base.get_submodule(name).parameters()))
-        ]
+            for name in map(base_name, _new_modules(base, asked))
+            if name not in trained and any(key.startswith(f"{name}.") for key in drawn)
+        }
         return Plan(
             base=base,
             packing=plan_packing(base, packing, trained),

@@ -20,6 +20,7 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from nf4lora.adapters import new_weights
 from nf4lora.adapters.new_weights import marked_as, not_in_checkpoint, task_heads
 from nf4lora.loss.causal_lm import chunk_loss
 from nf4lora.memory import heap, onednn
@@ -36,6 +37,7 @@ KEPT_BY_MALLOC = 32 << 20  # bytes of freed weights that loading may leave unret
 __all__ = ["NF4Config", "NF4Quantizer", "layers_to_pack", "mostly_16_bits"]
 
 quantized_checkpoint.install()
+new_weights.install()
 
 
 def layers_to_pack(
