@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from nf4lora import NF4Config, NF4Linear, prepare, report
@@ -240,6 +241,53 @@ class Twice(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.model.layers[1].mlp = self.model.layers[0].mlp
+
+
+def test_hooks_on_a_layer_that_is_packed_go_over_to_the_packed_one_and_back():
+    model, seen = tiny_llama(num_hidden_layers=2), []
+    layer = model.model.layers[1].self_attn.q_proj
+    kinds = ["forward_pre", "forward_pre kwargs", "forward", "forward kwargs", "full_backward", "full_backward_pre"]
+    handles = [
+        layer.register_forward_pre_hook(lambda *_: seen.append(kinds[0])),
+        layer.register_forward_pre_hook(lambda module, inputs, kwargs: seen.append(kinds[1]), with_kwargs=True),
+        layer.register_forward_hook(lambda *_: seen.append(kinds[2])),
+        layer.register_forward_hook(
+            lambda module, inputs, kwargs, output: seen.append(kinds[3]), with_kwargs=True, always_call=True
+        ),
+        layer.register_full_backward_hook(lambda *_: seen.append(kinds[4])),
+        layer.register_full_backward_pre_hook(lambda *_: seen.append(kinds[5])),
+    ]
+
+    def called(model):
+        seen.clear()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return sorted(seen)
+
+    model = prepare(model, r=2)
+    assert called(model) == sorted(kinds)
+    model.get_base_model().dequantize()
+    assert called(model) == sorted(kinds)
+    for handle in handles:
+        handle.remove()
+    assert called(model) == []
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune.identity(layer, "weight")]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_hook_that_makes_the_weight_stays_behind(norm):
+    model, seen = tiny_llama(num_hidden_layers=1), []
+    layer = model.model.layers[0].self_attn.q_proj
+    norm(layer).register_forward_hook(lambda *_: seen.append(1))
+    model(input_ids=IDS)
+    expected = layer.weight.detach().clone()
+    prepared = prepare(model, r=2)
+    seen.clear()
+    prepared(input_ids=IDS, labels=IDS).loss.backward()
+    packed = prepared.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert len(seen) == 1 and not packed._forward_pre_hooks
+    assert (packed.dequantize() - expected).abs().max() < 0.2 * expected.abs().max()
 
 
 def test_a_shared_layer_stays_shared_through_dequantize():

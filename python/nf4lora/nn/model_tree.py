@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from nf4lora.nn.linear import NF4Linear
 
+# Where torch keeps what was registered on a module for its calls.
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer that it put another around
 
 
@@ -93,7 +99,8 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
     """Put `make(name, layer)` in the place of each named layer, in every place where that layer stands.
 
     A layer that is shared stays shared: it is made once, from the first of its names. Layers are replaced one at a
-    time, and the old one is let go of before the next is made, so that at most one exists twice.
+    time, and the old one is let go of before the next is made, so that at most one exists twice. Hooks on a layer go
+    over to the new one.
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -106,6 +113,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
         if id(old) in done:
             continue
         new = make(name, old)
+        _move_hooks(old, new)
         if hook := getattr(old, "_hf_hook", None):  # accelerate's, where the model is spread over devices
             from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
@@ -114,6 +122,18 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
         for parent, key in places[id(old)]:
             setattr(parent, key, new)
         done.add(id(new))
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hooks for calls, in their own dictionaries, by which the handle that a user has removes one.
+
+    Those by which torch.nn.utils makes the weight from others (weight_norm, spectral_norm, prune) stay behind: what
+    they make is in the new weight, and the others are not there.
+    """
+    pre_hooks = old._forward_pre_hooks
+    for key in [key for key, hook in pre_hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]:
+        del pre_hooks[key]
+    new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
 
 
 @contextmanager
