@@ -1,6 +1,7 @@
 """NF4Linear: what it computes, in which dtype, and that no copy, cast or file can part it from its scales."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -267,3 +268,13 @@ def test_a_weight_that_is_not_finite_is_refused(bad):
     linear.weight.data[3, 70] = bad
     with pytest.raises(ValueError, match="finite"):
         NF4Linear.from_linear(linear)
+
+
+def test_data_parallel_is_refused_with_what_to_do_instead(monkeypatch):
+    """As nn.DataParallel does it, with the CPU in place of two GPUs: torch asks each module for a copy of itself."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * 2)
+    model = nn.Sequential(NF4Linear(64, 8))
+    with pytest.raises(RuntimeError, match=r"^NF4Linear: .*one process a GPU.*CUDA_VISIBLE_DEVICES=0.*torchrun"):
+        replicate.replicate(model, [0, 1])

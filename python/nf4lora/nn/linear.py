@@ -191,6 +191,13 @@ class NF4Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_guard"}
 
+    def _replicate_for_data_parallel(self) -> NF4Linear:
+        raise RuntimeError(
+            "NF4Linear: a model must be run by one process a GPU, got torch.nn.DataParallel, which copies it at each "
+            "step, and which transformers' Trainer uses where a process sees several GPUs; set CUDA_VISIBLE_DEVICES=0, "
+            "or start a process for each: torchrun --nproc_per_node=2 script.py"
+        )
+
     def absmax(self) -> Tensor:
         """The scale of each block, decoded: [N, K/blocksize] float32."""
         arguments = self.op_arguments()
