@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -115,6 +116,29 @@ def test_a_language_model_made_from_a_bare_one_trains_its_new_head(tmp_path, cap
     model = prepare(base, r=2)
     assert "lm_head trained in full and saved (in no checkpoint)" in capsys.readouterr().out
     assert model.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, NF4], ids=["16-bit", "NF4"])
+def test_a_parameter_alone_that_the_checkpoint_lacks_is_warned_of_and_saved_with_the_adapter(options, tmp_path):
+    """wav2vec2's vector that training masks with: many files lack it, and transformers draws it."""
+    model = tiny("Wav2Vec2ForCTC")
+    lacking = {name: tensor for name, tensor in model.state_dict().items() if "masked_spec_embed" not in name}
+    model.save_pretrained(tmp_path / "base", state_dict=lacking)
+    load = AutoModelForCTC.from_pretrained
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        base = load(tmp_path / "base", **options)
+    assert any("masked_spec_embed must be in the checkpoint" in str(each.message) for each in said) == bool(options)
+    assert new_parameters(base) == {"wav2vec2.masked_spec_embed"}
+    with pytest.warns(UserWarning, match=r"wav2vec2\.masked_spec_embed stood in no checkpoint and in no layer"):
+        model = prepare(base, r=2)
+    with pytest.warns(UserWarning, match=r"masked_spec_embed stood in no checkpoint.* saved with the adapter$"):
+        save_adapter(model, tmp_path / "adapter")
+    torch.manual_seed(5)  # another draw
+    again = load(tmp_path / "base", **NF4)
+    assert not torch.equal(again.wav2vec2.masked_spec_embed, base.wav2vec2.masked_spec_embed)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again.wav2vec2.masked_spec_embed, base.wav2vec2.masked_spec_embed)
 
 
 # --- how it is known -------------------------------------------------------------------------------------------------

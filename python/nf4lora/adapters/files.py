@@ -135,10 +135,13 @@ def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]
             only_here[id(parameter)] = name
             untrained += [name] if new and not parameter.requires_grad else []
     if untrained:
-        modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in untrained})
+        layers = {base_name(name) for name, module in base.named_modules() if not list(module.children())}
+        within = {name.rpartition(".")[0] for name in untrained} & layers
+        modules = sorted({name.rpartition(".")[2] for name in within})
+        advice = f". To train it: modules_to_save={modules}" if modules else ""
         warnings.warn(
             f"save_adapter: {listed(untrained)} stood in no checkpoint, was drawn at random and is not trained; it is "
-            f"saved with the adapter. To train it: modules_to_save={modules}",
+            f"saved with the adapter{advice}",
             stacklevel=3,
         )
     return list(only_here.values())

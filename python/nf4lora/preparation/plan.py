@@ -17,7 +17,7 @@ from nf4lora.preparation.rehearsal import rehearse
 from nf4lora.preparation.targets import Targets, find_targets, matched, plain
 from nf4lora.quantization.config import NF4Config
 from nf4lora.quantization.quantize_model import Packing, check_packable, plan_packing
-from nf4lora.words import dtype_name
+from nf4lora.words import dtype_name, listed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -119,13 +119,7 @@ def _new_modules(base: nn.Module, asked: LoraConfig) -> dict[str, str]:
     An embedding that has more rows than the checkpoint's is not among them: to train all of it for a few new rows is
     for the user to decide (`_warnings` says so).
     """
-    modules, loose = modules_of(base, new_parameters(base) - adapter_names(base))
-    if loose:
-        raise ValueError(
-            f"prepare: every parameter must be in the checkpoint or in a layer of its own, got {', '.join(loose[:3])} "
-            f"in none; they begin at random and would be lost with the next load. Save the model with save_pretrained, "
-            f"load it from there, then prepare it"
-        )
+    modules, _ = modules_of(base, new_parameters(base) - adapter_names(base))
     if asked.trainable_token_indices is not None or grown_vocabulary(base) is not None:
         tokens = {name for name, module in base.named_modules() if module in token_layers(base)}
         modules = [name for name in modules if name not in tokens]
@@ -219,6 +213,11 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
         lines.append(
             f"{', '.join(frozen)} must be trained with the adapter, but stays frozen, since the adapter that the model "
             f"carries leaves it out; put adapters on with prepare, or name it in modules_to_save"
+        )
+    if alone := modules_of(base, new_parameters(base) - adapter_names(base))[1]:
+        lines.append(
+            f"{listed([base_name(name) for name in alone])} stood in no checkpoint and in no layer that could be "
+            f"trained in full: it stays as transformers has initialised it, and save_adapter saves it with the adapter"
         )
     rows = grown_vocabulary(base)
     if rows is not None and config.trainable_token_indices is None:

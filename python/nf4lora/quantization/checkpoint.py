@@ -1,6 +1,7 @@
 """What a checkpoint must hold: asked of the files before anything is read, and of the model once it is loaded.
 
-transformers only warns of a tensor that is missing, and draws it at random; in a frozen model that is never right.
+transformers only warns of a tensor that is missing, and draws it at random; in the layers of a frozen model that is
+never right.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nf4lora.adapters.new_weights import task_heads, was_loaded
+from nf4lora.adapters.new_weights import modules_of, task_heads, was_loaded
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.words import dtype_name, listed
 
@@ -92,6 +94,8 @@ def check_loaded(
         shapes: of all parameters that are not packed, as the model's config makes them
         new: parameters that the checkpoint cannot hold, since it was saved from a model of another class
 
+    A parameter that stands alone among layers is warned of.
+
     Raises:
         ValueError: naming the tensors.
     """
@@ -123,15 +127,19 @@ def check_loaded(
     # of classes, may be new: transformers draws it and says so.
     heads = tuple(f"{name}." for name in task_heads(model))
     whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
+    missing: set[str] = set()
     for name, parameter in model.named_parameters():
         expected_in_file = (whole or name.startswith(f"{model.base_model_prefix}.")) and not name.startswith(heads)
         if name in packed:
             continue
         if expected_in_file and name not in new and not was_loaded(parameter):
             if not any(pattern.search(name) for pattern in ignored):
-                wrong[name] = "nothing"
+                missing.add(name)
         elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
             wrong[name] = f"{describe(parameter)} for shape {list(shapes[name])}"
+    # A parameter that stands alone among layers (a vector that training masks with) is often left out of a file.
+    _, alone = modules_of(model, missing)
+    wrong |= dict.fromkeys(sorted(missing.difference(alone)), "nothing")
     if wrong:
         first, what = next(iter(wrong.items()))
         more = f" (and {len(wrong) - 1} more: {listed(list(wrong)[1:])})" if len(wrong) > 1 else ""
@@ -139,6 +147,12 @@ def check_loaded(
         if first in packed and not packed_file:
             advice = f"name {first.rpartition('.')[0]} in modules_to_not_convert if it is meant to be new"
         raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
+    if alone:
+        warnings.warn(
+            f"NF4Config: {listed(alone)} must be in the checkpoint as its config says, got nothing; transformers has "
+            f"initialised it. Ignore this if the model computes without it",
+            stacklevel=2,
+        )
 
 
 def describe(tensor: Tensor) -> str:
