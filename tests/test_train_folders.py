@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nf4lora.train import config as configuration
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.data import read
 from nf4lora.train.errors import RunError, UsageError
@@ -145,3 +146,15 @@ def test_first_rows_are_taken_on_request(tmp_path):
     path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(9)))
     config = parse_arguments(["--model", "m", "--data", str(path), "--max_samples", "3"])
     assert texts(read(config)[0]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("names", [["my_rows.jsonl"], ["train_sft.jsonl", "test.jsonl"], ["training/a.jsonl"]])
+def test_the_options_that_a_run_writes_down_find_the_same_split(tmp_path, names):
+    folder = lay(tmp_path / "rows", *names)
+    config = parse_arguments(["--model", "m", "--data", str(folder), "--eval_strategy", "no"])
+    configuration.write(config, tmp_path / "config.yaml")
+    again = parse_arguments([str(tmp_path / "config.yaml")])
+    assert texts(read(again)[0]) == texts(read(config)[0])
+    named = parse_arguments(["--model", "m", "--data", str(folder), "--dataset_train_split", "train"])
+    configuration.write(named, tmp_path / "config.yaml")
+    assert "dataset_train_split: train\n" in (tmp_path / "config.yaml").read_text()

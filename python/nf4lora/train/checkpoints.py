@@ -81,8 +81,9 @@ def lacks_evaluation(config: TrainConfig, checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if any("eval_loss" in entry and entry["step"] == state["global_step"] for entry in state["log_history"]):
         return False
-    if config.eval_strategy == "steps" and config.eval_steps:
-        return bool(state["global_step"] % config.eval_steps == 0)
+    if config.eval_strategy == "steps":
+        every = int(state.get("eval_steps") or 0)  # in steps, also where the option is a share of them
+        return bool(every) and state["global_step"] % every == 0
     return config.eval_strategy == "epoch" and float(state.get("epoch") or 0.5).is_integer()
 
 

@@ -238,6 +238,8 @@ def write(config: TrainConfig, path: Path) -> None:
 
     values = {each.name: getattr(config, each.name) for each in fields(config) if each.name in OPTIONS}
     values = {name: value for name, value in values.items() if name not in PER_CALL and value is not None}
+    if "dataset_train_split" not in config.given:  # a folder is searched where none is named
+        values.pop("dataset_train_split")
     if config.max_steps:
         values.pop("num_train_epochs")
     if config.eval_strategy != "steps":

@@ -102,6 +102,10 @@ def fit(setup: Setup) -> int:
     return 0
 
 
+def evaluates(setup: Setup) -> bool:
+    return setup.data.eval is not None and setup.config.eval_strategy != "no"
+
+
 def make_trainer(setup: Setup) -> tuple[Any, Progress]:
     from transformers.trainer_callback import PrinterCallback
 
@@ -110,7 +114,7 @@ def make_trainer(setup: Setup) -> tuple[Any, Progress]:
     from nf4lora.train.trainer import Trainer
 
     config, data, checkpoint = setup.config, setup.data, setup.output.checkpoint
-    evaluate = data.eval is not None and (checkpoint is None or checkpoints.lacks_evaluation(config, checkpoint))
+    evaluate = evaluates(setup) and (checkpoint is None or checkpoints.lacks_evaluation(config, checkpoint))
     trainer = Trainer(
         model=setup.model,
         args=arguments(config, setup.device, setup.dtype, evaluate),
@@ -148,7 +152,7 @@ def train_and_evaluate(setup: Setup, trainer: Trainer, finished: bool) -> tuple[
     state = trainer.state
     stopped = setup.interrupt.requested and state.global_step < state.max_steps
     evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-    if setup.data.eval is not None and not stopped and not evaluated and not setup.interrupt.requested:
+    if evaluates(setup) and not stopped and not evaluated and not setup.interrupt.requested:
         trainer.evaluate()
     return stopped, metrics
 
@@ -228,13 +232,14 @@ def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bo
     options: dict[str, Any] = {name: getattr(config, name) for name in (
         "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
         "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
-        "gradient_checkpointing", "seed", "save_strategy", "save_steps", "logging_steps",
-        "eval_strategy", "eval_steps", "report_to", "max_length", "packing",
+        "gradient_checkpointing", "seed", "save_strategy", "save_steps", "logging_steps", "eval_steps", "report_to",
+        "max_length", "packing",
     )}  # fmt: skip
     return Arguments(
         **options,
         max_steps=config.max_steps or -1,
         data_seed=config.seed,
+        eval_strategy=config.eval_strategy or "no",
         full_determinism=config.deterministic,
         optim="adamw_torch_fused",  # unless optimizer.keywords names another
         gradient_checkpointing_kwargs={"use_reentrant": False},

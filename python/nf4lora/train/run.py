@@ -61,6 +61,10 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
         clock = Clock() if output.checkpoint is None else checkpoints.clock_of(output.checkpoint)
         with clock.shown():
             data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
+    if data.eval is None and config.eval_strategy != "no":
+        config.eval_strategy = None  # not what was asked for: with other rows the same options evaluate
+    elif data.eval is not None and config.eval_strategy == "no":
+        data.notes.append("the held-out rows are not evaluated: eval_strategy no")
     notes = (*tables[2], template_note, length_note, data.choice, clock.note)
     data.notes[:0] = [note for note in notes if note]
     check_tokens(data, tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
@@ -75,9 +79,6 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
     if config.dry_run:
         banner.say(console, "dry run", "nothing was trained and nothing was written")
         return 0
-    if data.eval is None:
-        config.eval_strategy = "no"
-
     dtype = loading.choose_dtype(config.dtype, device)
     config.dtype = dtype_name(dtype)  # written down: on another machine `auto` may be another one
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
