@@ -78,3 +78,44 @@ def test_checkpoints_of_which_none_is_whole_are_kept_aside(base, data, tmp_path)
     assert f"checkpoint-2 is passed over: scheduler.pt is missing; it is kept in {aside}" in said
     assert names(aside) == ["checkpoint-1", "checkpoint-2"]
     assert all(equal(adapter(aside / name), weights) for name, weights in trained.items())
+
+
+@pytest.mark.parametrize("keep", ["1", "2"])
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(base, data, tmp_path, monkeypatch, keep):
+    out, loop = tmp_path / "out", Trainer.evaluation_loop
+    losses = {0: 0.5, 1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 1.5}  # step 0 has no checkpoint
+    seen = {}
+
+    def as_given(self, *args, **kwargs):
+        output = loop(self, *args, **kwargs)
+        output.metrics["eval_loss"] = losses[self.state.global_step]
+        seen[self.state.global_step] = names(out)
+        return output
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", as_given)
+    common = ("--save_steps", "1", "--eval_steps", "1", "--save_total_limit", keep, "--val_size", "4")
+    arguments = options(base, data, out, *common, "--max_steps", "5")
+    killed_in_step(4, *arguments)
+    code, said = train(*arguments, "--resume_from_checkpoint")
+    last = ["checkpoint-5"] if keep == "1" else ["checkpoint-4", "checkpoint-5"]
+    assert code == 0 and names(out) == ["checkpoint-2", *last]
+    assert f"best     of the checkpoints, {out / 'checkpoint-2'} has the lowest held-out loss, 1.0000\n" in said
+    assert "checkpoint-1" not in seen[3] and "checkpoint-2" in seen[3]
+
+
+def test_a_best_checkpoint_that_is_the_last_one_leaves_none_beside_it(base, data, tmp_path):
+    out = tmp_path / "out"
+    common = (
+        "--save_steps",
+        "1",
+        "--eval_steps",
+        "1",
+        "--save_total_limit",
+        "1",
+        "--val_size",
+        "4",
+        "--max_steps",
+        "3",
+    )
+    code, said = train(*options(base, data, out, *common))
+    assert code == 0 and names(out) == ["checkpoint-3"] and "best  " not in said

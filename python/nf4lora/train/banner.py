@@ -145,16 +145,19 @@ def show_end(
     console: Console,
     config: TrainConfig,
     losses: Sequence[float],
+    best: tuple[Path, float] | None,
     metrics: dict[str, Any],
     files: Sequence[Path],
     quantized: str,
     opened_with: str,
 ) -> None:
-    """Held-out loss before and after, speed, memory, files, and how to load them."""
+    """Held-out loss before and after, the checkpoint with the lowest, speed, memory, files, and how to load them."""
     if len(losses) > 1:
         before, after = losses[0], losses[-1]
         perplexity = f"perplexity {math.exp(min(before, 99)):.4g} -> {math.exp(min(after, 99)):.4g}"
         say(console, "held out", f"loss {before:.4f} -> {after:.4f} ({perplexity})")
+        if best is not None and best[1] < after:
+            say(console, "best", f"of the checkpoints, {best[0]} has the lowest held-out loss, {best[1]:.4f}")
     say(
         console,
         "speed",

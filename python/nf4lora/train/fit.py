@@ -98,7 +98,7 @@ def fit(setup: Setup) -> int:
         for line in optimizer.told(trainer):
             banner.say(console, "state", line)
         files = output.save(trainer, metrics)
-    banner.show_end(console, config, losses, metrics, files, setup.quantized, setup.opened_with)
+    banner.show_end(console, config, losses, trainer.best(), metrics, files, setup.quantized, setup.opened_with)
     return 0
 
 

@@ -135,7 +135,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "mask_history": ((False,), "all answers are trained; `weight: 0` on a turn takes one out"),
     "efficient_eos": ((False,), "the chat template says what ends a turn"),
     "enable_thinking": ((True,), "give chat_template_kwargs in the rows"),
-    "load_best_model_at_end": ((False,), "the last weights are saved; best ones are among the checkpoints"),
+    "load_best_model_at_end": ((False,), "the last weights are saved; the best checkpoint is kept, and named"),
     "early_stopping_patience": ((), "a run ends after its steps"),
     "early_stopping_steps": ((), "a run ends after its steps"),
     "resize_token_embeddings_to_32x": ((False,), "the vocabulary stays as it is"),

@@ -133,7 +133,7 @@ class TrainConfig:
     save_strategy: str = option(O, "steps", one_of("steps", "epoch", "no"),
         "when to write checkpoints: steps, epoch or no")
     save_steps: float = option(O, 500, steps, "", "save_every")
-    save_total_limit: int = option(O, 2, limit, "keep this many checkpoints; 0, null or none: all of them")
+    save_total_limit: int = option(O, 2, limit, "keep this many checkpoints, and the best; 0, null or none: all")
     resume_from_checkpoint: str | None = option(O, None, resume, "auto (the newest in output_dir) or a path")
     logging_steps: float = option(O, 10, steps, "", "steps_per_report")
     eval_strategy: str | None = option(O, None, one_of("steps", "epoch", "no"),

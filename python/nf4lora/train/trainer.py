@@ -237,6 +237,7 @@ class Trainer(SFTTrainer):
                 self.state.save_to_json(str(place / "trainer_state.json"))
                 files.finish(place)
                 (place / "trainer_state.json").replace(final / "trainer_state.json")
+            self._rotate(folder)
             return
         with writing(final, self.saved), files.staging(folder) as self._staging:
             try:
@@ -250,15 +251,24 @@ class Trainer(SFTTrainer):
                 files.remove(final)
             place.rename(final)
         self.saved, self._written = final, self.state.global_step
-        if rotate and self.keep:
+        if rotate:
             self._rotate(folder)
 
     def _rotate(self, folder: Path) -> None:
-        """Drop the checkpoints before the current one that are too many."""
+        """Drop the checkpoints before the current one that are too many; the best one is kept beside the last."""
         earlier = [each for step, each in files.own_checkpoints(folder).items() if step < self.state.global_step]
-        for each in earlier[: max(len(earlier) + 1 - self.keep, 0)]:
-            with contextlib.suppress(OSError):  # one too many is no reason to stop
-                files.remove(each)
+        best = self.best()
+        for each in earlier[: max(len(earlier) + 1 - self.keep, 0)] if self.keep else ():
+            if best is None or each.name != best[0].name:
+                with contextlib.suppress(OSError):  # one too many is no reason to stop
+                    files.remove(each)
+
+    def best(self) -> tuple[Path, float] | None:
+        """Of the run's checkpoints the one with the lowest held-out loss, and that loss; None where none has any."""
+        there = files.own_checkpoints(Path(self.args.output_dir or ""))
+        losses = {int(entry["step"]): entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry}
+        step = min(losses.keys() & there.keys(), key=lambda step: (losses[step], step), default=None)
+        return None if step is None else (there[step], losses[step])
 
     def rescue(self) -> bool:
         """After an error within a step: save the steps before, unless they are saved; says whether that was done."""
