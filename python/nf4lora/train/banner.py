@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def tell(console: Console, text: str) -> None:
+    """Print a text as it is: in a plain str rich would take the [exp] of a path for an instruction."""
+    console.print(Text(text), soft_wrap=True)
+
+
 def say(console: Console, name: str, text: str) -> None:
     console.print(Text(f"{name:<9}", style="bold") + Text(text), soft_wrap=True)
 
@@ -30,7 +35,7 @@ def working(console: Console, text: str) -> Iterator[Status]:
     """Says what takes a while: in a live line of a terminal, elsewhere in a line that stays."""
     if not console.is_terminal:
         say(console, "now", text)
-    with console.status(text, spinner="line") as status:
+    with console.status(Text(text), spinner="line") as status:
         yield status
 
 
@@ -40,7 +45,7 @@ def count(console: Console, status: Status, pause: float = 5.0) -> Callable[[str
 
     def show(text: str) -> None:
         nonlocal said
-        status.update(text)
+        status.update(Text(text))
         if not console.is_terminal and time.monotonic() - said >= pause:
             said = time.monotonic()
             say(console, "data", f"{text}, {duration(said - started)}")
@@ -93,7 +98,7 @@ def show_model(console: Console, config: TrainConfig, model: Any, dtype: torch.d
 
     base = "NF4" if config.load_in_4bit else "16-bit" if "float32" not in str(dtype) else "32-bit"
     say(console, "model", f"{config.model_name_or_path}, {base} base, computing in {dtype_name(dtype)}")
-    console.print(Text(str(report(model))), soft_wrap=True)
+    tell(console, str(report(model)))
 
 
 def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epochs: float, warmup: int) -> None:
@@ -166,4 +171,4 @@ def show_end(
     )
     say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
     say(console, "use it", "")
-    console.print(Text(how_to_use(config, quantized, opened_with)), soft_wrap=True)
+    tell(console, how_to_use(config, quantized, opened_with))

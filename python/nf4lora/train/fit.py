@@ -212,14 +212,10 @@ def memory_told(when: str) -> Iterator[None]:
 def report_stop(setup: Setup, trainer: Trainer) -> int:
     state = trainer.state
     if state.global_step and trainer.saved is not None:
-        setup.console.print(
-            f"stopped after step {state.global_step} of {state.max_steps}; {trainer.saved} is saved. Go on with:\n"
-            f"    {command(setup)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        done = f"stopped after step {state.global_step} of {state.max_steps}"
+        banner.tell(setup.console, f"{done}; {trainer.saved} is saved. Go on with:\n    {command(setup)}")
     else:
-        setup.console.print("stopped before the first step; nothing was saved")
+        banner.tell(setup.console, "stopped before the first step; nothing was saved")
     return INTERRUPTED
 
 

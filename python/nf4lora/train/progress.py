@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nf4lora.train import banner
 from nf4lora.train.errors import reason
 from nf4lora.train.folder import write_text
 from nf4lora.train.memory import peak_bytes, total_bytes
@@ -116,7 +117,7 @@ class Progress(TrainerCallback):
         if "eval_loss" in logs:
             self.held_out = logs["eval_loss"]
             self.show(self.line(state))
-            self.console.print(f"step {state.global_step}: held-out loss {self.held_out:.4f}", highlight=False)
+            banner.tell(self.console, f"step {state.global_step}: held-out loss {self.held_out:.4f}")
         elif "loss" in logs:
             self.loss, self.rate = logs["loss"], logs["learning_rate"]
             if self.live is None:
@@ -143,7 +144,7 @@ class Progress(TrainerCallback):
     def print(self, line: str) -> None:
         """A line that stays."""
         self.said = time.monotonic()
-        self.console.print(line, highlight=False, soft_wrap=True)
+        banner.tell(self.console, line)
 
     def remaining(self, state: TrainerState) -> float | None:
         """Seconds, at the pace since the first step began: with evaluations and checkpoints, without loading."""
@@ -184,7 +185,7 @@ class Progress(TrainerCallback):
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # the log is no reason to lose a run; a checkpoint that cannot be written will stop it
             if not self.unwritten:
-                self.console.print(f"{self.path} cannot be written ({reason(error)}); going on without it")
+                banner.tell(self.console, f"{self.path} cannot be written ({reason(error)}); going on without it")
             self.unwritten = True
 
 
