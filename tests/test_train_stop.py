@@ -27,7 +27,7 @@ from nf4lora.train import output, streams
 from nf4lora.train import run as running
 from nf4lora.train.config import parse_arguments
 from nf4lora.train.errors import RunError
-from nf4lora.train.interrupt import Interrupt
+from nf4lora.train.interrupt import ONE_EVENT, Interrupt
 from nf4lora.train.trainer import Trainer
 
 from train_runs import base, data, logged, options, quick, train  # noqa: F401
@@ -36,11 +36,23 @@ from train_runs import base, data, logged, options, quick, train  # noqa: F401
 def test_second_interrupt_ends_at_once(base, data, tmp_path, monkeypatch, capsys):
     def twice(self, *args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
+        time.sleep(ONE_EVENT + 0.05)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "training_step", twice)
     assert main.main(["train", *options(base, data, tmp_path / "out")]) == 130
     assert "interrupted at once" in capsys.readouterr().err
+
+
+def test_signals_of_one_event_are_one_request(base, data, tmp_path, monkeypatch, capfd):
+    def all_at_once():  # `timeout` signals its child and then the group; a job manager every process of a job
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+
+    stopped_by(monkeypatch, all_at_once)
+    code, said = train(*options(base, data, tmp_path / "out"))
+    assert code == 130 and "checkpoint-2 is saved" in said
+    assert capfd.readouterr().err.count("once more to stop at once") == 1
 
 
 @pytest.mark.slow

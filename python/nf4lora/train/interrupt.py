@@ -7,17 +7,20 @@ import os
 import select
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_EVENT = 1.0  # seconds within which a second signal belongs to the first
 
 
 class Interrupt:
     """A context in which a signal sets `requested` instead of killing the run.
 
     SIGHUP (the terminal was closed, the connection was lost) may come several times for one event, so it never counts
-    as the second request. A signal that was ignored when the program started stays ignored: that is how `nohup` asks a
+    as the second request; nor does what comes within a second of the first, because `timeout` and others signal a
+    process and then its whole group. A signal that was ignored when the program started stays ignored: that is how `nohup` asks a
     program to go on without its terminal.
 
     >>> with Interrupt() as interrupt:
@@ -27,7 +30,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
-        self._asked_by_hand = False
+        self._asked: float | None = None  # when the first request came
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -44,9 +47,13 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGHUP:
-            if self._asked_by_hand:
+            now = time.monotonic()
+            if self._asked is None:
+                self._asked = now
+            elif now - self._asked > ONE_EVENT:
                 raise KeyboardInterrupt
-            self._asked_by_hand = True
+            else:
+                return
         self.requested = True
         _tell(b"\nstopping at the end of this step, with a checkpoint; once more to stop at once\n")
 

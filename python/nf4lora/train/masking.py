@@ -268,8 +268,8 @@ class Encoder:
     def _tagged(self, sample: Sample, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """What the template's own {% generation %} tags mark, and the end token behind each answer."""
         encoded = self.tokenizer.apply_chat_template(
-            self._taken(messages), tools=sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-            **sample.template_kwargs,
+            self._taken(messages), tools=sample.tools, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True, **sample.template_kwargs,
         )  # fmt: skip
         ids, mask = list(encoded["input_ids"]), [bool(bit) for bit in encoded["assistant_masks"]]
         special = set(self.tokenizer.convert_tokens_to_ids(list(self.ends.special)))

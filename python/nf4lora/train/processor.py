@@ -1,7 +1,7 @@
 """The chat template that a checkpoint keeps for its processor, where the tokenizer alone has none.
 
-Models that read images too often have it in `chat_template.json` or `processor_config.json`, which transformers reads for
-processors only. Such a template may take a text only as a part of a content: [{"type": "text", "text": ...}].
+Models that read images too often have it in `chat_template.json` or `processor_config.json`, which transformers reads
+for processors only. Such a template may take a text only as a part of a content: [{"type": "text", "text": ...}].
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from nf4lora.train.errors import RunError
 
