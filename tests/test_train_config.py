@@ -225,3 +225,45 @@ def test_help_and_usage_errors_import_no_trainer():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "flag", "expected"),
+    [
+        ("overwrite_output_dir: true", "--resume_from_checkpoint", ("auto", False)),
+        ("resume_from_checkpoint: true", "--overwrite_output_dir", (None, True)),
+        ("overwrite_output_dir: true", "--resume_from_checkpoint=false", (None, True)),
+        ("overwrite_output_dir: true", "--packing", (None, True)),
+    ],
+)
+def test_flag_decides_how_a_run_begins(tmp_path, text, flag, expected):
+    config = parse_arguments([yaml_file(tmp_path, f"model: m\ndata: d\n{text}\n"), flag])
+    assert (config.resume_from_checkpoint, config.overwrite_output_dir) == expected
+
+
+def test_file_behind_a_flag_that_may_stand_alone_is_the_configuration(tmp_path):
+    path = yaml_file(tmp_path, "model: m\ndata: d\n")
+    for flag in ("--resume_from_checkpoint", "--resume-from-checkpoint", "--packing"):
+        assert parse_arguments([flag, path]).model_name_or_path == "m"
+    assert parse_arguments(["--resume_from_checkpoint", path]).resume_from_checkpoint == "auto"
+    (tmp_path / "checkpoint-1.yaml").mkdir()
+    folder = str(tmp_path / "checkpoint-1.yaml")
+    assert parsed("--resume_from_checkpoint", folder).resume_from_checkpoint == folder
+
+
+NUMBERS = [name for name, each in OPTIONS.items() if each.type in ("int", "float", "int | None", "float | None")]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400", "1e30", "-1e30", "-5", "", "true", "x"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_that_no_run_can_have_is_refused(name, value):
+    if value == "1e30" and name in ("learning_rate", "weight_decay", "max_grad_norm"):  # no counts
+        return
+    with pytest.raises(UsageError, match=f"--{name} must be a (whole )?number"):
+        parsed(f"--{name}", value)
+
+
+def test_largest_seed_is_that_of_numpy():
+    assert parsed("--seed", "4294967295").seed == 2**32 - 1
+    with pytest.raises(UsageError, match="--seed must be a whole number, 0 or more, 4294967295 at most"):
+        parsed("--seed", "4294967296")

@@ -184,3 +184,21 @@ def test_dataset_holds_tokens_and_labels(tmp_path):
     assert set(row) == {"input_ids", "labels"}
     assert row["labels"][0] == IGNORED
     assert len(row["labels"]) == len(row["input_ids"])
+
+
+def test_rows_nested_too_deeply_are_left_out_like_other_bad_rows(tmp_path):
+    deep = 1
+    for _ in range(480):
+        deep = {"a": deep}
+    bad = {"messages": [{**turn, "meta": deep} for turn in chat()["messages"]]}
+    data = prepared(file_of(tmp_path, chat(), bad), "--skip_bad_rows")
+    assert len(data.train.input_ids) == 1
+    assert any("1 of 2 rows" in note and "nested so deeply" in note for note in data.notes)
+
+
+def test_empty_cells_are_bad_rows(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("instruction,output\nsay a,a\nsay b,\n")
+    with pytest.raises(RunError, match=r"line 3: message 1 \(assistant\) must not be empty.*\n.*--skip_bad_rows"):
+        prepared(str(path))
+    assert len(prepared(str(path), "--skip_bad_rows").train.input_ids) == 1

@@ -11,6 +11,10 @@ from nf4lora.train.rows import Table
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
+def nested(depth):
+    return {"a": nested(depth - 1)} if depth else 1
+
+
 def table(*rows):
     return Table("d.jsonl", list(rows), range(1, len(rows) + 1), "line")
 
@@ -116,11 +120,40 @@ def test_ambiguous_rows_are_decided_aloud():
         ({"instruction": "a", "output": 3}, "output must be text"),
         ({"prompt": "a", "completion": 3}, "both be text"),
         ({"text": ""}, "text must be text that is not empty"),
+        ({"text": " \n"}, "text must be text that is not empty"),
+        ({"instruction": "a", "output": ""}, r"message 1 \(assistant\) must not be empty"),
+        ({"instruction": "a", "output": "b", "history": [["q", ""]]}, r"message 1 \(assistant\) must not be empty"),
+        ({"prompt": "a", "completion": " "}, "completion must not be empty"),
+        ({"prompt": TURNS[:1], "completion": [{"role": "assistant", "content": ""}]}, "message 1 .* not be empty"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "\n"}]}, "message 1 .* not be empty"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": []}]}, "message 1 .* not be empty"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+            "message 1 .* not be empty",
+        ),
+        ({"messages": [{**TURNS[0], "meta": nested(480)}, TURNS[1]]}, "must not be nested so deeply"),
     ],
 )
 def test_row_that_does_not_fit_is_named(row, words):
     with pytest.raises(RunError, match=words):
         converted(row)
+
+
+SILENT = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [TURNS[0], {**SILENT, "weight": 0}, *TURNS]},
+        {"messages": [TURNS[0], {**SILENT, "reasoning_content": "hm"}]},
+        {"messages": [TURNS[0], {**SILENT, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
+        {"prompt": [TURNS[0], SILENT, TURNS[0]], "completion": TURNS[1:]},
+        {"messages": [{"role": "user", "content": ""}, TURNS[1]]},
+    ],
+)
+def test_what_may_be_empty_is_what_is_not_learned(row):
+    assert converted(row)[1].messages
 
 
 def test_later_row_is_named_by_its_line():

@@ -77,9 +77,10 @@ def test_long_row_of_calls_has_the_same_mask_either_way(name, reasoning):
 words = st.text("ab \n{\"'é🙂", max_size=6) | st.sampled_from(
     ["<think>\nhm\n</think>\n\nyes", "assistant", " x\n", "<tool_response>x</tool_response>", '{"a": 1}']
 )
+said = words.filter(str.strip)  # an empty answer is refused
 turn = st.one_of(
     st.builds(lambda text: {"role": "user", "content": text}, words),
-    st.builds(lambda text: {"role": "assistant", "content": text}, words),
+    st.builds(lambda text: {"role": "assistant", "content": text}, said),
     st.builds(lambda text: {"role": "tool", "content": text}, words),
     st.builds(
         lambda text, value: {
@@ -90,7 +91,7 @@ turn = st.one_of(
         words,
         words,
     ),
-    st.builds(lambda text, why: {"role": "assistant", "content": text, "reasoning_content": why}, words, words),
+    st.builds(lambda text, why: {"role": "assistant", "content": text, "reasoning_content": why}, words, said),
 )
 
 
@@ -102,7 +103,7 @@ def test_any_conversation_has_the_same_mask_either_way(name, messages):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(words, words), min_size=4, max_size=8))
+@given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(words, said), min_size=4, max_size=8))
 def test_alternating_conversation_has_the_same_mask_either_way(name, pairs):
     messages = []
     for question, answer in pairs:

@@ -19,9 +19,10 @@ from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
 from nf4lora.train.together import left_unsaid, together
-from nf4lora.train.values import boolean, boolean_or_auto, checkpointing
+from nf4lora.train.values import boolean, boolean_or_auto, checkpointing, resume
 from nf4lora.train.yaml_file import read_yaml
 
+START = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run begins in a folder that holds one
 Values = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
 
 
@@ -77,6 +78,9 @@ def _give_way(file: Values, flags: Values) -> None:
             file.pop(interval, None)
         if interval in said:
             file.pop(strategy, None)
+    for one, other in (START, reversed(START)):
+        if said.get(one):
+            file.pop(other, None)
     if said.get("lr_scheduler_type") == "constant":
         file.pop("warmup_steps", None)
     if said.get("load_in_4bit") is False:
@@ -104,7 +108,7 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
         name = name.replace("-", "_")
         if not equals:
             following = arguments[position] if position < len(arguments) else "--"
-            if not following.startswith("--") and not (_is_switch(name) and not _is_boolean(following)):
+            if not following.startswith("--") and _may_be_value(name, following):
                 value = following
                 position += 1
             else:
@@ -118,9 +122,13 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
     return flags, files
 
 
-def _is_switch(name: str) -> bool:
+def _may_be_value(name: str, following: str) -> bool:
+    """Whether the word behind a flag is its value, where the flag may stand alone."""
     each = OPTIONS.get(ALIASES.get(name, name))
-    return each is not None and each.metadata["parse"] in (boolean, boolean_or_auto, checkpointing)
+    parse = each and each.metadata["parse"]
+    if parse is resume:  # a checkpoint is a folder
+        return not following.endswith((".yaml", ".yml")) or os.path.isdir(following)
+    return parse not in (boolean, boolean_or_auto, checkpointing) or _is_boolean(following)
 
 
 def _is_boolean(value: str) -> bool:

@@ -232,7 +232,7 @@ def _tokenise(
         except MaskError as error:
             bad.append(f"{part.table.where(index)}: {error}{encoder.advice(sample, error)}")
             continue
-        except (TypeError, ValueError, OverflowError, UnicodeError) as error:
+        except (TypeError, ValueError, OverflowError, UnicodeError, RecursionError) as error:
             bad.append(f"{part.table.where(index)}: the tokenizer refuses this row ({type(error).__name__}: {error})")
             continue
         for what in encoder.left_out:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nf4lora.train.errors import RunError
 from nf4lora.train.keys import TURN_FLAGS, check_row, filled, is_trained, unused
+from nf4lora.train.marks import REASONING
 from nf4lora.train.rows import Table, bad_rows
 from nf4lora.train.tools import calls, check_json, nulls, parsed, schemas, without_nulls
 
@@ -144,9 +145,12 @@ def sample_of(row: dict, kind: str) -> Sample:
     Raises:
         ValueError: the row does not fit; the text says what is wrong with it.
     """
-    sample = CONVERT[kind](row)
-    check_row(row, kind, roles=sample.messages is not None)
-    _check_characters(sample)
+    try:
+        sample = CONVERT[kind](row)
+        check_row(row, kind, roles=sample.messages is not None)
+        _check_characters(sample)
+    except RecursionError:
+        raise ValueError("its objects must not be nested so deeply") from None
     return sample
 
 
@@ -186,6 +190,9 @@ def _kwargs(row: dict) -> dict[str, Any]:
 def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> Sample:
     """A sample of the messages, each with whether it is trained, and of what else the row says about the chat."""
     messages = [message for message, _ in turns]
+    for index, (message, trained) in enumerate(turns):
+        if trained and index >= trained_from and _says_nothing(message):
+            raise ValueError(f"message {index} (assistant) must not be empty: the model would learn to say nothing")
     untrained = {index for index, (_, trained) in enumerate(turns) if not trained}
     system = _text_of(row.get("system"), "system", optional=True)
     if system and messages[0]["role"] in ("system", "developer"):
@@ -197,6 +204,11 @@ def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> S
         trained_from += trained_from > 0
     return Sample(messages, schemas(row.get("tools")), trained_from,
                   untrained=frozenset(untrained), template_kwargs=_kwargs(row), nulls=_nulls(row))  # fmt: skip
+
+
+def _says_nothing(message: dict) -> bool:
+    said = message["content"].strip() or message.get("tool_calls") or any(message.get(name) for name in REASONING)
+    return message["role"] == "assistant" and not said
 
 
 def _nulls(row: dict) -> int:
@@ -236,18 +248,16 @@ def _in_roles(turn: Any, name: str) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"{name} must be an object with role and content")
     turn = dict(turn)
-    if turn.get("content") is None and turn.get("value") is not None:
-        turn["content"] = turn.pop("value")
+    speaker = turn.pop("from", None) if turn.get("role") is None else None
+    if speaker is not None and (not isinstance(speaker, str) or speaker not in SHAREGPT):
+        raise ValueError(f"{name}: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
+    if turn.get("content") is None and (speaker is not None or turn.get("value") is not None):
+        turn["content"] = turn.pop("value", None)
         if not isinstance(turn["content"], str):
             raise ValueError(f"{name}: value must be text, got {_kind(turn['content'])}")
-    if turn.get("role") is not None or turn.get("from") is None:
-        return turn
-    speaker = turn.pop("from")
-    if not isinstance(speaker, str) or speaker not in SHAREGPT:
-        raise ValueError(f"{name}: from must be one of {', '.join(SHAREGPT)}, got {speaker!r}")
     if speaker == "function_call":
-        return {**turn, "role": "assistant", "content": "", "tool_calls": _function_call(turn.get("content"), name)}
-    return {**turn, "role": SHAREGPT[speaker]}
+        return {**turn, "role": "assistant", "content": "", "tool_calls": _function_call(turn["content"], name)}
+    return turn if speaker is None else {**turn, "role": SHAREGPT[speaker]}
 
 
 def _message(turn: dict, name: str) -> tuple[dict, bool]:
@@ -321,6 +331,8 @@ def _prompt_completion(row: dict) -> Sample:
         raise ValueError("prompt and completion must both be text, or both lists of messages")
     if not prompt:
         raise ValueError("prompt must not be empty (use the format text)")
+    if not completion.strip():
+        raise ValueError("completion must not be empty: the model would learn to say nothing")
     return Sample(prompt=prompt, text=completion)
 
 
@@ -335,7 +347,7 @@ def _parsed_turns(value: Any) -> Any:
 
 
 def _text(row: dict) -> Sample:
-    if not isinstance(row.get("text"), str) or not row["text"]:
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
         raise ValueError(f"text must be text that is not empty, got {_kind(row.get('text'))}")
     return Sample(text=row["text"])
 

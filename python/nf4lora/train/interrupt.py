@@ -20,8 +20,8 @@ class Interrupt:
 
     SIGHUP (the terminal was closed, the connection was lost) may come several times for one event, so it never counts
     as the second request; nor does what comes within a second of the first, because `timeout` and others signal a
-    process and then its whole group. A signal that was ignored when the program started stays ignored: that is how `nohup` asks a
-    program to go on without its terminal.
+    process and then its whole group. A signal that was ignored when the program started stays ignored: that is how
+    `nohup` asks a program to go on without its terminal.
 
     >>> with Interrupt() as interrupt:
     ...     interrupt.requested

@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from nf4lora.train.values import (
+    LARGEST,
     boolean,
     boolean_or_auto,
     checkpointing,
@@ -113,7 +114,7 @@ class TrainConfig:
     per_device_eval_batch_size: int | None = option(T, None, integer(1), "as in training if not given",
         "eval_batch_size")
     gradient_accumulation_steps: int = option(T, 8, integer(1), "")
-    num_train_epochs: float = option(T, 3.0, real(0, above=True), "", "num_epochs", "epochs")
+    num_train_epochs: float = option(T, 3.0, real(0, LARGEST, above=True), "", "num_epochs", "epochs")
     max_steps: int | None = option(T, None, step_limit, "instead of num_train_epochs", "iters")
     learning_rate: float = option(T, 2e-4, real(0, above=True), "", "lr")
     lr_scheduler_type: str = option(T, "cosine", one_of(*SCHEDULERS), ", ".join(SCHEDULERS), "lr_scheduler")
@@ -125,7 +126,7 @@ class TrainConfig:
     page_to: str | None = option(T, None, path, "folder for the paged optimizer's state on a CPU, to be beyond RAM")
     gradient_checkpointing: bool = option(T, True, checkpointing, "recompute activations: less memory, more time",
         "grad_checkpoint", "use_gradient_checkpointing")
-    seed: int = option(T, 42, integer(0), "", "random_state")
+    seed: int = option(T, 42, integer(0, 2**32 - 1), "", "random_state")
     deterministic: bool = option(T, False, boolean, "refuse operations that are not reproducible")
 
     output_dir: str = option(O, "outputs", path, "", "adapter_path")

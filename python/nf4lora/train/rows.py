@@ -105,7 +105,10 @@ def _object(name: str, unit: str, number: int, value: Any) -> dict:
 
 
 def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 

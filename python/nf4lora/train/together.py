@@ -147,7 +147,7 @@ def _data_set_of_llama_factory(given: dict, result: Together) -> None:
         return
     try:
         entry = json.loads(listing.read_text(encoding="utf-8")).get(names[0])
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         result.errors.append(f"{listing}: cannot be read ({error})")
         return
     if entry is None:

@@ -21,14 +21,19 @@ def boolean_or_auto(value: Any) -> bool | str:
     return "auto" if value == "auto" else boolean(value)
 
 
-def integer(low: int) -> Callable[[Any], int]:
+INFINITE = float("inf")
+LARGEST = 2**31 - 1  # what counts of steps and rows and sizes must stay below, so that no library's integers overflow
+
+
+def integer(low: int, high: int = LARGEST) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        if number != number or number != int(number) or number < low:
-            raise ValueError(f"must be a whole number, {low} or more")
+        if not low <= number <= high or number != int(number):
+            most = f", {high} at most" if number > high else ""
+            raise ValueError(f"must be a whole number, {low} or more{most}")
         return int(number)
 
     return parse
@@ -38,7 +43,7 @@ def step_limit(value: Any) -> int | None:
     return None if str(value) == "-1" else integer(1)(value)  # -1: transformers' way of saying none
 
 
-def real(low: float, high: float = float("inf"), above: bool = False, below: bool = False) -> Callable[[Any], float]:
+def real(low: float, high: float = INFINITE, above: bool = False, below: bool = False) -> Callable[[Any], float]:
     """A number between low and high; `above` and `below` exclude the ends."""
 
     def parse(value: Any) -> float:
@@ -46,10 +51,10 @@ def real(low: float, high: float = float("inf"), above: bool = False, below: boo
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        inside = low <= number <= high and number != float("inf")
+        inside = low <= number <= high and number != INFINITE
         if not inside or (above and number == low) or (below and number == high):
             least = f"above {low:g}" if above else f"at least {low:g}"
-            most = "" if high == float("inf") else f" and {'below' if below else 'at most'} {high:g}"
+            most = f" and {'below' if below else 'at most'} {high:.10g}" if high < LARGEST or number > high else ""
             raise ValueError(f"must be a number {least}{most}")
         return number
 
@@ -58,20 +63,20 @@ def real(low: float, high: float = float("inf"), above: bool = False, below: boo
 
 def positive(value: Any) -> float:
     """A number above 0; whole numbers stay whole, because other readers of an adapter expect them so."""
-    number = real(0, above=True)(value)
+    number = real(0, LARGEST, above=True)(value)
     return int(number) if number == int(number) else number
 
 
 def steps(value: Any) -> float:
     """A number of steps, or a share of all steps (transformers' rule)."""
-    number = real(0, above=True)(value)
+    number = real(0, LARGEST, above=True)(value)
     if number >= 1 and number != int(number):
         raise ValueError("must be a whole number of steps, or a share of them below 1")
     return int(number) if number >= 1 else number
 
 
 def share_or_count(value: Any) -> float:
-    number = real(0)(value)
+    number = real(0, LARGEST)(value)
     if number >= 1 and number != int(number):
         raise ValueError("must be a whole number, or a share below 1")
     return int(number) if number >= 1 or number == 0 else number
@@ -141,7 +146,7 @@ def dtype(value: Any) -> str:
 
 def device(value: Any) -> str:
     kind, _, index = str(value).partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
         raise ValueError("must be auto, cpu, cuda or cuda:<number>")
     return str(value)
 

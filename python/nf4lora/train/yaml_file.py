@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> list[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
-        raise UsageError(f"{path}: an object holds itself") from None
+        raise UsageError(f"{path}: an object holds itself, or is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
