@@ -267,3 +267,16 @@ def test_largest_seed_is_that_of_numpy():
     assert parsed("--seed", "4294967295").seed == 2**32 - 1
     with pytest.raises(UsageError, match="--seed must be a whole number, 0 or more, 4294967295 at most"):
         parsed("--seed", "4294967296")
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--model", "--seed", "--optim", "--report_to", "--lora_target_modules"])
+def test_flag_without_its_value_is_named(flag):
+    with pytest.raises(UsageError, match=f"{flag} needs a value behind it, which must "):
+        parse_arguments([*NEEDED, flag, "--packing"])
+
+
+def test_configuration_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("model: m\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="must be UTF-8 text"):
+        parse_arguments([str(path)])

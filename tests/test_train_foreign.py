@@ -459,6 +459,8 @@ def test_merge_keys_are_followed(tmp_path):
         ("model: !!python/object:os.system {}\n", "not valid YAML at line 1"),
         ("a: &a [*a]\n", "not valid YAML at line 1 .*recursive"),
         ("--- {model: m}\n--- {model: n}\n", "not valid YAML"),
+        ("model:\tm\n", "at line 1 .*; write spaces in its place"),
+        ("model: m\ndata: d\nseed: 1\nseed: 2\n", "line 4: seed stands there twice"),
         ("", "must hold `option: value`"),
         ("~\n", "must hold `option: value`"),
     ],

@@ -154,6 +154,9 @@ def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
             found = _meaning(name, value, left_aside)
         except ValueError as error:
             said = str(error)
+            if value is True and not source and not said.startswith("is not"):
+                settings.errors.append(f"{shown} needs a value behind it, which {said}")
+                continue
             got = "" if said.startswith("is not") or ", got" in said else f", got {value!r}"
             settings.errors.append(f"{shown} {said}{got if len(got) < 120 else got[:117] + '...'}")
             continue

@@ -81,7 +81,7 @@ def read_file(path: Path, skip_bad: bool = False) -> Table:
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
-        raise RunError(f"{path}: line {_undecodable_line(path)} is not UTF-8 text") from None
+        raise RunError(f"{path}: line {_undecodable_line(path)} is not UTF-8 text; save the file as UTF-8") from None
     if table.bad and not (skip_bad and table.rows):
         raise RunError(bad_rows(table.bad, len(table.bad) + len(table.rows)))
     if not table.rows:

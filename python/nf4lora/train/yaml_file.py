@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> list[tuple[str, Any]]:
             elif not isinstance(key, yaml.ScalarNode):
                 raise UsageError(f"{path}: line {key.start_mark.line + 1}: a name must be a word")
             elif key.value in keys:
-                raise UsageError(f"{path}: {key.value} stands there twice")
+                raise UsageError(f"{path}: line {key.start_mark.line + 1}: {key.value} stands there twice")
             else:
                 keys.append(key.value)
         loader.flatten_mapping(node)
@@ -52,14 +52,18 @@ def read_yaml(path: Path) -> list[tuple[str, Any]]:
         content = loader.construct_document(node) if node is not None else None
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: must be UTF-8 text; save it so") from None
+    except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
         raise UsageError(f"{path}: an object holds itself, or is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}: not valid YAML{place} ({getattr(error, 'problem', error)})") from None
+        problem = str(getattr(error, "problem", error))
+        cure = "; write spaces in its place" if r"'\t'" in problem else ""
+        raise UsageError(f"{path}: not valid YAML{place} ({problem}){cure}") from None
     if node is None or not isinstance(content, dict):
         raise UsageError(f"{path}: must hold `option: value` lines")
     templates = {key.value for key, value in node.value if any(value is each for each in merged)}
