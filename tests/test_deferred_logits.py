@@ -242,6 +242,58 @@ class Clone(torch.autograd.Function):
         return grad
 
 
+ASKS = {
+    "retain_grad": lambda loss, logits: logits.retain_grad(),
+    "register_hook": lambda loss, logits: logits.register_hook(lambda grad: None),
+    "grad": lambda loss, logits: torch.autograd.grad(loss, logits, allow_unused=True),
+    "grad by keyword": lambda loss, logits: torch.autograd.grad(outputs=loss, inputs=[logits]),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_the_gradient_at_logits_of_a_loss_in_chunks_is_an_error_with_a_cure(ask):
+    model, _ = pair()
+    ids, labels = batch()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    output = model(inputs_embeds=embeds, labels=labels)
+    with pytest.raises(
+        RuntimeError, match=rf"{ask.split()[0]} must .* a loss in chunks.*; call the model without labels"
+    ):
+        ASKS[ask](output.loss, output.logits)
+    assert output.logits.sum().isfinite()  # whatever else is asked is answered
+
+
+def test_a_hook_of_torchs_own_is_called_where_a_gradient_comes():
+    """FSDP wants to know when the backward pass begins, from whichever output."""
+
+    def hook(grad):
+        seen.append(grad.shape)
+
+    hook.__module__ = "torch.distributed.fsdp"
+    model, _ = pair()
+    ids, labels = batch()
+    embeds, seen = model.get_input_embeddings()(ids).detach().requires_grad_(), []
+    output = model(inputs_embeds=embeds, labels=labels)
+    output.logits.register_hook(hook)
+    output.logits.sum().backward()
+    assert seen == [output.logits.shape]
+
+
+@pytest.mark.parametrize("ask", ["retain_grad", "grad"])
+def test_a_loss_of_ones_own_has_a_gradient_at_the_logits(ask):
+    model, _ = pair()
+    ids, labels = batch()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds).logits
+    if ask == "retain_grad":
+        logits.retain_grad()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    if ask == "retain_grad":
+        loss.backward()
+    grad = logits.grad if ask == "retain_grad" else torch.autograd.grad(loss, logits)[0]
+    assert grad.shape == logits.shape and grad.norm() > 0
+
+
 def test_a_gradient_passes_through_a_function_below_python():
     models = pair()
     ids, labels = batch()
@@ -354,6 +406,12 @@ EAGER = {
     "softmax": lambda t: t.softmax(-1),
     "another dtype's bits": lambda t: t.view(torch.int32),
     "max": lambda t: t.max(-1).values,
+    "contiguous in a format": lambda t: t.contiguous(memory_format=torch.contiguous_format),
+    "float in a format": lambda t: t.float(memory_format=torch.preserve_format),
+    "half in a format": lambda t: t.half(memory_format=torch.preserve_format),
+    "a shape by keyword": lambda t: torch.reshape(t, shape=(-1, 40)),
+    "a size by keyword": lambda t: t.view(size=(12, 40)),
+    "a factor by keyword": lambda t: torch.mul(t, other=2.0),
 }
 
 

@@ -5,6 +5,9 @@
 on the way to its loss (float32, a scale, a cap, slices of tokens, one row a token) is noted; `F.cross_entropy` of them
 is computed in chunks; any other function gets the real ones. So every model keeps its own output class, its own loss
 function, and whatever else it does, and no list of architectures is needed.
+
+A loss in chunks has no gradient at the logits, which are not in its graph: who asks for it (retain_grad, register_hook,
+torch.autograd.grad) gets an error. A call without labels gives ordinary logits, to compute a loss from that has one.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ from torch.utils._pytree import tree_map_only
 from nf4lora.loss.cross_entropy import CrossEntropy, Steps, product_dtype, through
 
 
+@dataclass
+class Use:
+    """What has become of the logits of one call of the head, whichever steps and tokens of them."""
+
+    loss_in_chunks: bool = False
+
+
 class DeferredLogits(Tensor):
     """`steps(head(hidden))`, computed by the first function that needs the values, and then kept."""
 
@@ -33,6 +43,7 @@ class DeferredLogits(Tensor):
     product: torch.dtype  # of head(hidden)
     steps: Steps
     computed: Tensor | None
+    use: Use
 
     @staticmethod
     def __new__(
@@ -52,10 +63,14 @@ class DeferredLogits(Tensor):
             if func in ASKS:
                 return func(*args, **kwargs)
             way = WAYS.get(func)
+            if kwargs and func not in TAKE_KEYWORDS:
+                way = None
             if way is not None and isinstance(args[0] if args else None, cls) and args[0].computed is None:
                 found = way(*args, **kwargs)
                 if found is not None:
                     return found
+            if func in ASK_FOR_GRADIENT:
+                _refuse_gradient(func, args, kwargs)
             args, kwargs = tree_map_only(cls, compute, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -88,9 +103,12 @@ class _Defer(torch.autograd.Function):
         return result, *[None] * len(ctx.how)
 
 
-def defer(hidden: Tensor, head: nn.Linear, product: torch.dtype, steps: Steps, dtype: torch.dtype) -> DeferredLogits:
+def defer(
+    hidden: Tensor, head: nn.Linear, product: torch.dtype, steps: Steps, dtype: torch.dtype, use: Use
+) -> DeferredLogits:
     logits = _Defer.apply(hidden, head, product, steps, dtype)
     logits.hidden = hidden  # with its own place in the graph, which a Function's forward does not see
+    logits.use = use
     return logits
 
 
@@ -157,12 +175,12 @@ TO_FLOAT = Step(Tensor.to, (torch.float32,))
 
 def _then(logits: DeferredLogits, function: Callable, *arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
     steps: Steps = (*logits.steps, Step(function, arguments))
-    return defer(logits.hidden, logits.head, logits.product, steps, dtype or logits.dtype)
+    return defer(logits.hidden, logits.head, logits.product, steps, dtype or logits.dtype, logits.use)
 
 
 def _of(logits: DeferredLogits, hidden: Tensor) -> Tensor:
     """The logits of these tokens of them."""
-    return defer(hidden, logits.head, logits.product, logits.steps, logits.dtype)
+    return defer(hidden, logits.head, logits.product, logits.steps, logits.dtype, logits.use)
 
 
 def _cast(logits: DeferredLogits, dtype: Any) -> Tensor | None:
@@ -175,9 +193,9 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
     return _cast(logits, args[0] if args else kwargs.get("dtype")) if len(args) + len(kwargs) == 1 else None
 
 
-def _scaled(function: Callable, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
+def _scaled(function: Callable, logits: DeferredLogits, *args: Any) -> Tensor | None:
     """A function that scales or caps logits, with nothing but numbers beside them."""
-    if kwargs or not all(type(number) in (int, float) for number in args):
+    if not all(type(number) in (int, float) for number in args):
         return None
     return _then(logits, function, *args)
 
@@ -230,6 +248,7 @@ def _cross_entropy(
         return None  # torch says which one is out of bounds
     # The loss is computed in float32 whatever the logits are: a cast to it changes nothing.
     steps = () if set(logits.steps) <= {TO_FLOAT} else logits.steps
+    logits.use.loss_in_chunks = True
     log_p, _ = CrossEntropy.apply(logits.hidden[asked], head.weight, head.bias, chosen, steps, logits.product)
     if reduction == "none":
         losses = log_p.new_zeros(len(target)).masked_scatter(asked, -log_p)
@@ -254,6 +273,28 @@ WAYS: dict[Callable, Callable[..., Tensor | None]] = {
     Tensor.__getitem__: _indexed,
     F.cross_entropy: _cross_entropy,
 }
+TAKE_KEYWORDS = {Tensor.to, F.cross_entropy}  # the other ways know none: such a call gets the computed logits
+ASK_FOR_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+
+
+def _refuse_gradient(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise where somebody asks for the gradient at logits, which their loss in chunks does not give.
+
+    Hooks of torch's own (FSDP's) want to be called where a gradient comes, and are.
+    """
+    if func is torch.autograd.grad:
+        asked = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        asked = asked if isinstance(asked, (tuple, list)) else [asked]
+    else:
+        asked = args[:1]
+    hook = args[1] if func is Tensor.register_hook and len(args) > 1 else kwargs.get("hook")
+    of_torch = str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
+    if not of_torch and any(isinstance(each, DeferredLogits) and each.use.loss_in_chunks for each in asked):
+        raise RuntimeError(
+            f"DeferredLogits: {func.__name__} must be asked of logits that the loss was computed from, got those of a "
+            f"loss in chunks, which are not in its graph; call the model without labels, and compute the loss from "
+            f"its logits"
+        )
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------
@@ -305,4 +346,4 @@ def _deferred(head: nn.Linear, hidden: Tensor) -> Tensor:
     same = hidden.device == head.weight.device and (autocast or hidden.dtype == head.weight.dtype)
     if not same or hidden.dim() < 2 or not hidden.is_floating_point() or hidden.shape[-1] != head.in_features:
         return nn.Linear.forward(head, hidden)  # which has an error to raise, or little to save
-    return defer(hidden, head, product, (), product)
+    return defer(hidden, head, product, (), product, Use())
