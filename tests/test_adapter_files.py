@@ -388,3 +388,35 @@ def test_an_adapter_saved_over_another_replaces_it(saved, tmp_path):
     loaded = load_adapter(packed_llama(), tmp_path / "twice")
     assert torch.equal(loaded(IDS).logits, other(IDS).logits)
     assert all(isinstance(layer.base_layer, NF4Linear) for layer in layers(loaded))
+
+
+# ---- shards ----
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_a_model_in_shards_is_refused_and_the_way_that_is_named_works(one_process, tmp_path):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(packed_llama())
+    expected = model(IDS).logits
+    save_adapter(model, tmp_path / "whole")
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        ValueError, match=r"save_adapter: the model must be whole.*get_model_state_dict.*save_pretrained"
+    ):
+        save_adapter(model, tmp_path / "sharded")
+    assert not (tmp_path / "sharded").exists()
+    with pytest.raises(ValueError, match=r"load_adapter: the model must be whole.*before fully_shard"):
+        load_adapter(model, tmp_path / "whole")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    assert torch.equal(load_adapter(packed_llama(), tmp_path / "gathered")(IDS).logits, expected)

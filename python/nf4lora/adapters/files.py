@@ -79,7 +79,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: model is no PeftModel.
-        ValueError: its base is not in NF4, or not exactly one adapter is active; folder is a file.
+        ValueError: its base is not in NF4, or not exactly one adapter is active; folder is a file; the model is sharded
+            (FSDP2, tensor parallelism).
 
     >>> save_adapter(model, "out")                                          # doctest: +SKIP
     """
@@ -89,6 +90,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     name, layers = _one_adapter("save_adapter", model), [layer for _, layer in nf4_layers(model)]
     if not layers:
         raise ValueError("save_adapter: the base must be in NF4, got no NF4 layer; use model.save_pretrained instead")
+    _check_whole("save_adapter", model)
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_adapter: folder must be a folder, got the file {folder}")
@@ -120,6 +122,19 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         save_file(whole, stage / TENSOR_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(stage), auto_mapping_dict=mapping if config.task_type is None else None)
         (stage / BASE_FILE).write_text(as_json(about), encoding="utf-8")
+
+
+def _check_whole(who: str, model: nn.Module) -> None:
+    """Refuse a model of which this process holds a part (DTensor): a file, and a base's hash, are of the whole."""
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        cure = (
+            "load the adapter before fully_shard"
+            if who == "load_adapter"
+            else "in every process call state = torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), then in the first one "
+            "model.save_pretrained(folder, state_dict=state): load_adapter reads that"
+        )
+        raise ValueError(f"{who}: the model must be whole in this process, got one in shards (DTensor); {cure}")
 
 
 def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]) -> list[str]:
@@ -185,6 +200,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             "load_adapter: the base must be in NF4, got no NF4 layer; load it with quantization_config=NF4Config(), or "
             "call nf4lora.prepare first"
         )
+    _check_whole("load_adapter", model)
     saved = about.get("base") or {"packed": {}, "weights": {}}
     prefixes: Prefixes = {}
     if not config.layer_replication:
