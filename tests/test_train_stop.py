@@ -291,6 +291,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(base, data, t
 SAVES = {
     "nf4lora.adapters.files.save_adapter": SafetensorError("I/O error: No space left on device (os error 28)"),
     "torch.save": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    "transformers.PreTrainedTokenizerBase.save_pretrained": Exception("No space left on device (os error 28)"),
     "transformers.TrainerState.save_to_json": OSError(errno.ENOSPC, "No space left on device"),
 }
 

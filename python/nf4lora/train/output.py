@@ -227,7 +227,10 @@ def writing(folder: Path, saved: Path | None = None) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except Exception as error:
+        # Of a full disk torch.save makes a RuntimeError, and the tokenizers library a bare Exception.
+        if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and type(error) is not Exception:
+            raise
         there = f"; the last whole checkpoint is {saved}" if saved else "; no checkpoint has been written yet"
         raise RunError(f"{folder} could not be written to: {reason(error)}{there}") from error
 
