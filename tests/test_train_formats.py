@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nf4lora.train.errors import RunError
-from nf4lora.train.formats import recognise, samples
+from nf4lora.train.formats import convert, recognise, samples
 from nf4lora.train.rows import Table
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -63,6 +63,13 @@ OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": 
 )
 def test_turns_are_read_under_the_names_they_have_in_the_column_that_is_named(row, wanted):
     assert converted(row, wanted)[1].messages == TURNS
+
+
+def test_the_column_that_is_not_read_is_named():
+    rows = table({"messages": TURNS, "conversations": SHARED, "id": 1}, {"messages": TURNS})
+    assert convert(rows, "messages").unused == ["conversations", "id"]
+    assert convert(rows, "sharegpt").unused == ["id", "messages"]
+    assert convert(table({"messages": TURNS}, {"messages": None, "conversations": SHARED}), "messages").unused == []
 
 
 def test_text_and_prompt_keep_their_text():

@@ -30,6 +30,8 @@ def lines(rows):
         ("a.json", json.dumps(ROWS, indent=2)),
         ("a.json", lines(ROWS)),
         ("a.json", json.dumps({"data": ROWS})),
+        ("a.jsonl", json.dumps(ROWS)),
+        ("a.jsonl", json.dumps(ROWS, indent=2)),
         ("a.csv", "text\none\nzwei ä\n"),
         ("a.csv", '\ufefftext\r\n"one"\r\nzwei ä\r\n'),
         ("a.txt", "one\n\nzwei ä"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nf4lora.train.errors import RunError
-from nf4lora.train.keys import TURN_FLAGS, check_row, filled, is_trained, unused
+from nf4lora.train.keys import TURN_FLAGS, check_row, is_trained, unused
 from nf4lora.train.marks import REASONING
 from nf4lora.train.rows import Table, bad_rows
 from nf4lora.train.tools import calls, check_json, nulls, parsed, schemas, without_nulls
@@ -119,15 +119,15 @@ class Converted:
 
 
 def convert(table: Table, kind: str) -> Converted:
-    result, columns = Converted(), set()
+    result, columns = Converted(), set[str]()
     for index, row in enumerate(table.rows):
-        columns |= {name for name, value in row.items() if filled(value)}
+        columns |= unused(row, kind)
         try:
             result.samples.append(sample_of(row, kind))
             result.indices.append(index)
         except ValueError as error:
             result.bad.append(f"{table.where(index)}: {error}")
-    result.unused = unused(columns, kind)
+    result.unused = sorted(columns)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 # 0 or false takes an answer out of the loss. OpenAI's and Axolotl's files, among others, carry these.
@@ -45,9 +44,11 @@ def check_row(row: dict, kind: str, roles: bool) -> None:
             raise ValueError(f"{name} has no place in {kind} without roles; write it into the text, or use messages")
 
 
-def unused(names: Iterable[Any], kind: str) -> list[str]:
-    """Columns that nothing is read from."""
-    return sorted(map(str, set(names) - {*USED[kind], *ROW_WEIGHTS}))
+def unused(row: dict, kind: str) -> set[str]:
+    """Columns of a row that hold something and that nothing is read from."""
+    names = {str(name) for name, value in row.items() if filled(value)}
+    passed_over = {"conversations"} if {"messages", "conversations"} <= names else set()
+    return names - ({*USED[kind], *ROW_WEIGHTS} - (passed_over if kind == "messages" else set()))
 
 
 def is_trained(turn: dict, role: str, name: str) -> bool:

@@ -5,6 +5,7 @@ A table is a name, its rows as dicts, and a function from a row's index to the w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
@@ -131,6 +132,11 @@ def _jsonl(path: Path) -> Table:
                 bad.append(str(error))
             except (ValueError, RecursionError) as error:
                 bad.append(f"{path}: line {number} is not valid JSON ({_json_error(error)})")
+    if bad and not rows:
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(path.read_text(encoding="utf-8-sig"))
+            if isinstance(whole, list) or len(bad) > 1:
+                return _json(path)  # one list, or one object over several lines, under the other name
     return Table(str(path), rows, numbers, "line", bad)
 
 
