@@ -199,6 +199,6 @@ def test_rows_nested_too_deeply_are_left_out_like_other_bad_rows(tmp_path):
 def test_empty_cells_are_bad_rows(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text("instruction,output\nsay a,a\nsay b,\n")
-    with pytest.raises(RunError, match=r"line 3: message 1 \(assistant\) must not be empty.*\n.*--skip_bad_rows"):
+    with pytest.raises(RunError, match=r"line 3: output must not be empty.*\n.*--skip_bad_rows"):
         prepared(str(path))
     assert len(prepared(str(path), "--skip_bad_rows").train.input_ids) == 1

@@ -128,7 +128,7 @@ def test_ambiguous_rows_are_decided_aloud():
         ({"prompt": "a", "completion": 3}, "both be text"),
         ({"text": ""}, "text must be text that is not empty"),
         ({"text": " \n"}, "text must be text that is not empty"),
-        ({"instruction": "a", "output": ""}, r"message 1 \(assistant\) must not be empty"),
+        ({"instruction": "a", "output": ""}, "output must not be empty"),
         ({"instruction": "a", "output": "b", "history": [["q", ""]]}, r"message 1 \(assistant\) must not be empty"),
         ({"prompt": "a", "completion": " "}, "completion must not be empty"),
         ({"prompt": TURNS[:1], "completion": [{"role": "assistant", "content": ""}]}, "message 1 .* not be empty"),

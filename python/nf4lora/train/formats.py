@@ -22,6 +22,7 @@ SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "function_response": "tool", "function_call": "function_call",
 }  # fmt: skip
+SILENT = "must not be empty: the model would learn to say nothing"
 WANTED = (
     'messages ([{"role", "content"}]), conversations ([{"from", "value"}]), prompt and completion, '
     "instruction and output, or text"
@@ -192,7 +193,7 @@ def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> S
     messages = [message for message, _ in turns]
     for index, (message, trained) in enumerate(turns):
         if trained and index >= trained_from and _says_nothing(message):
-            raise ValueError(f"message {index} (assistant) must not be empty: the model would learn to say nothing")
+            raise ValueError(f"message {index} (assistant) {SILENT}; `weight: 0` in it leaves it untrained")
     untrained = {index for index, (_, trained) in enumerate(turns) if not trained}
     system = _text_of(row.get("system"), "system", optional=True)
     if system and messages[0]["role"] in ("system", "developer"):
@@ -310,6 +311,8 @@ def _alpaca(row: dict) -> Sample:
     if not (instruction or context):
         raise ValueError("instruction must be text that is not empty")
     output = _text_of(row.get("output"), "output")
+    if not output.strip():
+        raise ValueError(f"output {SILENT}")
     turns: list[tuple[dict, bool]] = []
     history = parsed(row.get("history")) or []
     for index, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
@@ -332,7 +335,7 @@ def _prompt_completion(row: dict) -> Sample:
     if not prompt:
         raise ValueError("prompt must not be empty (use the format text)")
     if not completion.strip():
-        raise ValueError("completion must not be empty: the model would learn to say nothing")
+        raise ValueError(f"completion {SILENT}")
     return Sample(prompt=prompt, text=completion)
 
 
