@@ -37,7 +37,7 @@ def test_op_is_complete(name):
     assert f"check_{plain}(" in (ROOT / "csrc/check.h").read_text(), f"{op}: no check in csrc/check.h"
     assert (ROOT / f"csrc/cpu/{concept(name)}.cpp").exists(), f"{op}: no csrc/cpu/{concept(name)}.cpp"
     assert (HERE / f"test_{concept(name)}.py").exists(), f"{op}: no tests/test_{concept(name)}.py"
-    assert (ROOT / f"bench/{concept(name)}.py").exists(), f"{op}: no bench/{concept(name)}.py"
+    assert (ROOT / f"bench/cases/{concept(name)}.py").exists(), f"{op}: no bench/cases/{concept(name)}.py"
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith((".out", "_backward"))])

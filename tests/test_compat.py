@@ -6,6 +6,8 @@ from torch import nn
 
 from nf4lora.compat import torch as compat
 
+from models import tiny_llama
+
 
 class Subclass(torch.Tensor):
     @classmethod
@@ -95,3 +97,13 @@ def test_transforms_and_forward_mode_are_noticed():
 
 def test_onednn_multiplies_or_is_not_there():
     compat.onednn_linear(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_peft_is_not_heard_to_ask_for_former_names(recwarn):
+    from peft import LoraConfig
+
+    from nf4lora.compat.peft import get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert type(model).__name__ == "PeftModel"
+    assert [str(each.message) for each in recwarn if issubclass(each.category, FutureWarning)] == []

@@ -22,6 +22,8 @@ from nf4lora.adapters.folder import BASE_FILE, FORMAT_VERSION, TENSOR_FILE, as_j
 from nf4lora.adapters.new_weights import grown_vocabulary, new_parameters
 from nf4lora.adapters.renaming import ROOT, Prefixes, find_prefixes, renamed, renamed_config, renamed_tensors
 from nf4lora.adapters.whole_files import written_whole
+from nf4lora.compat.peft import get_peft_model
+from nf4lora.compat.torch import uncompiled
 from nf4lora.memory import heap  # type: ignore[attr-defined]
 from nf4lora.nn.model_tree import (
     WRAPPED,
@@ -32,7 +34,6 @@ from nf4lora.nn.model_tree import (
     nf4_layers,
     token_layers,
     unchanged_on_failure,
-    uncompiled,
 )
 from nf4lora.words import listed
 
@@ -244,7 +245,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
 
 def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> PeftModel:
     """A bare model with the adapter's layers in it, of which the tensors are known to fit; else as it was."""
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # which layer_replication changes
     base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's

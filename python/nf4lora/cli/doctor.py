@@ -114,7 +114,7 @@ def _peft() -> Iterator[Finding]:
         if Version(found) < Version(wanted):
             yield Finding(
                 f"transformers' own add_adapter and load_adapter refuse peft {found}; prepare and PEFT itself work",
-                f"pip install 'peft>={wanted}', or an older transformers",
+                f"pip install 'peft>={wanted}' once the package index has it, or an older transformers",
             )
 
 

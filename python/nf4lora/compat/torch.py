@@ -19,17 +19,17 @@ __all__ = ["tree_leaves", "tree_map_only"]
 # ---- modules: their dictionaries, which an attribute takes half a microsecond to search
 
 
-def children(module: nn.Module) -> dict[str, nn.Module | None]:
+def children(module: nn.Module) -> dict[str, Any]:
     """The module's own modules by name, also under each of several names."""
     return module._modules
 
 
-def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+def parameters(module: nn.Module) -> dict[str, Any]:
     """The module's own parameters by name."""
     return module._parameters
 
 
-def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+def buffers(module: nn.Module) -> dict[str, Any]:
     """The module's own buffers by name."""
     return module._buffers
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nf4lora.compat.torch import uncompiled
 from nf4lora.nn.linear import NF4Linear
 
 # Where torch keeps what was registered on a module for its calls.
@@ -32,11 +33,6 @@ def base_of(model: nn.Module) -> nn.Module:
     """The model under `torch.compile` and PEFT's wrapper; adapters stay in its layers."""
     model = uncompiled(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def uncompiled(model: Any) -> Any:
-    """The model under the wrapper of `torch.compile`, if it has one."""
-    return getattr(model, "_orig_mod", model)
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from nf4lora.nn.model_tree import uncompiled
+from nf4lora.compat.torch import uncompiled
 from nf4lora.preparation.targets import plain
 from nf4lora.preparation.task import task_type
 from nf4lora.quantization.config import NF4Config

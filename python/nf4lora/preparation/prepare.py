@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from nf4lora.compat.peft import get_peft_model
 from nf4lora.loss.causal_lm import chunk_loss, has_chunked_loss
 from nf4lora.memory import heap, onednn
 from nf4lora.nn.model_tree import unchanged_on_failure
@@ -113,7 +114,7 @@ def apply(plan: Plan, model: nn.Module) -> Prepared:
     Whatever stops it (out of memory, Ctrl-C) leaves a model without half an adapter, of which some layers may be packed
     already: `prepare` then takes up the rest.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     from nf4lora.adapters import lora_layer
 
@@ -124,9 +125,7 @@ def apply(plan: Plan, model: nn.Module) -> Prepared:
     prepared: Any = model
     with unchanged_on_failure(base):
         if plan.lora is not None:
-            with warnings.catch_warnings():  # PEFT asks transformers for an attribute by its former name
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                prepared = get_peft_model(base, copy.deepcopy(plan.lora))
+            prepared = get_peft_model(base, copy.deepcopy(plan.lora))
             prepared.nf4lora_asked = plan.asked
         fused = lora_layer.fuse(model) if isinstance(model, PeftModel) else 0
         chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nf4lora.compat.torch import uncompiled
 from nf4lora.nn.linear import BLOCKSIZES, NF4Linear
-from nf4lora.nn.model_tree import WRAPPED, adapter_names, base_name, base_of, output_head, uncompiled
+from nf4lora.nn.model_tree import WRAPPED, adapter_names, base_name, base_of, output_head
 from nf4lora.words import dtype_name
 
 PACKED_KINDS = {"weight": "packed codes", "weight_absmax": "absmax", "weight_nested": "nested absmax", "bias": "biases"}

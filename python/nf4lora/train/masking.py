@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nf4lora.train.chat_template import in_parts, wants_parts
 from nf4lora.train.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.formats import Sample
 from nf4lora.train.marks import REASONING
-from nf4lora.train.processor import in_parts, wants_parts
 from nf4lora.train.tools import functions, shown_as_python, with_arguments_as_text
 from nf4lora.train.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from nf4lora.train.chat_template import processor_template
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.options import TrainConfig
-from nf4lora.train.processor import processor_template
 from nf4lora.train.reach import as_pattern, unreached
 from nf4lora.words import listed
 
@@ -222,8 +222,9 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[P
     Raises:
         RunError: the options do not fit the model.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
+    from nf4lora.compat.peft import get_peft_model
     from nf4lora.memory import heap, onednn
     from nf4lora.preparation.plan import plan_preparation
     from nf4lora.preparation.prepare import apply
