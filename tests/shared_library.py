@@ -25,6 +25,7 @@ def compile_library(name: str, sources: list[Path], flags: list[str]) -> Path:
     here = sources[0].parent
     more = os.environ.get("CXXFLAGS", "").split()
     command = [compiler, *flags, "-shared", "-fPIC", f"-I{here}", f"-I{ROOT / 'csrc'}", *more, *map(str, sources)]
+    command += ["-lstdc++"]  # which a compiler called gcc leaves out
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}  # is not the compiler's
     kind = f"{name}-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:8]}"
     digest = hashlib.sha256(subprocess.run([compiler, "--version"], capture_output=True, env=environment).stdout)

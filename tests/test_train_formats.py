@@ -138,7 +138,7 @@ def test_ambiguous_rows_are_decided_aloud():
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
             "message 1 .* not be empty",
         ),
-        ({"messages": [{**TURNS[0], "meta": nested(480)}, TURNS[1]]}, "must not be nested so deeply"),
+        ({"messages": [{**TURNS[0], "meta": nested(200)}, TURNS[1]]}, "must not be nested more than 100 deep"),
     ],
 )
 def test_row_that_does_not_fit_is_named(row, words):

@@ -18,6 +18,7 @@ from nf4lora.train.rows import Table, bad_rows
 from nf4lora.train.tools import calls, check_json, nulls, parsed, schemas, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+DEEPEST = 100  # levels of objects and lists in a row: more is a mistake, and what reads rows calls itself for each
 SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "function_response": "tool", "function_call": "function_call",
@@ -146,13 +147,26 @@ def sample_of(row: dict, kind: str) -> Sample:
     Raises:
         ValueError: the row does not fit; the text says what is wrong with it.
     """
-    try:
-        sample = CONVERT[kind](row)
-        check_row(row, kind, roles=sample.messages is not None)
-        _check_characters(sample)
-    except RecursionError:
-        raise ValueError("its objects must not be nested so deeply") from None
+    if _is_deep(row):
+        raise ValueError(f"its objects must not be nested more than {DEEPEST} deep")
+    sample = CONVERT[kind](row)
+    check_row(row, kind, roles=sample.messages is not None)
+    _check_characters(sample)
     return sample
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether objects and lists are nested deeper than what reads and renders them may follow."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _check_characters(sample: Sample) -> None:
