@@ -17,9 +17,9 @@ class Subclass(torch.Tensor):
 
 def test_a_module_shows_its_dictionaries():
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    assert compat.children(module) == {"0": module[0], "1": module[1]}
-    assert compat.parameters(module[0])["weight"] is module[0].weight
-    assert compat.buffers(module[1])["running_mean"] is module[1].running_mean
+    assert compat.children_of(module) == {"0": module[0], "1": module[1]}
+    assert compat.parameters_of(module[0])["weight"] is module[0].weight
+    assert compat.buffers_of(module[1])["running_mean"] is module[1].running_mean
 
 
 HOOKS = {
@@ -47,9 +47,9 @@ def test_the_model_under_torch_compile_is_found():
 
 def test_writing_into_a_tensor_counts():
     tensor = torch.zeros(3)
-    before = compat.version(tensor)
+    before = compat.version_of(tensor)
     tensor.add_(1)
-    assert compat.version(tensor) == before + 1
+    assert compat.version_of(tensor) == before + 1
 
 
 def test_views_share_a_storage_and_copies_do_not():
@@ -107,3 +107,27 @@ def test_peft_is_not_heard_to_ask_for_former_names(recwarn):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     assert type(model).__name__ == "PeftModel"
     assert [str(each.message) for each in recwarn if issubclass(each.category, FutureWarning)] == []
+
+
+def test_hooks_go_over_with_their_handles():
+    old, new, called = nn.Linear(2, 2), nn.Linear(2, 2), []
+    handle = old.register_forward_hook(lambda module, inputs, output: called.append(module))
+    old.register_forward_pre_hook(lambda module, inputs, kwargs: called.append(kwargs), with_kwargs=True)
+    compat.move_hooks(old, new)
+    new(torch.zeros(1, 2))
+    assert called == [{}, new]
+    assert list(compat.forward_hooks_of(new)) == [handle.id] and len(compat.forward_pre_hooks_of(new)) == 1
+    handle.remove()
+    assert not compat.forward_hooks_of(new)
+
+
+def test_a_bare_copy_has_the_class_and_nothing_that_is_called():
+    module = nn.Linear(2, 2)
+    module.note = "kept"
+    module.forward = lambda x: x
+    module.register_forward_hook(lambda module, inputs, output: None)
+    weight = nn.Parameter(torch.ones(3, 2))
+    copied = compat.bare_copy(module, {"weight": weight, "bias": None}, {})
+    assert type(copied) is nn.Linear and copied.note == "kept" and copied.weight is weight
+    assert not compat.has_hooks(copied) and compat.has_hooks(module)
+    assert torch.equal(copied(torch.ones(1, 2)), torch.full((1, 3), 2.0))

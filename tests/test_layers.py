@@ -83,6 +83,37 @@ def test_no_modules_import_each_other():
         above = {name: below for name, below in above.items() if name not in ground}
 
 
+def private_parts(path):
+    """Attributes of others that begin with an underscore, as far as a name tells: none of the package is called so."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in used - own if name.startswith("_") and not name.startswith("__") and name != "_C"}
+
+
+# What is used of transformers, PEFT and TRL beyond their public interface, and is still to go into compat.
+ELSEWHERE = {
+    "adapters/lora_layer.py": {"_check_target_module_exists", "_create_new_module", "_disable_adapters"},
+    "adapters/new_weights.py": {"_initialize_missing_keys", "_is_hf_initialized"},
+    "quantization/config.py": {"_is_quantized"},
+    "quantization/quantizer.py": {"_is_hf_initialized", "_weight_conversions"},
+    "train/fit.py": {"_load_from_checkpoint", "_prepare_inputs"},
+    "train/guard.py": {"_total_train_tokens"},
+    "train/progress.py": {"_total_train_tokens"},
+    "train/trainer.py": {"_last_lr", "_metrics", "_train_batch_size"},
+}
+
+
+def test_private_parts_of_others_have_one_place():
+    found = {str(path.relative_to(PACKAGE)): private_parts(path) for path in MODULES if path.parent.name != "compat"}
+    assert {path: names for path, names in found.items() if names} == ELSEWHERE
+
+
 def includes(path):
     return re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
 

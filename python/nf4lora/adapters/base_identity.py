@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nf4lora import ops
+from nf4lora.compat.torch import children_of, parameters_of, version_of
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import adapter_names, base_name, base_of, nf4_layers
 
@@ -176,7 +177,7 @@ def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _replaced(base: nn.Module) -> tuple[str, ...]:
     """Where the originals of modules stand that an adapter trains in full, each with a dot behind it."""
-    wrappers = [name for name, module in base.named_modules() if module._modules.get("modules_to_save")]
+    wrappers = [name for name, module in base.named_modules() if children_of(module).get("modules_to_save")]
     return tuple(f"{name}.original_module." for name in wrappers)
 
 
@@ -251,7 +252,7 @@ def _signs(first: int, length: int, device: torch.device) -> Tensor:
 
 def _tensors(layer: NF4Linear) -> list[Tensor]:
     """The parameters themselves: `layer.weight` is a guard that lives as long as somebody holds it."""
-    state = layer._parameters
+    state = parameters_of(layer)
     found = (state.get(name, vars(layer).get(name)) for name in ("weight", "weight_absmax", "weight_nested"))
     return [tensor for tensor in found if tensor is not None]
 
@@ -283,7 +284,7 @@ def _sums_of_scales(layer: NF4Linear) -> list[float]:
 def _once(what: Hashable, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
     """make(), remembered until one of the tensors is written to or put elsewhere."""
     try:
-        state = tuple((t._version, t.data_ptr(), t.dtype, t.shape, t.device) for t in tensors)
+        state = tuple((version_of(t), t.data_ptr(), t.dtype, t.shape, t.device) for t in tensors)
     except RuntimeError:  # a tensor made in inference mode counts no versions
         return make()
     if not tensors:

@@ -19,7 +19,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from nf4lora.compat.torch import children, has_hooks, parameters
+from nf4lora.compat.torch import children_of, has_hooks, parameters_of
 from nf4lora.nn.linear import NF4Linear
 
 SEEDS = 2**63 - 1
@@ -58,14 +58,14 @@ class NF4LoraLinear(lora.Linear):
             return None
         # A module's attribute takes half a microsecond to find, and a generated token asks for thousands: so the
         # dictionaries that hold them are asked directly.
-        modules: Any = children(self)
-        layers_A, layers_B = children(modules["lora_A"]), children(modules["lora_B"])
+        modules: Any = children_of(self)
+        layers_A, layers_B = children_of(modules["lora_A"]), children_of(modules["lora_B"])
         active = [name for name in self.active_adapters if name in layers_A]
         base = modules["base_layer"]
         if len(active) != 1 or not isinstance(base, NF4Linear) or has_hooks(base):
             return None
         (name,) = active
-        lora_A, lora_B, dropout = layers_A[name], layers_B[name], children(modules["lora_dropout"])[name]
+        lora_A, lora_B, dropout = layers_A[name], layers_B[name], children_of(modules["lora_dropout"])[name]
         scaling = self.scaling[name]
         plain = (
             name not in self.lora_variant
@@ -90,7 +90,7 @@ class NF4LoraLinear(lora.Linear):
         A, B = _parameter(lora_A, "weight"), _parameter(lora_B, "weight")
         if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
             A, B = A.float(), B.float()
-        base: Any = children(self)["base_layer"]
+        base: Any = children_of(self)["base_layer"]
         # By keyword: a hook that torch calls for every module finds x alone among the inputs, as of any linear layer.
         return base(x, lora_A=A, lora_B=B, scaling=scaling, dropout=p, seed=seed)
 
@@ -162,7 +162,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _parameter(module: nn.Module, name: str) -> Any:
     """The module's attribute of this name; found at once where it is a parameter, as it is unless FSDP flattens it."""
-    own = parameters(module)
+    own = parameters_of(module)
     return own[name] if name in own else getattr(module, name)
 
 

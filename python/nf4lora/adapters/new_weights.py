@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from nf4lora.compat.torch import parameters_of
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import base_name, input_embedding, output_head, token_layers
 
@@ -106,7 +107,7 @@ def _replaced_ends(model: nn.Module) -> set[int]:
     heads = [list(model.get_submodule(name).modules()) for name in task_heads(model)]
     found: set[int] = set()
     for modules in (tokens, *heads):
-        own = [module for module in modules if module._parameters]
+        own = [module for module in modules if parameters_of(module)]
         if not all(vars(module).get("_is_hf_initialized", False) for module in own):
             found |= {id(parameter) for module in own for parameter in module.parameters(recurse=False)}
     return found

@@ -5,6 +5,7 @@ Tried with torch 2.11 to 2.14. `tests/test_compat.py` fails where one of these n
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,21 +16,23 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["tree_leaves", "tree_map_only"]
 
+OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
+
 
 # ---- modules: their dictionaries, which an attribute takes half a microsecond to search
 
 
-def children(module: nn.Module) -> dict[str, Any]:
+def children_of(module: nn.Module) -> dict[str, Any]:
     """The module's own modules by name, also under each of several names."""
     return module._modules
 
 
-def parameters(module: nn.Module) -> dict[str, Any]:
+def parameters_of(module: nn.Module) -> dict[str, Any]:
     """The module's own parameters by name."""
     return module._parameters
 
 
-def buffers(module: nn.Module) -> dict[str, Any]:
+def buffers_of(module: nn.Module) -> dict[str, Any]:
     """The module's own buffers by name."""
     return module._buffers
 
@@ -45,6 +48,38 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def forward_pre_hooks_of(module: nn.Module) -> dict[int, Any]:
+    """What is called before the module, by the number of its handle."""
+    return module._forward_pre_hooks
+
+
+def forward_hooks_of(module: nn.Module) -> dict[int, Any]:
+    """What is called after the module, by the number of its handle."""
+    return module._forward_hooks
+
+
+def bare_copy(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> Any:
+    """A module of the same class and attributes with these tensors; no modules, no hooks, no forward of its own."""
+    new: Any = type(module).__new__(type(module))
+    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_hf_hook")}
+    hooks: dict[str, Any] = {name: OrderedDict() for name in (*OF_CALLS, "_state_dict_hooks")}
+    new.__dict__.update({**own, **hooks, "_parameters": parameters, "_buffers": buffers, "_modules": {}})
+    return new
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module's hooks for calls to the one in its place, in their own dictionaries: a user's handle removes one.
+
+    Those by which torch.nn.utils makes the weight from others (weight_norm, spectral_norm, prune) stay behind: what
+    they make is in the new weight, and the others are not there.
+    """
+    pre_hooks = old._forward_pre_hooks
+    for key in [key for key, hook in pre_hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]:
+        del pre_hooks[key]
+    names = (*OF_CALLS, *(f"_forward{pre}_hooks_with_kwargs" for pre in ("", "_pre")), "_forward_hooks_always_called")
+    new.__dict__.update({name: old.__dict__[name] for name in (*names, "_is_full_backward_hook")})
+
+
 def uncompiled(model: Any) -> Any:
     """The model under the wrapper of `torch.compile`, if it has one."""
     return getattr(model, "_orig_mod", model)
@@ -53,7 +88,7 @@ def uncompiled(model: Any) -> Any:
 # ---- tensors
 
 
-def version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Counts what has been written into a tensor in place."""
     return tensor._version
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nf4lora.compat.torch import buffers_of
 from nf4lora.loss import trl_head
 from nf4lora.loss.cross_entropy import CrossEntropy
 from nf4lora.loss.deferred_logits import as_matrix, deferred, is_deferrable
@@ -69,14 +70,14 @@ def has_plain_head(base: nn.Module, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    before = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    before = [(module, dict(buffers_of(module))) for module in model.modules() if buffers_of(module)]
     values = {id(b): (b, b.clone()) for _, buffers in before for b in buffers.values() if b is not None}
     try:
         yield
     finally:
         for module, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            buffers_of(module).clear()
+            buffers_of(module).update(buffers)
         for buffer, value in values.values():
             buffer.data.copy_(value)
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
+from nf4lora.compat.torch import has_hooks, parameters_of, tree_map_only, without_memory
 from nf4lora.loss.cross_entropy import CrossEntropy, Steps, product_dtype, through
 
 
@@ -50,7 +50,7 @@ class DeferredLogits(Tensor):
         cls, hidden: Tensor, head: nn.Linear, product: torch.dtype, steps: Steps, dtype: torch.dtype
     ) -> DeferredLogits:
         shape = (*hidden.shape[:-1], head.out_features)
-        logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        logits = without_memory(cls, shape, dtype, hidden.device)
         logits.hidden, logits.head, logits.product, logits.steps, logits.computed = hidden, head, product, steps, None
         return logits
 
@@ -304,11 +304,10 @@ def is_deferrable(head: Any) -> bool:
     """Whether this is a frozen linear layer, whole, on one device, and nothing else happens when it is called."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    weight: Any = head._parameters.get("weight")  # none where a parametrization makes it
+    weight: Any = parameters_of(head).get("weight")  # none where a parametrization makes it
     return (
         weight is not None
-        and not any(hooks)
+        and not has_hooks(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and weight.is_floating_point()
         and not weight.is_meta

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nf4lora.compat.torch import forward_pre_hooks_of
+
 SHARE = 0.02  # of the run's time that returning memory may cost
 GROWTH = 1.1  # times the smallest size that was seen after returning memory: less is not worth a call
 PAGE = mmap.PAGESIZE
@@ -42,7 +44,7 @@ def trim() -> float:
 
 def keep_small(model: nn.Module) -> None:
     """Return free memory between the training steps of this model, whoever runs them; a second call does nothing."""
-    if between_steps not in model._forward_pre_hooks.values():
+    if between_steps not in forward_pre_hooks_of(model).values():
         model.register_forward_pre_hook(between_steps)
 
 

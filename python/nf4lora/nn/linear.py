@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lora import ops
+from nf4lora.compat.torch import parameters_of
 from nf4lora.nn.packed_weight import PackedWeight
 from nf4lora.ops import BLOCKSIZES, NESTED_BLOCKSIZE
 
@@ -157,7 +158,7 @@ class NF4Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The packed codes, [N, K/2] uint8, for code that asks them something; they refuse to be computed with."""
-        parameter: Any = self._parameters.get("weight", self.__dict__.get("weight"))
+        parameter: Any = parameters_of(self).get("weight", self.__dict__.get("weight"))
         if parameter is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
         if type(parameter) is PackedWeight:
@@ -179,10 +180,10 @@ class NF4Linear(nn.Linear):
 
     def _unguarded(self) -> nn.Parameter:
         """The codes as a plain parameter again, where accelerate's offloading has made a parameter of their guard."""
-        codes = self._parameters["weight"].codes  # type: ignore[union-attr]
+        codes = parameters_of(self)["weight"].codes  # type: ignore[union-attr]
         # By its type: a plain tensor that torch has marked counts as an instance too.
         parameter: Any = codes if type(codes) is nn.Parameter else nn.Parameter(codes, requires_grad=False)
-        self._parameters["weight"] = parameter
+        parameters_of(self)["weight"] = parameter
         return parameter
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -215,7 +216,7 @@ class NF4Linear(nn.Linear):
 
     def op_arguments(self) -> dict[str, Any]:
         """The layer's state as `ops.lora_linear` takes it: qweight, absmax, nested (float32 views) and blocksize."""
-        state: Any = self._parameters  # an attribute of a module takes half a microsecond to find
+        state: Any = parameters_of(self)  # an attribute of a module takes half a microsecond to find
         absmax, nested = state["weight_absmax"], None
         if self.double_quant:
             nested = state["weight_nested"].view(torch.float32)
@@ -260,7 +261,7 @@ class NF4Linear(nn.Linear):
         dtype = self.compute_dtype or result_dtype
         if given != dtype:
             x = x.to(dtype)
-        trained = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        trained = parameters_of(self)["bias"] if "bias" in parameters_of(self) else self.bias
         bias = None if trained is None else trained.detach().to(dtype)
         y = ops.lora_linear(
             x,
@@ -288,7 +289,7 @@ class NF4Linear(nn.Linear):
         # Codes without their scales are noise, and copy_ would convert a tensor of another dtype without a word: so
         # both are errors even with strict=False. A state dict that has none of the layer's tensors (an adapter's) is
         # left to `strict`.
-        expected = {name: p for name, p in self._parameters.items() if name.startswith("weight") and p is not None}
+        expected = {name: p for name, p in parameters_of(self).items() if name.startswith("weight") and p is not None}
         present = {name for name in expected if prefix + name in state_dict}
         for name, parameter in expected.items():
             if present and name not in present:

@@ -10,15 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora.compat.torch import uncompiled
+from nf4lora.compat.torch import children_of, forward_hooks_of, move_hooks, uncompiled
 from nf4lora.nn.linear import NF4Linear
 
-# Where torch keeps what was registered on a module for its calls.
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
 WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer that it put another around
 
 
@@ -70,7 +64,7 @@ def adapter_names(model: nn.Module) -> set[str]:
     """
     names: set[str] = set()
     for prefix, module in model.named_modules():
-        kept = next((child for child in WRAPPED if child in module._modules), None)
+        kept = next((child for child in WRAPPED if child in children_of(module)), None)
         if kept is None:
             continue
         start = f"{prefix}." if prefix else ""
@@ -100,7 +94,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for key, child in parent._modules.items():
+        for key, child in children_of(parent).items():
             if child is not None:
                 places.setdefault(id(child), []).append((parent, key))
     done: set[int] = set()
@@ -109,7 +103,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
         if id(old) in done:
             continue
         new = make(name, old)
-        _move_hooks(old, new)
+        move_hooks(old, new)
         if hook := getattr(old, "_hf_hook", None):  # accelerate's, where the model is spread over devices
             from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
@@ -118,18 +112,6 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
         for parent, key in places[id(old)]:
             setattr(parent, key, new)
         done.add(id(new))
-
-
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks for calls, in their own dictionaries, by which the handle that a user has removes one.
-
-    Those by which torch.nn.utils makes the weight from others (weight_norm, spectral_norm, prune) stay behind: what
-    they make is in the new weight, and the others are not there.
-    """
-    pre_hooks = old._forward_pre_hooks
-    for key in [key for key, hook in pre_hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]:
-        del pre_hooks[key]
-    new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
 
 
 @contextmanager
@@ -171,7 +153,8 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     Attributes of the model itself come back too; tensors that were written into do not.
     """
     modules = [
-        (module, dict(module._modules), dict(module._forward_hooks), module.training) for module in model.modules()
+        (module, dict(children_of(module)), dict(forward_hooks_of(module)), module.training)
+        for module in model.modules()
     ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     own = {key: value for key, value in vars(model).items() if key != "_modules"}
@@ -179,7 +162,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, children, hooks, mode in modules:
-            for now, before in ((module._modules, children), (module._forward_hooks, hooks)):
+            for now, before in ((children_of(module), children), (forward_hooks_of(module), hooks)):
                 now.clear()
                 now.update(before)  # type: ignore[arg-type]
             module.training = mode

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
+from nf4lora.compat.torch import tree_map_only, version_of
 from nf4lora.optim.arena import Arena
 from nf4lora.optim.arena_cuda import PAGING
 from nf4lora.optim.bucket import Bucket, BucketGradients, ParamState, arena_of, state_sizes
@@ -163,7 +163,7 @@ class PagedAdamW(Optimizer):
 
     # ---- the step
 
-    @torch._disable_dynamo  # a compiled caller breaks its graph here: the step is one op per chunk already
+    @torch.compiler.disable  # a compiled caller breaks its graph here: the step is one op per chunk already
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient; returns what closure returns.
@@ -227,7 +227,7 @@ class PagedAdamW(Optimizer):
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return params, grads, torch.where(norm.isfinite(), scale, math.nan).view(1)
 
-    @torch._disable_dynamo
+    @torch.compiler.disable
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients together, of all shards: [] float32, on the device of the first.
@@ -239,11 +239,11 @@ class PagedAdamW(Optimizer):
         if self._norm is not None:
             norm, seen = self._norm
             if len(seen) == len(grads) and all(
-                a is b and a._version == version for a, (b, version) in zip(grads, seen)
+                a is b and version_of(a) == version for a, (b, version) in zip(grads, seen)
             ):
                 return norm
         norm = total_norm(grads) if grads else torch.zeros(())
-        self._norm = norm, [(grad, grad._version) for grad in grads]
+        self._norm = norm, [(grad, version_of(grad)) for grad in grads]
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -294,13 +294,13 @@ class PagedAdamW(Optimizer):
 
     # ---- state
 
-    @torch._disable_dynamo
+    @torch.compiler.disable
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; moments of 8 bits are uint8, with their absmax [ceil(n/256), 2] float32."""
         self.synchronize()
         return super().state_dict()
 
-    @torch._disable_dynamo
+    @torch.compiler.disable
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what PagedAdamW, torch.optim.AdamW or bitsandbytes' AdamW saved, converted to `bits`.
 

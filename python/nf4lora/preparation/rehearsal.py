@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nf4lora.compat.torch import bare_copy, buffers_of, children_of, parameters_of
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import replace_layers
 from nf4lora.quantization import bitsandbytes_format
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
 def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool, config: LoraConfig) -> None:
@@ -83,17 +81,13 @@ def skeleton(model: nn.Module) -> Any:
     def copied(module: nn.Module) -> nn.Module:
         if id(module) in modules:
             return modules[id(module)]
-        new: Any = type(module).__new__(type(module))
-        modules[id(module)] = new
-        new.__dict__.update(
-            {key: value for key, value in module.__dict__.items() if key not in ("forward", "_hf_hook")}
+        parameters, buffers = (
+            {key: on_meta(tensor) for key, tensor in tensors_of(module).items()}
+            for tensors_of in (parameters_of, buffers_of)
         )
-        new.__dict__.update({key: OrderedDict() for key in HOOKS})
-        new.__dict__["_parameters"] = {key: on_meta(tensor) for key, tensor in module._parameters.items()}
-        new.__dict__["_buffers"] = {key: on_meta(tensor) for key, tensor in module._buffers.items()}
-        new.__dict__["_modules"] = {
-            key: child if child is None else copied(child) for key, child in module._modules.items()
-        }
+        new = modules[id(module)] = bare_copy(module, parameters, buffers)
+        for key, child in children_of(module).items():
+            children_of(new)[key] = child if child is None else copied(child)
         if "config" in module.__dict__:  # PEFT writes into it
             new.__dict__["config"] = copy.copy(module.__dict__["config"])
         return new

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora.compat.torch import uncompiled
+from nf4lora.compat.torch import buffers_of, children_of, parameters_of, uncompiled
 from nf4lora.nn.linear import BLOCKSIZES, NF4Linear
 from nf4lora.nn.model_tree import WRAPPED, adapter_names, base_name, base_of, output_head
 from nf4lora.words import dtype_name
@@ -172,7 +172,7 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, NF4Linear):
             packed_layers += 1
             packed_weights += module.in_features * module.out_features
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
             if tensor is None:
                 continue
             of_adapter = (f"{prefix}.{key}" if prefix else key) in of_adapters
@@ -222,11 +222,11 @@ def _wrappers(model: nn.Module) -> list[tuple[str, nn.Module | None]]:
     found: list[tuple[str, nn.Module | None]] = []
     for prefix, module in model.named_modules():
         base: Any = module
-        while "base_layer" in base._modules:
+        while "base_layer" in children_of(base):
             base = base.base_layer
         if base is not module and not prefix.endswith(".base_layer"):
             found.append((base_name(prefix), base))
-        if "original_module" in module._modules:
+        if "original_module" in children_of(module):
             found.append((base_name(prefix), None))
     return found
 
@@ -234,7 +234,7 @@ def _wrappers(model: nn.Module) -> list[tuple[str, nn.Module | None]]:
 def _kind(module: nn.Module, key: str, tensor: Tensor, head: nn.Module | None) -> str:
     if isinstance(module, NF4Linear):
         return PACKED_KINDS[key]
-    if key in module._buffers:
+    if key in buffers_of(module):
         return "buffers"
     if key == "bias" or key.endswith("_bias"):
         return "biases"
@@ -265,7 +265,7 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     skipped = getattr(quantization_config, "modules_to_not_convert", None)
     known = getattr(base_of(model), "nf4lora_skipped", {})  # what the quantizer said when it decided
     # Training an embedding in full (modules_to_save) trains a copy, which the head does not share.
-    kept = [module._modules.get("original_module") for module in model.modules()]
+    kept = [children_of(module).get("original_module") for module in model.modules()]
     untied = any(isinstance(module, nn.Embedding) and module.weight is getattr(head, "weight", None) for module in kept)
 
     def reason(name: str, module: nn.Module, new: bool) -> str:
@@ -304,7 +304,7 @@ def _bare_head(model: nn.Module) -> nn.Module | None:
 
 def _parameters_held(module: nn.Module, key: str, tensor: Tensor) -> int:
     """Weights that a tensor stands for: N * K for packed codes, none for scales and buffers."""
-    if key in module._buffers:
+    if key in buffers_of(module):
         return 0
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point() and key != "bias":
         return module.in_features * module.out_features if key == "weight" else 0

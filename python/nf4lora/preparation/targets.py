@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nf4lora.compat.torch import bare_copy
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import adapter_names, base_name, evaluating, output_head
 from nf4lora.preparation.task import text_part
@@ -132,15 +133,9 @@ def is_linear(layer: nn.Linear) -> bool:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            small: Any = copy.copy(layer)
-            small.__dict__.update(
-                {key: {} for key in ("_forward_hooks", "_forward_pre_hooks", "_buffers", "_modules")},
-                _parameters={"weight": nn.Parameter(torch.randn(6, 8)), "bias": None},
-                in_features=8,
-                out_features=6,
-            )
-            if layer.bias is not None:
-                small._parameters["bias"] = nn.Parameter(torch.randn(6))
+            bias = None if layer.bias is None else nn.Parameter(torch.randn(6))
+            small = bare_copy(layer, {"weight": nn.Parameter(torch.randn(6, 8)), "bias": bias}, {})
+            small.in_features, small.out_features = 8, 6
             x = torch.randn(2, 3, 8)
             with evaluating(small):
                 y = small.forward(x)

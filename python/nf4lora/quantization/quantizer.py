@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from nf4lora.adapters import new_weights
 from nf4lora.adapters.new_weights import marked_as, not_in_checkpoint, task_heads
+from nf4lora.compat.torch import parameters_of
 from nf4lora.loss.causal_lm import chunk_loss
 from nf4lora.memory import heap, onednn
 from nf4lora.memory.pages import in_huge_pages
@@ -205,7 +206,7 @@ class NF4Quantizer(HfQuantizer):
         check_loaded(model, self.shapes, packed_file=self.pre_quantized, new=self.new)
         if self.pre_quantized:
             for layer in (module for module in model.modules() if isinstance(module, NF4Linear)):
-                codes: Any = layer._parameters["weight"]
+                codes: Any = parameters_of(layer)["weight"]
                 codes.data = in_huge_pages(codes.data)
         if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
             keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them

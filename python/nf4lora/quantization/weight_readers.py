@@ -20,6 +20,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from nf4lora.compat.torch import children_of
+
 Chain = tuple[str, ...]  # the way from a module to one of its descendants; "*" stands for any child
 
 EACH = "*"
@@ -54,7 +56,7 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
     """
     found: dict[int, Reader] = {}
     for module in model.modules():
-        if "base_layer" in module._modules:  # PEFT's
+        if "base_layer" in children_of(module):  # PEFT's
             continue
         for chain, numbers in chains_read(cast("Hashable", type(module))).items():
             for layer in _descendants(module, chain):
@@ -65,13 +67,13 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
 
 def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
     if not chain:
-        while "base_layer" in module._modules:  # PEFT's layer shows its base's weight as its own
+        while "base_layer" in children_of(module):  # PEFT's layer shows its base's weight as its own
             module = module.get_submodule("base_layer")
         yield module
     elif chain[0] == EACH:
         for child in module.children():
             yield from _descendants(child, chain[1:])
-    elif (named := module._modules.get(chain[0])) is not None:
+    elif (named := children_of(module).get(chain[0])) is not None:
         yield from _descendants(named, chain[1:])
 
 
