@@ -1,10 +1,17 @@
 """What is used of other libraries beyond their public interface: it is there, and means what compat says."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from nf4lora.compat import accelerate
+from nf4lora.compat import peft as peft_
 from nf4lora.compat import torch as compat
+from nf4lora.compat import transformers as transformers_
 
 from models import tiny_llama
 
@@ -131,3 +138,181 @@ def test_a_bare_copy_has_the_class_and_nothing_that_is_called():
     assert type(copied) is nn.Linear and copied.note == "kept" and copied.weight is weight
     assert not compat.has_hooks(copied) and compat.has_hooks(module)
     assert torch.equal(copied(torch.ones(1, 2)), torch.full((1, 3), 2.0))
+
+
+def test_attributes_come_without_modules():
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.note = "kept"
+    found = compat.attributes_of(module)
+    assert found["note"] == "kept"
+    assert "_parameters" in found
+    assert not any(isinstance(value, dict) and "0" in value for value in found.values())
+
+
+def test_a_module_that_refuses_replicas_is_asked_by_torch():
+    class Refusing(compat.Unreplicated, nn.Linear):
+        def refuse_replica(self):
+            raise RuntimeError("not copied")
+
+    with pytest.raises(RuntimeError, match="not copied"):
+        Refusing(2, 2)._replicate_for_data_parallel()
+    assert "module._replicate_for_data_parallel()" in inspect.getsource(torch.nn.parallel.replicate)
+
+
+# ---- accelerate
+
+
+def test_the_hook_of_accelerate_goes_over():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Doubling(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return tuple(2 * each for each in args), kwargs
+
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    accelerate.move_hook(old, new)
+    assert not accelerate.has_hook(new)
+    add_hook_to_module(old, Doubling())
+    assert accelerate.has_hook(old)
+    accelerate.move_hook(old, new)
+    assert accelerate.has_hook(new)
+    assert not accelerate.has_hook(old)
+    x = torch.ones(1, 2)
+    assert torch.equal(new(x), nn.functional.linear(2 * x, new.weight, new.bias))
+    assert torch.equal(old(x), nn.functional.linear(x, old.weight, old.bias))
+
+
+# ---- transformers
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    """A checkpoint of a Llama without a head, to be loaded as a classifier."""
+    folder = tmp_path_factory.mktemp("headless")
+    tiny_llama().model.save_pretrained(folder)
+    return folder
+
+
+def test_what_a_file_held_is_marked_and_noted_before_the_rest_is_drawn(headless, monkeypatch):
+    calls = []
+
+    def note(model):
+        calls.append({name for name, each in model.named_parameters() if not transformers_.was_loaded(each)})
+
+    monkeypatch.setattr(PreTrainedModel, "_initialize_missing_keys", PreTrainedModel._initialize_missing_keys)
+    transformers_.before_missing_are_drawn(note)
+    transformers_.before_missing_are_drawn(note)
+    model = AutoModelForSequenceClassification.from_pretrained(headless)
+    assert calls == [{"score.weight"}]
+    assert transformers_.was_loaded(model.model.embed_tokens.weight)
+    assert all(transformers_.is_initialized(module) for module in model.modules() if list(module.parameters()))
+
+
+def test_what_is_marked_is_not_drawn():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(7)
+    for part in (model.lm_head, model.lm_head.weight):
+        transformers_.mark_initialized(part)
+    model.init_weights()
+    assert model.lm_head.weight.eq(7).all()
+
+
+def test_what_a_model_computes_itself_is_known_by_its_class():
+    model = tiny_llama()
+    assert not transformers_.computed_by_model(model)("lm_head.weight")
+    model._keys_to_ignore_on_load_missing = [r"lm_head\.w"]
+    assert transformers_.computed_by_model(model)("lm_head.weight")
+    assert hasattr(PreTrainedModel, "_keys_to_ignore_on_load_missing")
+
+
+def test_what_a_class_keeps_in_float32_is_known():
+    from transformers import T5ForConditionalGeneration
+
+    assert transformers_.kept_in_float32(T5ForConditionalGeneration) == ["wo"]
+    assert transformers_.kept_in_float32(tiny_llama()) == []
+
+
+def test_the_path_of_a_configuration_is_where_it_was_loaded_from(headless):
+    assert transformers_.path_of(AutoConfig.from_pretrained(headless)) == str(headless)
+    assert not transformers_.path_of(tiny_llama().config)
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [
+        ("integrations.peft", "self._hf_peft_config_loaded = True"),
+        ("core_model_loading", 'getattr(model, "_weight_conversions", None)'),
+        ("integrations.flash_attention", 'hasattr(module.config, "_is_quantized")'),
+    ],
+)
+def test_transformers_reads_and_writes_these_attributes(module, attribute):
+    assert attribute in inspect.getsource(importlib.import_module(f"transformers.{module}"))
+
+
+def test_a_file_that_a_checkpoint_lacks_is_none(headless):
+    assert transformers_.cached_file(str(headless), "config.json", None) == str(headless / "config.json")
+    assert transformers_.cached_file(str(headless), "chat_template.json", None) is None
+
+
+# ---- PEFT
+
+
+def test_peft_says_which_modules_a_method_is_for():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    tuner, config = model.base_model, model.peft_config["default"]
+    assert peft_.is_target(tuner, config, "model.layers.0.self_attn.q_proj")
+    assert not peft_.is_target(tuner, config, "model.layers.0.self_attn.k_proj")
+
+
+def test_peft_refuses_targets_of_some_models():
+    from peft import LoraConfig
+    from transformers import MambaConfig, MambaForCausalLM
+
+    small = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=8, state_size=2))
+    config = LoraConfig(target_modules=["out_proj"])
+    with pytest.raises(ValueError, match="out_proj"):
+        peft_.check_target(config, small, "out_proj")
+    peft_.check_target(config, small, "x_proj")
+
+
+def test_the_dtype_of_an_adapter_is_asked_of_the_layer():
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    class Float64Adapters(peft_.AdapterDtype, Linear):
+        def adapter_dtype(self, base_layer, dtype):
+            assert dtype == torch.bfloat16
+            return torch.float64
+
+    layer = Float64Adapters(nn.Linear(4, 4, dtype=torch.bfloat16), "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
+    assert layer.lora_A["default"].weight.dtype == torch.float64
+
+
+# ---- TRL
+
+
+def test_the_trainer_has_the_steps_that_have_public_names_here():
+    pytest.importorskip("trl")
+    from trl import SFTConfig, SFTTrainer
+
+    from nf4lora.compat.trl import OneDeviceConfig, OpenTrainer
+
+    overridden = {name for name in vars(OpenTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert {name for name in overridden if not hasattr(SFTTrainer, name)} == set()
+    assert hasattr(SFTConfig, "_setup_devices")
+    assert OneDeviceConfig(output_dir="x", report_to="none", use_cpu=True, bf16=False).n_gpu <= 1
+    text = "".join(inspect.getsource(cls) for cls in SFTTrainer.__mro__ if cls.__module__.startswith(("trl", "transf")))
+    for name in ("_total_train_tokens", "_metrics", "_train_batch_size", "_load_from_checkpoint", "_prepare_inputs"):
+        assert f"self.{name}" in text, name
+
+
+def test_the_rates_of_a_schedule_are_what_it_says_they_were():
+    trl_ = pytest.importorskip("nf4lora.compat.trl")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    scheduler.base_lrs = [8.0]
+    trl_.set_rates(scheduler)
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == 8.0

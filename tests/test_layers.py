@@ -1,6 +1,7 @@
 """The dependency floors, of Python and of C++: a file uses only what stands below it."""
 
 import ast
+import importlib
 import re
 import statistics
 import subprocess
@@ -83,8 +84,12 @@ def test_no_modules_import_each_other():
         above = {name: below for name, below in above.items() if name not in ground}
 
 
-def private_parts(path):
-    """Attributes of others that begin with an underscore, as far as a name tells: none of the package is called so."""
+BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "pop", "get"}
+
+
+def private_names(path):
+    """Attributes and methods of others that begin with an underscore, as far as a name tells, and those that a text
+    names, as getattr does: none that the file itself defines or sets."""
     tree = ast.parse(path.read_text())
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {
@@ -93,25 +98,42 @@ def private_parts(path):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
     }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return {name for name in used - own if name.startswith("_") and not name.startswith("__") and name != "_C"}
+    used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
+    for node in ast.walk(tree):
+        texts = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+            texts = node.args
+        elif isinstance(node, ast.Compare):
+            texts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            texts = [node.slice]
+        used |= {text.value for text in texts if isinstance(text, ast.Constant)}
+    return {name for name in used - own if isinstance(name, str) and re.match(r"_[a-z]", name)}
 
 
-# What is used of transformers, PEFT and TRL beyond their public interface, and is still to go into compat.
-ELSEWHERE = {
-    "adapters/lora_layer.py": {"_check_target_module_exists", "_create_new_module", "_disable_adapters"},
-    "adapters/new_weights.py": {"_initialize_missing_keys", "_is_hf_initialized"},
-    "quantization/config.py": {"_is_quantized"},
-    "quantization/quantizer.py": {"_is_hf_initialized", "_weight_conversions"},
-    "train/fit.py": {"_load_from_checkpoint", "_prepare_inputs"},
-    "train/guard.py": {"_total_train_tokens"},
-    "train/progress.py": {"_total_train_tokens"},
-    "train/trainer.py": {"_last_lr", "_metrics", "_train_batch_size"},
-}
+# An attribute of our own that is set through __dict__, a key in bitsandbytes' files, and one in torchtune's.
+NOT_PRIVATE = {"_guard", "_load_in_4bit", "_component_"}
 
 
-def test_private_parts_of_others_have_one_place():
-    found = {str(path.relative_to(PACKAGE)): private_parts(path) for path in MODULES if path.parent.name != "compat"}
-    assert {path: names for path, names in found.items() if names} == ELSEWHERE
+def test_private_names_of_others_have_one_place():
+    found = {str(path.relative_to(PACKAGE)): private_names(path) for path in MODULES if path.parent.name != "compat"}
+    assert {path: names - NOT_PRIVATE for path, names in found.items() if names - NOT_PRIVATE} == {}
+
+
+# transformers wants these of the class of a quantizer, and torch of a module that reads its state in its own way.
+INTERFACES = {"_process_model_before_weight_loading", "_process_model_after_weight_loading", "_dequantize",
+              "_load_from_state_dict"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "compat"], ids=name_of)
+def test_private_methods_of_others_are_overridden_in_one_place(path):
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.bases]
+    for node in classes:
+        cls = getattr(importlib.import_module(f"nf4lora.{name_of(path)}"), node.name)
+        theirs = {name for base in cls.__mro__ if not base.__module__.startswith("nf4lora") for name in vars(base)}
+        methods = {method.name for method in node.body if isinstance(method, ast.FunctionDef)}
+        overridden = {name for name in methods & theirs if re.match(r"_[a-z]", name)}
+        assert overridden <= INTERFACES, f"{node.name} overrides {sorted(overridden)}"
 
 
 def includes(path):

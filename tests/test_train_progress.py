@@ -28,7 +28,7 @@ def lines(console):
 
 
 def test_long_steps_and_evaluations_are_told_between_the_logs(console, clock, tmp_path):
-    trainer = SimpleNamespace(_total_train_tokens=0, step_loss=1.5)
+    trainer = SimpleNamespace(tokens_seen=0, step_loss=1.5)
     shown = progress.Progress(trainer, console, tmp_path / "metrics.jsonl", "cpu")
     state = SimpleNamespace(global_step=0, max_steps=9, log_history=[])
     scheduler = SimpleNamespace(get_last_lr=lambda: [1e-3])

@@ -50,7 +50,7 @@ def test_a_damaged_later_checkpoint_costs_no_good_one_its_place(base, data, tmp_
 
 
 def test_rotation_looks_at_no_later_checkpoint(base, data, tmp_path):
-    out, save = tmp_path / "out", Trainer._save_checkpoint
+    out, save = tmp_path / "out", Trainer.save_checkpoint
     arguments = options(base, data, out, "--save_steps", "1", "--save_total_limit", "1", "--max_steps", "2")
 
     def beside_a_later_one(self, *args, **kwargs):
@@ -60,7 +60,7 @@ def test_rotation_looks_at_no_later_checkpoint(base, data, tmp_path):
         save(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save_checkpoint", beside_a_later_one)
+        patch.setattr(Trainer, "save_checkpoint", beside_a_later_one)
         train(*arguments)
     assert names(out) == ["checkpoint-2", "checkpoint-9"]
 

@@ -267,7 +267,7 @@ def file_size_limit(size):
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(base, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    whole, save = [], Trainer._save_checkpoint
+    whole, save = [], Trainer.save_checkpoint
 
     def fills_up(self, *args, **kwargs):
         if not whole:
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(base, data, t
         with file_size_limit(6000):
             return save(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_save_checkpoint", fills_up)
+    monkeypatch.setattr(Trainer, "save_checkpoint", fills_up)
     assert main.main(["train", *options(base, data, out, "--save_steps", "2")]) == 1
     said = capsys.readouterr()
     assert "Traceback" not in said.err

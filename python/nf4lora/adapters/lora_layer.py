@@ -7,18 +7,17 @@ functions import it: `import nf4lora` does not.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from dataclasses import fields
 from typing import Any
 
-import peft
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from nf4lora.compat.accelerate import has_hook
+from nf4lora.compat.peft import AdapterDtype, Create, build_lora_layers, is_target
 from nf4lora.compat.torch import children_of, has_hooks, parameters_of
 from nf4lora.nn.linear import NF4Linear
 
@@ -35,7 +34,7 @@ VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_c
 INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
 
 
-class NF4LoraLinear(lora.Linear):
+class NF4LoraLinear(AdapterDtype, lora.Linear):
     """PEFT's `lora.Linear` over an `NF4Linear`: one fused op, `y = x W^T + bias + scaling (dropout(x) A^T) B^T`.
 
     Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the base layer or
@@ -47,14 +46,13 @@ class NF4LoraLinear(lora.Linear):
         check_variant("NF4LoraLinear", config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def adapter_dtype(self, base_layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
         # PEFT would round a freshly created, or even a freshly loaded, adapter to the base's compute_dtype.
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        return device, None if isinstance(base_layer, NF4Linear) else dtype
+        return None if isinstance(base_layer, NF4Linear) else dtype
 
     def _fused_adapter(self) -> tuple[nn.Module, nn.Module, float, float] | None:
         """lora_A, lora_B, scaling and dropout that the fused op can compute; None where PEFT's own forward has to."""
-        if self._disable_adapters or self.merged_adapters:
+        if self.disable_adapters or self.merged_adapters:
             return None
         # A module's attribute takes half a microsecond to find, and a generated token asks for thousands: so the
         # dictionaries that hold them are asked directly.
@@ -125,7 +123,7 @@ def _is_target(tuner: Any, config: Any, name: str) -> bool:
     targets = getattr(config, "target_modules", None)
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return True  # PEFT fills them in later, with linear layers
-    return bool(tuner._check_target_module_exists(config, name))
+    return is_target(tuner, config, name)
 
 
 def check_init(who: str, config: LoraConfig) -> None:
@@ -157,7 +155,7 @@ def _is_plain(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear or has_hooks(module):
         return False
-    return "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
+    return "forward" not in module.__dict__ and not has_hook(module)
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
@@ -180,18 +178,14 @@ def install() -> None:
     Raises:
         ImportError: this release of PEFT builds its layers in another way.
     """
-    model_class = lora.LoraModel
-    original = model_class.__dict__.get("_create_new_module")
-    if getattr(original, "installed_by_nf4lora", False):
-        return
-    expected = {"lora_config", "adapter_name", "target"}
-    if not isinstance(original, staticmethod) or not expected <= set(inspect.signature(original).parameters):
-        raise ImportError(
-            f"nf4lora: peft must build its layers in LoraModel._create_new_module(lora_config, adapter_name, target), "
-            f"got peft {peft.__version__}, which does not; install a release that nf4lora was tested with: "
-            f"pip install 'peft>=0.21,<0.22'"
-        )
-    create = original.__func__
+    build_lora_layers(over_packed_layers, check_method)
+    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
+    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
+    NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
+
+
+def over_packed_layers(create: Create) -> Create:
+    """PEFT's way to make a LoRA layer, with an `NF4LoraLinear` where the layer below is an `NF4Linear`."""
 
     def create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -204,20 +198,7 @@ def install() -> None:
             )
         return NF4LoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
-    inject_adapter = BaseTuner.inject_adapter
-
-    @functools.wraps(inject_adapter)
-    def inject_checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_method(self, model, adapter_name)
-        inject_adapter(self, model, adapter_name, *args, **kwargs)
-
-    BaseTuner.inject_adapter = inject_checked  # type: ignore[method-assign]
-    replacement = staticmethod(create_new_module)
-    replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
-    model_class._create_new_module = replacement  # type: ignore[method-assign,assignment]
-    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
-    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
-    NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
+    return create_new_module
 
 
 def fuse(model: nn.Module) -> int:

@@ -10,8 +10,6 @@ and only its class says what is a head for a new task.
 from __future__ import annotations
 
 import copy
-import functools
-import re
 from typing import Any
 
 import torch
@@ -20,6 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nf4lora.compat.torch import parameters_of
+from nf4lora.compat.transformers import (
+    before_missing_are_drawn,
+    computed_by_model,
+    is_initialized,
+    mark_initialized,
+    path_of,
+    was_loaded,
+)
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import base_name, input_embedding, output_head, token_layers
 
@@ -29,32 +35,22 @@ HELD_NAMES = "nf4lora_held_names"  # attribute of a model: of the parameters tha
 def install() -> None:
     """Have transformers note on each model that it loads what the checkpoint held; a second call does nothing.
 
-    Where it draws what is missing, all else has its mark. A release that calls this otherwise leaves the names to
+    Where it draws what is missing, all else has its mark. A release that does this elsewhere leaves the names to
     `_held_by_class`.
     """
-    original: Any = getattr(PreTrainedModel, "_initialize_missing_keys", None)
-    if original is None or getattr(original, "installed_by_nf4lora", False):
-        return
-
-    @functools.wraps(original)
-    def initialize_missing_keys(self: Any, *args: Any, **kwargs: Any) -> Any:
-        held = {name for name, tensor in self.named_parameters(remove_duplicate=False) if was_loaded(tensor)}
-        self.__dict__[HELD_NAMES] = held
-        return original(self, *args, **kwargs)
-
-    initialize_missing_keys.installed_by_nf4lora = True  # type: ignore[attr-defined]
-    PreTrainedModel._initialize_missing_keys = initialize_missing_keys  # type: ignore[method-assign]
+    before_missing_are_drawn(note_held_names)
 
 
-def was_loaded(parameter: torch.Tensor) -> bool:
-    """Whether a parameter was set from a file; what is on meta is offloaded, and accelerate has it."""
-    return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
+def note_held_names(model: Any) -> None:
+    """Write the names of the parameters that were set from a file into the model."""
+    named = model.named_parameters(remove_duplicate=False)
+    model.__dict__[HELD_NAMES] = {name for name, tensor in named if was_loaded(tensor)}
 
 
 def marked_as(parameter: nn.Parameter, source: torch.Tensor) -> nn.Parameter:
     """The parameter, marked as set from a file where the one it was made from is."""
     if was_loaded(source):
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(parameter)
     return parameter
 
 
@@ -83,7 +79,7 @@ def new_parameters(model: nn.Module) -> set[str]:
     if held is None and not any(map(was_loaded, model.parameters())):
         return set()
     held = _held_by_class(model) if held is None else held
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    is_computed = computed_by_model(model)
     packed = {id(tensor) for layer in model.modules() if isinstance(layer, NF4Linear) for tensor in layer.parameters()}
     replaced = _replaced_ends(model)
     return {
@@ -92,7 +88,7 @@ def new_parameters(model: nn.Module) -> set[str]:
         if not was_loaded(parameter)
         and id(parameter) not in packed
         and (base_name(name) not in held or id(parameter) in replaced)
-        and not any(pattern.search(name) for pattern in ignored)  # computed by the model itself
+        and not is_computed(name)
     }
 
 
@@ -108,7 +104,7 @@ def _replaced_ends(model: nn.Module) -> set[int]:
     found: set[int] = set()
     for modules in (tokens, *heads):
         own = [module for module in modules if parameters_of(module)]
-        if not all(vars(module).get("_is_hf_initialized", False) for module in own):
+        if not all(map(is_initialized, own)):
             found |= {id(parameter) for module in own for parameter in module.parameters(recurse=False)}
     return found
 
@@ -167,7 +163,7 @@ def grown_vocabulary(model: nn.Module) -> int | None:
     Asks the configuration of the checkpoint, if it is on this machine.
     """
     config, embedding = getattr(model, "config", None), input_embedding(model)
-    path, weight = getattr(config, "_name_or_path", None), getattr(embedding, "weight", None)
+    path, weight = path_of(config), getattr(embedding, "weight", None)
     if not path or weight is None or not any(map(was_loaded, model.parameters())):
         return None
     try:  # what is on this machine: nobody waits for a network here

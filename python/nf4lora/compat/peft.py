@@ -1,17 +1,23 @@
-"""What PEFT does that its users must not hear of: names of transformers that were replaced.
+"""What is used of PEFT beyond its public interface, each thing in one place.
 
-Tried with PEFT 0.21 and transformers 5.17 to 5.24.
+Tried with PEFT 0.21 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names has gone.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+Create = Callable[..., Any]  # (lora_config, adapter_name, target, **more) -> the layer with an adapter
 
 
 def get_peft_model(model: nn.Module, config: PeftConfig, **options: Any) -> Any:
@@ -21,3 +27,67 @@ def get_peft_model(model: nn.Module, config: PeftConfig, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.get_peft_model(model, config, **options)  # type: ignore[arg-type]
+
+
+def is_target(tuner: Any, config: Any, name: str) -> bool:
+    """Whether a method of PEFT puts an adapter on the module of this name, as its configuration names targets."""
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def check_target(config: Any, base: nn.Module, name: str) -> None:
+    """Ask PEFT whether it allows an adapter on a module of a base model, by the last part of its name.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from peft.tuners.lora import LoraModel
+
+    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is not None and len(inspect.signature(check).parameters) == 4:
+        check(None, config, base, name)
+
+
+def build_lora_layers(make: Callable[[Create], Create], check: Callable[[Any, nn.Module, str], None]) -> None:
+    """Make the layers of LoRA by `make(create)`, where `create` is PEFT's own way, and have `check(tuner, model,
+    adapter_name)` called before any method of PEFT is put on a model. A second call does nothing.
+
+    Raises:
+        ImportError: this release of PEFT builds its layers in another way.
+    """
+    import peft
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    original = LoraModel.__dict__.get("_create_new_module")
+    if getattr(original, "installed_by_nf4lora", False):
+        return
+    expected = {"lora_config", "adapter_name", "target"}
+    if not isinstance(original, staticmethod) or not expected <= set(inspect.signature(original).parameters):
+        raise ImportError(
+            f"nf4lora: peft must build its layers in LoraModel._create_new_module(lora_config, adapter_name, target), "
+            f"got peft {peft.__version__}, which does not; install a release that nf4lora was tested with: "
+            f"pip install 'peft>=0.21,<0.22'"
+        )
+    inject_adapter = BaseTuner.inject_adapter
+
+    @functools.wraps(inject_adapter)
+    def inject_checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check(self, model, adapter_name)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_checked  # type: ignore[method-assign]
+    replacement = staticmethod(make(original.__func__))
+    replacement.installed_by_nf4lora = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = replacement  # type: ignore[method-assign,assignment]
+
+
+class AdapterDtype:
+    """Mixin of a LoRA layer, before PEFT's class: `adapter_dtype` decides on the dtype of its adapters."""
+
+    def adapter_dtype(self, base_layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype that adapters over this base are rounded to, where PEFT would take `dtype`; None: as they are."""
+        raise NotImplementedError
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[misc]
+        return device, self.adapter_dtype(base_layer, dtype)

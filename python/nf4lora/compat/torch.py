@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from nf4lora.compat.accelerate import HOOK
 
 __all__ = ["tree_leaves", "tree_map_only"]
 
@@ -35,6 +37,11 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def buffers_of(module: nn.Module) -> dict[str, Any]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes by name, its parameters' and hooks' dictionaries among them; its modules left out."""
+    return {name: value for name, value in vars(module).items() if name != "_modules"}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -61,7 +68,7 @@ def forward_hooks_of(module: nn.Module) -> dict[int, Any]:
 def bare_copy(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> Any:
     """A module of the same class and attributes with these tensors; no modules, no hooks, no forward of its own."""
     new: Any = type(module).__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_hf_hook")}
+    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", HOOK)}
     hooks: dict[str, Any] = {name: OrderedDict() for name in (*OF_CALLS, "_state_dict_hooks")}
     new.__dict__.update({**own, **hooks, "_parameters": parameters, "_buffers": buffers, "_modules": {}})
     return new
@@ -78,6 +85,16 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         del pre_hooks[key]
     names = (*OF_CALLS, *(f"_forward{pre}_hooks_with_kwargs" for pre in ("", "_pre")), "_forward_hooks_always_called")
     new.__dict__.update({name: old.__dict__[name] for name in (*names, "_is_full_backward_hook")})
+
+
+class Unreplicated:
+    """Mixin of a module that torch.nn.DataParallel must not copy: `refuse_replica` says what to do instead."""
+
+    def refuse_replica(self) -> NoReturn:
+        raise NotImplementedError
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        self.refuse_replica()
 
 
 def uncompiled(model: Any) -> Any:

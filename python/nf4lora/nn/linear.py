@@ -8,13 +8,13 @@ mixed-precision policy can round them.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from nf4lora import ops
-from nf4lora.compat.torch import parameters_of
+from nf4lora.compat.torch import Unreplicated, parameters_of
 from nf4lora.nn.packed_weight import PackedWeight
 from nf4lora.ops import BLOCKSIZES, NESTED_BLOCKSIZE
 
@@ -42,7 +42,7 @@ def check_blocksize(who: str, blocksize: int) -> None:
         raise ValueError(f"{who}: blocksize must be a power of two between 32 and 4096, got {blocksize}")
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(Unreplicated, nn.Linear):
     """A linear layer whose weight is stored in NF4 and stays frozen: `y = x W^T + bias + scaling (x A^T) B^T`.
 
     `W[n, k] = round_to_dtype(code[q[n, k]] * absmax[n, k // blocksize])`, where the dtype is the one that the layer
@@ -192,7 +192,7 @@ class NF4Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_guard"}
 
-    def _replicate_for_data_parallel(self) -> NF4Linear:
+    def refuse_replica(self) -> NoReturn:
         raise RuntimeError(
             "NF4Linear: a model must be run by one process a GPU, got torch.nn.DataParallel, which copies it at each "
             "step, and which transformers' Trainer uses where a process sees several GPUs; set CUDA_VISIBLE_DEVICES=0, "

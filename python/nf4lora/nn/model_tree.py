@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4lora.compat.torch import children_of, forward_hooks_of, move_hooks, uncompiled
+from nf4lora.compat.accelerate import move_hook
+from nf4lora.compat.torch import attributes_of, children_of, forward_hooks_of, move_hooks, uncompiled
 from nf4lora.nn.linear import NF4Linear
 
 WRAPPED = ("base_layer", "original_module")  # what PEFT calls the layer that it put another around
@@ -104,11 +105,7 @@ def replace_layers(model: nn.Module, names: Iterable[str], make: Callable[[str, 
             continue
         new = make(name, old)
         move_hooks(old, new)
-        if hook := getattr(old, "_hf_hook", None):  # accelerate's, where the model is spread over devices
-            from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-            remove_hook_from_module(old)
-            add_hook_to_module(new, hook)
+        move_hook(old, new)
         for parent, key in places[id(old)]:
             setattr(parent, key, new)
         done.add(id(new))
@@ -157,7 +154,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
     ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    own = {key: value for key, value in vars(model).items() if key != "_modules"}
+    own = attributes_of(model)
     try:
         yield
     except BaseException:
@@ -168,7 +165,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, required in trained:
             parameter.requires_grad_(required)
-        for key in vars(model).keys() - own.keys() - {"_modules"}:
+        for key in attributes_of(model).keys() - own.keys():
             del vars(model)[key]
         vars(model).update(own)
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nf4lora.compat.peft import check_target
 from nf4lora.compat.torch import bare_copy
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import adapter_names, base_name, evaluating, output_head
@@ -187,20 +187,16 @@ def _hits(target: str, names: set[str] | frozenset[str]) -> bool:
 
 def _refusal(base: nn.Module, config: Any, module: nn.Module, name: str, all_linear: bool) -> str | None:
     """Why a module that is named carries no adapter; None where it does."""
-    from peft.tuners.lora import LoraModel
-
     if not isinstance(module, ADAPTABLE) and not hasattr(module, "base_layer"):
         return f"PEFT cannot put an adapter on {type(module).__name__}"
     if not all_linear:
         return None  # who names a layer gets it, or PEFT's refusal
     if isinstance(module, nn.Linear) and not is_linear(module):
         return f"{type(module).__name__} computes something else than a linear layer"
-    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
-    if check is not None and len(inspect.signature(check).parameters) == 4:
-        try:
-            check(None, config, base, name.rpartition(".")[2])
-        except ValueError:
-            return f"PEFT allows no adapter on {name.rpartition('.')[2]} of {base.config.model_type}"  # type: ignore[union-attr]
+    try:
+        check_target(config, base, name.rpartition(".")[2])
+    except ValueError:
+        return f"PEFT allows no adapter on {name.rpartition('.')[2]} of {base.config.model_type}"  # type: ignore[union-attr]
     return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Container
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nf4lora.adapters.new_weights import modules_of, task_heads, was_loaded
+from nf4lora.adapters.new_weights import modules_of, task_heads
+from nf4lora.compat.transformers import computed_by_model, was_loaded
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.words import dtype_name, listed
 
@@ -122,7 +122,7 @@ def check_loaded(
         largest = layer.weight_nested if layer.double_quant else layer.weight_absmax
         if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
             wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    is_computed = computed_by_model(model)
     # Only what another class than the one that was saved has, and the head of a task, which may have had another number
     # of classes, may be new: transformers draws it and says so.
     heads = tuple(f"{name}." for name in task_heads(model))
@@ -133,7 +133,7 @@ def check_loaded(
         if name in packed:
             continue
         if expected_in_file and name not in new and not was_loaded(parameter):
-            if not any(pattern.search(name) for pattern in ignored):
+            if not is_computed(name):
                 missing.add(name)
         elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
             wrong[name] = f"{describe(parameter)} for shape {list(shapes[name])}"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nf4lora.compat.transformers import mark_config_quantized
 from nf4lora.nn.linear import COMPUTE_DTYPES, check_blocksize
 from nf4lora.words import dtype_name
 
@@ -194,4 +195,4 @@ def mark_as_packed(model: Any, config: NF4Config, skipped: dict[str, str]) -> No
     model.is_quantized, model.quantization_method, model.nf4lora_skipped = True, METHOD, skipped
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
+            mark_config_quantized(module.config)

@@ -23,6 +23,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from nf4lora.adapters import new_weights
 from nf4lora.adapters.new_weights import marked_as, not_in_checkpoint, task_heads
 from nf4lora.compat.torch import parameters_of
+from nf4lora.compat.transformers import (
+    carries_adapter,
+    kept_in_float32,
+    mark_initialized,
+    save_under_file_names,
+    save_under_own_names,
+)
 from nf4lora.loss.causal_lm import chunk_loss
 from nf4lora.memory import heap, onednn
 from nf4lora.memory.pages import in_huge_pages
@@ -58,7 +65,7 @@ def layers_to_pack(
     rule = HfQuantizer.get_modules_to_not_convert(model)
     by_rule = [name if name in modules else name.rpartition(".")[0] for name in rule]
     heads, readers = task_heads(model), read_weights(model)
-    in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    in_float32 = kept_in_float32(model)
     packed: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for name, module in modules.items():
@@ -170,7 +177,7 @@ class NF4Quantizer(HfQuantizer):
             if not native:  # transformers until 5.22 casts what it reads to the dtype of the parameter
                 weight = torch.empty_like(layer.weight, dtype=linear.weight.dtype)
                 layer.weight = nn.Parameter(weight, requires_grad=False)
-            layer._is_hf_initialized = True  # type: ignore[assignment]  # never to be drawn at random
+            mark_initialized(layer)
             return layer
 
         replace_layers(model, packed, likeness)
@@ -235,11 +242,11 @@ class NF4Quantizer(HfQuantizer):
 
     def keep_names(self, model: Any) -> None:
         """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""
-        model._weight_conversions = []
+        save_under_own_names(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """What save_pretrained writes: with PEFT's layers in the model, the base under its own names."""
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if carries_adapter(model):
             return None, {}  # transformers then writes the adapter alone
         return base_state_dict(model), {}
 
@@ -248,7 +255,7 @@ class NF4Quantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
         replace_layers(model, names, lambda _, packed: _dequantized(packed, dtype))
-        model.__dict__.pop("_weight_conversions", None)  # so that it saves under the names of a 16-bit file again
+        save_under_file_names(model)
         model.__dict__.pop("nf4lora_skipped", None)
         return model
 

@@ -22,12 +22,10 @@ def processor_template(name: str, revision: str | None) -> tuple[str, str] | Non
     Raises:
         RunError: there is one, and it cannot be read.
     """
-    from transformers.utils import cached_file
+    from nf4lora.compat.transformers import cached_file
 
     for file in FILES:
-        path = cached_file(name, file, revision=revision, _raise_exceptions_for_gated_repo=False,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        path = cached_file(name, file, revision)
         if path is None:
             continue
         try:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from nf4lora.compat.trl import OneDeviceConfig
     from nf4lora.train.progress import Progress
-    from nf4lora.train.trainer import Arguments, Trainer
+    from nf4lora.train.trainer import Trainer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -161,7 +162,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     """Weights and history of a checkpoint, for a run that has nothing left to train."""
     from transformers import TrainerState
 
-    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.load_weights(checkpoint)
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
@@ -219,11 +220,11 @@ def report_stop(setup: Setup, trainer: Trainer) -> int:
     return INTERRUPTED
 
 
-def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bool) -> Arguments:
+def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bool) -> OneDeviceConfig:
     """The options as TRL's SFTConfig."""
     import torch
 
-    from nf4lora.train.trainer import Arguments
+    from nf4lora.compat.trl import OneDeviceConfig
 
     options: dict[str, Any] = {name: getattr(config, name) for name in (
         "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -231,7 +232,7 @@ def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bo
         "gradient_checkpointing", "seed", "save_strategy", "save_steps", "logging_steps", "eval_steps", "report_to",
         "max_length", "packing",
     )}  # fmt: skip
-    return Arguments(
+    return OneDeviceConfig(
         **options,
         max_steps=config.max_steps or -1,
         data_seed=config.seed,
@@ -288,7 +289,7 @@ def check_packing(trainer: Any) -> None:
     for step in (7, 11):  # another first sample, the same second one
         ids = [(3 + step * i) % size for i in range(12)] + [(5 + 13 * i) % size for i in range(9)]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [12, 9]}])
-        batch = {name: each for name, each in trainer._prepare_inputs(batch).items() if name != "labels"}
+        batch = {name: each for name, each in trainer.on_device(batch).items() if name != "labels"}
         with evaluating(model), torch.no_grad():
             scores.append(model(**batch, use_cache=False).logits[0, 12:].float())
     if (scores[0] - scores[1]).abs().max() > 1e-3 * scores[0].std():

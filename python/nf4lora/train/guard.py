@@ -25,7 +25,7 @@ class Guard(TrainerCallback):
     ) -> None:
         counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer.began_at = state.global_step
-        self.trainer._total_train_tokens = int(counted[-1]) if counted else 0  # TRL starts again from 0
+        self.trainer.tokens_seen = int(counted[-1]) if counted else 0  # TRL starts again from 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -47,7 +47,7 @@ class Progress(TrainerCallback):
 
     @property
     def tokens(self) -> int:
-        return int(self.trainer._total_train_tokens) - self.first_tokens
+        return self.trainer.tokens_seen - self.first_tokens
 
     @property
     def throughput(self) -> float:
@@ -65,7 +65,7 @@ class Progress(TrainerCallback):
             evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
             self.elapsed_before = trim_metrics(self.path, state.global_step, evaluated)
         self.began = time.monotonic()
-        self.first_step, self.first_tokens = state.global_step, int(self.trainer._total_train_tokens)
+        self.first_step, self.first_tokens = state.global_step, self.trainer.tokens_seen
         held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         self.held_out = held_out[-1] if held_out else None
         if self.console.is_terminal:

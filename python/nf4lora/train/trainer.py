@@ -6,15 +6,14 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from trl import SFTConfig, SFTTrainer
 
+from nf4lora.compat.trl import OpenTrainer, set_rates
 from nf4lora.loss.causal_lm import has_plain_head, score
 from nf4lora.nn.model_tree import unchanged_random_state
 from nf4lora.train import folder as files
@@ -23,24 +22,11 @@ from nf4lora.train.guard import Guard, check_gradients
 from nf4lora.train.output import writing
 
 
-class Arguments(SFTConfig):
-    """TRL's options for one process on one card: by themselves they take card 0, and spread batches over all cards."""
-
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        card = torch.cuda.current_device() if not self.use_cpu and torch.cuda.is_available() else None
-        device = super()._setup_devices
-        if card is not None:
-            torch.cuda.set_device(card)
-            self._n_gpu, device = 1, torch.device("cuda", card)
-        return device
-
-
 class Stopped(Exception):
     """The user has stopped the run while it was evaluated before its first step."""
 
 
-class Trainer(SFTTrainer):
+class Trainer(OpenTrainer):
     """SFTTrainer for rows that are tokenised and labelled already.
 
     Args:
@@ -67,11 +53,7 @@ class Trainer(SFTTrainer):
         self.began_at = 0  # the step of the checkpoint that the run goes on from
         self._sums: Tensor | None = None  # loss and tokens of this step, on the device: reading them waits for it
         self._eval_sums: Tensor | None = None
-        self._staging: Path | None = None
         self.add_callback(Guard(self))
-
-    def _send_telemetry(self) -> None:
-        """TRL reports each run to huggingface.co; this does not."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The output folder holds what was asked for; no README about TRL."""
@@ -104,20 +86,15 @@ class Trainer(SFTTrainer):
         with self.accelerator.autocast():
             log_p, correct = score(self.accelerator.unwrap_model(model).get_base_model(), inputs)
         tokens = tokens.clamp(min=1)
-        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(correct.sum() / tokens)
+        self.metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(correct.sum() / tokens)
         return -log_p.sum() / (tokens if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        norm = self._norm(model)
+    def clip_gradients(self, model: Any, norm: Tensor) -> None:
         clip_grads_with_norm_(
             [each for each in model.parameters() if each.requires_grad], self.args.max_grad_norm, norm
         )
-        return norm
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(model, self._norm(model) if grad_norm is None else grad_norm)
-
-    def _norm(self, model: Any) -> Tensor:
+    def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients, before anything is changed in them; refuses what is not finite.
 
         Here the device is waited for, once a step.
@@ -130,7 +107,7 @@ class Trainer(SFTTrainer):
         assert self._sums is not None  # compute_loss has just run
         size, self.step_loss, seen = torch.cat((norm.double()[None], self._sums.to(norm.device))).tolist()
         self._sums = None
-        self._total_train_tokens += int(seen)
+        self.tokens_seen += int(seen)
         step = self.state.global_step + 1
         check_finite(self.step_loss, f"step {step}")
         if not math.isfinite(size):
@@ -146,9 +123,9 @@ class Trainer(SFTTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for metrics in self._metrics.values():
+        for metrics in self.metrics.values():
             if self.plain_head and metrics.get("mean_token_accuracy"):
-                metrics["num_tokens"] = [self._total_train_tokens]
+                metrics["num_tokens"] = [self.tokens_seen]
             for name, values in metrics.items():
                 metrics[name] = [float(value) for value in values]
         super().log(logs, start_time)
@@ -185,18 +162,18 @@ class Trainer(SFTTrainer):
             except Stopped:
                 if self.state.global_step == self.began_at:
                     raise
-                self._metrics["eval"].clear()
+                self.metrics["eval"].clear()
                 self.control.should_save = self.control.should_training_stop = True
                 return {}
 
-    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate_between_steps(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The checkpoint of a step is written before its evaluation, which may take longer than the steps between two
         checkpoints: whatever ends the process then, no step is lost. The result is added afterwards."""
         if self.control.should_save:
-            self._save_checkpoint(self.model, trial)
-        metrics = super()._evaluate(trial, *args, **kwargs)
+            self.save_checkpoint()
+        metrics = evaluate()
         if self._written == self.state.global_step:
-            self._save_checkpoint(self.model, trial)
+            self.save_checkpoint()
         return metrics
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,10 +195,7 @@ class Trainer(SFTTrainer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any, rotate: bool = True) -> None:
+    def save_checkpoint(self, rotate: bool = True) -> None:
         """Write a checkpoint that is whole as soon as it has its name, then drop those that are too many. Of one that
         is there already, from before an evaluation of the same step, the history is all that has changed.
 
@@ -239,11 +213,11 @@ class Trainer(SFTTrainer):
                 (place / "trainer_state.json").replace(final / "trainer_state.json")
             self._rotate(folder)
             return
-        with writing(final, self.saved), files.staging(folder) as self._staging:
+        with writing(final, self.saved), files.staging(folder) as self.checkpoint_parent:
             try:
-                super()._save_checkpoint(model, trial)
+                super().save_checkpoint()
             finally:
-                place, self._staging = self._staging / final.name, None
+                place, self.checkpoint_parent = self.checkpoint_parent / final.name, None
             (place / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
             (place / files.CHECKPOINT_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
             files.finish(place)
@@ -279,23 +253,20 @@ class Trainer(SFTTrainer):
             return False
         self.model.zero_grad()  # type: ignore[union-attr]
         with contextlib.suppress(Exception):  # the first error is the one to be told
-            self._save_checkpoint(self.model, None, rotate=False)
+            self.save_checkpoint(rotate=False)
             return True
         return False
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        result = super()._init_training_state(max_steps, *args, **kwargs)
+    def on_state(self, max_steps: int) -> None:
         self.state.compute_steps(self.args, max_steps)  # the intervals asked for now, in place of those of a checkpoint
-        self.state.train_batch_size = self._train_batch_size
-        return result
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Moments and position come from the checkpoint; learning rate and weight decay are those asked for now."""
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         asked = [{name: group[name] for name in ("weight_decay", "initial_lr")} for group in optimizer.param_groups]
         rates = list(scheduler.base_lrs)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super().load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             for group, options in zip(optimizer.param_groups, asked, strict=True):
                 group.update(options)
@@ -313,11 +284,3 @@ def check_finite(loss: float, part: str) -> None:
 def warmed_up(factor: Callable[[int], float], warmup: int) -> Callable[[int], float]:
     """The factor of each step (counted from 0): it rises to 1 in warmup + 1 equal parts, the first step has one."""
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else factor(step)
-
-
-def set_rates(scheduler: Any) -> None:
-    """Give the optimizer the rates that its schedule has for the step it stands at."""
-    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates

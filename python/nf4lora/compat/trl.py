@@ -1,0 +1,132 @@
+"""What is used of TRL's and transformers' trainers beyond their public interface, each thing in one place.
+
+Tried with TRL 1.16 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names has gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+
+class OneDeviceConfig(SFTConfig):
+    """TRL's options for one process on one card: by themselves they take card 0, and spread batches over all cards."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        card = torch.cuda.current_device() if not self.use_cpu and torch.cuda.is_available() else None
+        device = super()._setup_devices
+        if card is not None:
+            torch.cuda.set_device(card)
+            self._n_gpu, device = 1, torch.device("cuda", card)
+        return device
+
+
+class OpenTrainer(SFTTrainer):
+    """SFTTrainer whose inner steps have public names, for a subclass to call and to override.
+
+    What is overridden calls `super()` for what TRL and transformers do. A checkpoint is always that of the whole run:
+    there is no search for hyperparameters.
+
+    Attributes:
+        checkpoint_parent: the folder that a checkpoint is written into; None: output_dir
+    """
+
+    checkpoint_parent: Path | None = None
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to huggingface.co; this does not."""
+
+    # ---- counts
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that were trained on, without padding, which SFTTrainer logs as num_tokens."""
+        return int(self._total_train_tokens)
+
+    @tokens_seen.setter
+    def tokens_seen(self, count: int) -> None:
+        self._total_train_tokens = count
+
+    @property
+    def metrics(self) -> Mapping[str, dict[str, list[Any]]]:
+        """What has been measured since the last log, by "train" or "eval" and by name."""
+        return self._metrics
+
+    # ---- one step
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the collator where the model is."""
+        return self._prepare_inputs(batch)
+
+    def gradient_norm(self, model: Any) -> Tensor:
+        """The norm of all gradients before the optimizer's step, once a step."""
+        raise NotImplementedError
+
+    def clip_gradients(self, model: Any, norm: Tensor) -> None:
+        """Scale the gradients, whose norm this is, to max_grad_norm."""
+        raise NotImplementedError
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        norm = self.gradient_norm(model)
+        self.clip_gradients(model, norm)
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, self.gradient_norm(model) if grad_norm is None else grad_norm)
+
+    # ---- evaluation between steps
+
+    def evaluate_between_steps(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """An evaluation during training, done by `evaluate`, before the checkpoint of the step."""
+        return evaluate()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        evaluate = super()._evaluate
+        return self.evaluate_between_steps(lambda: evaluate(*args, **kwargs))
+
+    # ---- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step."""
+        super()._save_checkpoint(self.model, None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_checkpoint()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_parent or super()._get_output_dir(trial))
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """The weights of a checkpoint, and nothing else of it."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and the position in the schedule of a checkpoint; nothing where there is none."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.load_optimizer_and_scheduler(checkpoint)
+
+    def on_state(self, max_steps: int) -> None:
+        """The state of the run is there, new or from a checkpoint, before the first step."""
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.train_batch_size = self._train_batch_size  # that of a checkpoint may have been another
+        self.on_state(max_steps)
+        return result
+
+
+def set_rates(scheduler: Any) -> None:
+    """Give the optimizer the rates that its schedule has for the step it stands at."""
+    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
