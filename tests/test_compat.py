@@ -87,6 +87,19 @@ def test_below_autograd_no_gradient_is_noted():
     assert not result.requires_grad
 
 
+def test_below_subclasses_a_tensors_class_is_not_asked():
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("asked")
+
+    tensor = torch.ones(2).as_subclass(Asked)
+    with compat.below_subclasses():
+        assert tensor.shape == (2,)
+    with pytest.raises(AssertionError, match="asked"):
+        tensor.add(1)
+
+
 def test_transforms_and_forward_mode_are_noticed():
     seen = []
 

@@ -108,7 +108,8 @@ def private_names(path):
         elif isinstance(node, ast.Subscript):
             texts = [node.slice]
         used |= {text.value for text in texts if isinstance(text, ast.Constant)}
-    return {name for name in used - own if isinstance(name, str) and re.match(r"_[a-z]", name)}
+    used |= {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "_C"}
+    return {name for name in used - own if isinstance(name, str) and re.match(r"_[a-z]|torch\._C", name)}
 
 
 # An attribute of our own that is set through __dict__, a key in bitsandbytes' files, and one in torchtune's.

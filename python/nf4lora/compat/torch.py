@@ -143,6 +143,11 @@ def below_autograd() -> AbstractContextManager[None]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def below_subclasses() -> AbstractContextManager[None]:
+    """Call functions of tensors without `__torch_function__` of their classes being asked again."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func, such as vmap, is on."""
     return torch._C._are_functorch_transforms_active()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nf4lora.compat.torch import has_hooks, parameters_of, tree_map_only, without_memory
+from nf4lora.compat.torch import below_subclasses, has_hooks, parameters_of, tree_map_only, without_memory
 from nf4lora.loss.cross_entropy import CrossEntropy, Steps, product_dtype, through
 
 
@@ -59,7 +59,7 @@ class DeferredLogits(Tensor):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with below_subclasses():
             if func in ASKS:
                 return func(*args, **kwargs)
             way = WAYS.get(func)
