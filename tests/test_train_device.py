@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("trl")
 
+from nf4lora.compat.trl import OneDeviceConfig
 from nf4lora.train import model as loading
 from nf4lora.train.errors import UsageError
-from nf4lora.train.trainer import Arguments
 
 
 class Cards:
@@ -67,7 +67,7 @@ def test_one_card_is_used_and_no_other(monkeypatch, tmp_path, started, wanted, v
     assert loading.choose_device(wanted) == ("cuda", "")
     assert cards.used == card
     assert started or cards.count() == 1  # the others are hidden
-    arguments = Arguments(output_dir=str(tmp_path), report_to=[], bf16=False)
+    arguments = OneDeviceConfig(output_dir=str(tmp_path), report_to=[], bf16=False)
     assert arguments.device == torch.device("cuda", cards.current)
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)
     assert cards.used == card
