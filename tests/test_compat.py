@@ -2,13 +2,15 @@
 
 import importlib
 import inspect
+import re
+from importlib import metadata
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from nf4lora.compat import accelerate
+from nf4lora.compat import accelerate, library
 from nf4lora.compat import peft as peft_
 from nf4lora.compat import torch as compat
 from nf4lora.compat import transformers as transformers_
@@ -329,3 +331,23 @@ def test_the_rates_of_a_schedule_are_what_it_says_they_were():
     scheduler.base_lrs = [8.0]
     trl_.set_rates(scheduler)
     assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == 8.0
+
+
+# ---- the library itself
+
+
+def test_what_is_required_stands_in_pyproject_alone(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    asked = {"torch": "torch>=2.11", "rich": "rich", "numpy": "numpy", "nothing": "nothing"}
+    monkeypatch.setattr(library.metadata, "requires", lambda name: ["torch>=2.11", "rich ; extra == 'train'", "numpy"])
+    assert {name: library.requirement(name) for name in asked} == asked
+    monkeypatch.setattr(library.metadata, "requires", absent)
+    monkeypatch.setattr(library.metadata, "version", absent)
+    if library.PROJECT.is_file():  # a source tree
+        assert re.fullmatch(r"torch>=2\.\d+", library.requirement("torch"))
+        assert re.fullmatch(r"\d+\.\d+\.\d+ \(source tree\)", library.version())
+    monkeypatch.setattr(library, "PROJECT", library.PROJECT / "absent")
+    assert library.requirement("torch") == "torch"
+    assert "not installed" in library.version()

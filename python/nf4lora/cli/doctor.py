@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from nf4lora.compat.library import build_info
+from nf4lora.compat.library import build_info, module_cure, requirement, torch_cure
 
 # What needs it, and the line that brings it.
 PACKAGES = {
-    "transformers": ("models", "pip install -U 'transformers>=5.17'"),
-    "peft": ("adapters", "pip install -U peft"),
+    "transformers": ("models", f"pip install -U '{requirement('transformers')}'"),
+    "peft": ("adapters", f"pip install -U '{requirement('peft')}'"),
     "trl": ("nf4lora train", "pip install 'nf4lora[train]'"),
     "datasets": ("nf4lora train", "pip install 'nf4lora[train]'"),
     "rich": ("nf4lora train", "pip install 'nf4lora[train]'"),
@@ -72,15 +72,14 @@ def _broken_imports() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:
-        yield Finding(f"torch cannot be imported: {_one_line(error)}", "pip install 'torch>=2.11'", broken=True)
+        yield Finding(f"torch cannot be imported: {_one_line(error)}", torch_cure(), broken=True)
         return
     try:
         import_module("nf4lora._C")
     except Exception as error:
         yield Finding(
             f"the compiled module does not load with torch {torch.__version__}: {_one_line(error)}",
-            "it needs torch 2.11 or later and this Python; rebuild it where it runs: "
-            "pip install --force-reinstall --no-deps nf4lora",
+            module_cure(),
             broken=True,
         )
 

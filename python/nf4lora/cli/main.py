@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 from nf4lora.compat import library
 
@@ -29,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"nf4lora {_version()}")
+        print(f"nf4lora {library.version()}")
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
@@ -37,16 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f"; did you mean {close[0]}?" if close else f"; commands are {', '.join(COMMANDS)}"
         return _fail(f"nf4lora: {words[0]!r} is no command{meant}", 2)
     return command(words[1:])
-
-
-def _version() -> str:
-    """What is installed; asked of the metadata, since the library takes seconds to load."""
-    try:
-        return metadata.version("nf4lora")
-    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
-        project = Path(__file__).parents[3] / "pyproject.toml"
-        found = re.search(r'^version = "(.+)"', project.read_text(), re.MULTILINE) if project.is_file() else None
-        return f"{found[1]} (source tree)" if found else "of unknown version: it is not installed"
 
 
 def _train(arguments: list[str]) -> int:

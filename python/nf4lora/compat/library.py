@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 import platform
-from importlib import import_module
+import re
+from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"  # of a source tree on PYTHONPATH, which is not installed
+
+
+def version() -> str:
+    """What is installed; asked of the metadata, since the library takes seconds to load."""
+    try:
+        return metadata.version("nf4lora")
+    except metadata.PackageNotFoundError:
+        found = re.search(r'^version = "(.+)"', PROJECT.read_text(), re.MULTILINE) if PROJECT.is_file() else None
+        return f"{found[1]} (source tree)" if found else "of unknown version: it is not installed"
+
+
+def requirement(package: str) -> str:
+    """What pyproject.toml asks of a package, as pip takes it: `torch>=2.11`; its name alone where that asks nothing."""
+    try:
+        asked = metadata.requires("nf4lora") or []
+    except metadata.PackageNotFoundError:
+        asked = re.findall(r'"([^"\n]+)"', PROJECT.read_text()) if PROJECT.is_file() else []
+    found = (line.partition(";")[0].strip() for line in asked if re.match(r"[\w.-]*", line)[0] == package)  # type: ignore[index]
+    return next(found, package)
+
+
+def torch_cure() -> str:
+    """What brings a torch that can be imported."""
+    return f"pip install '{requirement('torch')}'"
+
+
+def module_cure() -> str:
+    """What brings a compiled module that loads."""
+    lowest = requirement("torch").rpartition(">=")[2]
+    return (
+        f"it needs torch {lowest} or later and this Python; rebuild it where it runs: "
+        "pip install --force-reinstall --no-deps nf4lora"
+    )
 
 
 def load(*names: str) -> list[ModuleType]:
@@ -14,15 +51,12 @@ def load(*names: str) -> list[ModuleType]:
     Raises:
         ImportError: torch, the compiled module, or a package that they need, cannot be imported. It says what mends it.
     """
-    what, cure = "torch cannot be imported", "pip install 'torch>=2.11'"
+    what, cure = "torch cannot be imported", torch_cure()
     try:
         import torch
 
         what = f"the compiled module did not load with torch {torch.__version__}"
-        cure = (
-            "it needs torch 2.11 or later and this Python; rebuild it where it runs: "
-            "pip install --force-reinstall --no-deps nf4lora"
-        )
+        cure = module_cure()
         import_module("nf4lora._C")
         what, cure = "a package that it needs cannot be imported", "`nf4lora doctor` says which, and what brings it"
         return [import_module(f"nf4lora.{name}") for name in names]
