@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from nf4lora.train import clock
+from nf4lora.train.chat import clock
 from nf4lora.train.errors import UsageError
 
 from train_runs import adapter, base, data, equal, options, quick, train  # noqa: F401

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from nf4lora.cli import main
-from nf4lora.train import config as configuration
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments import parse as configuration
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import UsageError
-from nf4lora.train.options import ALIASES, OPTIONS, help_text
+from nf4lora.train.settings import ALIASES, OPTIONS, help_text
 
 NEEDED = ["--model_name_or_path", "m", "--data", "d.jsonl"]
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.chat.masking import IGNORED
 from nf4lora.train.data import hold_out, prepare_data, read, show
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.masking import IGNORED
-from nf4lora.train.rows import Table
+from nf4lora.train.samples.rows import Table
 
 from models import tiny_tokenizer
 

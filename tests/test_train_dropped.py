@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.chat.dropped import left_out
+from nf4lora.train.chat.masking import IGNORED, Encoder
 from nf4lora.train.data import prepare_data, read
-from nf4lora.train.dropped import left_out
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.formats import Sample
-from nf4lora.train.masking import IGNORED, Encoder
+from nf4lora.train.samples.formats import Sample
 
 from chat_templates import TEMPLATES, tokenizer_with
 from models import tiny_tokenizer

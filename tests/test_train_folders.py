@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from nf4lora.train import config as configuration
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments import parse as configuration
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.data import read
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.folders import read_directory
+from nf4lora.train.samples.folders import read_directory
 
 
 def lay(folder, *names):

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.foreign import ASIDE, ONLY, TRANSLATED, aside
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.data import read
 from nf4lora.train.errors import UsageError
-from nf4lora.train.foreign import ASIDE, ONLY, TRANSLATED, aside
-from nf4lora.train.formats import recognise, samples
-from nf4lora.train.options import ALIASES, OPTIONS
+from nf4lora.train.samples.formats import recognise, samples
+from nf4lora.train.settings import ALIASES, OPTIONS
 
 # Shaped like the QLoRA examples of each tool; only what they name is theirs.
 AXOLOTL = """\

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nf4lora.train.errors import RunError
-from nf4lora.train.formats import convert, recognise, samples
-from nf4lora.train.rows import Table
+from nf4lora.train.samples.formats import convert, recognise, samples
+from nf4lora.train.samples.rows import Table
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("trl")
 
-from nf4lora.train import checkpoints
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.run_folder import checkpoints
 
 from train_runs import base, data, logged, options, quick, train  # noqa: F401
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4lora.train import turns
-from nf4lora.train.formats import Sample, sample_of
-from nf4lora.train.marks import places
-from nf4lora.train.masking import Encoder
-from nf4lora.train.turns import MaskError
+from nf4lora.train.chat import turns
+from nf4lora.train.chat.marks import places
+from nf4lora.train.chat.masking import Encoder
+from nf4lora.train.chat.turns import MaskError
+from nf4lora.train.samples.formats import Sample, sample_of
 
 from chat_templates import CALLING, TEMPLATES, tokenizer_with
 from models import tiny_tokenizer

@@ -16,12 +16,11 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import save_file
 
-from nf4lora.train import checkpoints, output
-from nf4lora.train import config as configuration
-from nf4lora.train import folder as files
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments import parse as configuration
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.progress import trim_metrics
+from nf4lora.train.run_folder import checkpoints, files, output
 from nf4lora.train.trainer import Trainer
 
 from train_runs import adapter, base, data, data_file, equal, logged, losses, options, quick, train, user  # noqa: F401
@@ -118,7 +117,9 @@ def test_nothing_is_written_before_training_begins(base, data, tmp_path, monkeyp
 def test_a_folder_in_use_is_refused_and_free_again_when_the_other_process_is_gone(base, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    program = "import sys, pathlib; from nf4lora.train import folder\nwith folder.lock(pathlib.Path(sys.argv[1])):\n"
+    program = (
+        "import sys, pathlib; from nf4lora.train.run_folder import files\nwith files.lock(pathlib.Path(sys.argv[1])):\n"
+    )
     program += "    print('locked', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -13,8 +13,8 @@ pytest.importorskip("trl")
 import torch
 
 from nf4lora.train import model as loading
-from nf4lora.train import output
 from nf4lora.train.errors import RunError, UsageError
+from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 
 from models import tiny_llama, tiny_tokenizer

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from nf4lora.train import output
+from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 
 from train_runs import adapter, base, data, equal, options, quick, train  # noqa: F401

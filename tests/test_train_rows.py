@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.folders import read_directory
-from nf4lora.train.rows import read_file, read_hub
+from nf4lora.train.samples.folders import read_directory
+from nf4lora.train.samples.rows import read_file, read_hub
 
 ROWS = [{"text": "one"}, {"text": "zwei ä"}]
 

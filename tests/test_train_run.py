@@ -12,7 +12,7 @@ import torch
 
 from nf4lora.cli import main
 from nf4lora.train import optimizer, plot
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.guard import check_gradients
 from nf4lora.train.trainer import Trainer

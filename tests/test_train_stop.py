@@ -23,11 +23,12 @@ import torch
 from safetensors import SafetensorError
 
 from nf4lora.cli import main
-from nf4lora.train import output, streams
 from nf4lora.train import run as running
-from nf4lora.train.config import parse_arguments
+from nf4lora.train import streams
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError
 from nf4lora.train.interrupt import ONE_EVENT, Interrupt
+from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 
 from train_runs import base, data, logged, options, quick, train  # noqa: F401

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.chat.masking import IGNORED, Encoder
 from nf4lora.train.data import prepare_data, read
 from nf4lora.train.errors import RunError
-from nf4lora.train.formats import sample_of
-from nf4lora.train.masking import IGNORED, Encoder
-from nf4lora.train.tools import calls, schemas
+from nf4lora.train.samples.formats import sample_of
+from nf4lora.train.samples.tools import calls, schemas
 
 from chat_templates import CALLING, GPT_OSS, TEMPLATES, tokenizer_with
 from models import tiny_tokenizer
@@ -307,8 +307,8 @@ def test_reasoning_goes_under_the_name_that_the_template_reads():
     ],
 )
 def test_value_that_does_not_fit_is_named_with_its_line(tmp_path, row, words):
-    from nf4lora.train.formats import recognise, samples
-    from nf4lora.train.rows import Table
+    from nf4lora.train.samples.formats import recognise, samples
+    from nf4lora.train.samples.rows import Table
 
     good = {name: "fine" for name in row} if not {"messages", "conversations"} & set(row) else row
     table = Table("d.jsonl", [good, row], [1, 2], "line")

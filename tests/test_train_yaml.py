@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nf4lora.train.config import parse_arguments
+from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import UsageError
 
 

@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from nf4lora.train.config import parse_arguments
+    from nf4lora.train.arguments.parse import parse_arguments
     from nf4lora.train.errors import RunError, UsageError
-    from nf4lora.train.options import help_text
+    from nf4lora.train.settings import help_text
 
     if {"-h", "--help"} & set(arguments):
         print(help_text())

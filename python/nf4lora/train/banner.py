@@ -14,7 +14,7 @@ from rich.status import Status
 from rich.text import Text
 
 from nf4lora.train.data import Data, Split
-from nf4lora.train.options import TrainConfig
+from nf4lora.train.settings import TrainConfig
 from nf4lora.words import dtype_name, duration, human, number
 
 if TYPE_CHECKING:

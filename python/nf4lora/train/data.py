@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nf4lora.train.chat.masking import DOUBLE_START, IGNORED, Encoder, choose_chat_template, install_chat_template
+from nf4lora.train.chat.turns import MaskError
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.folders import read_directory
-from nf4lora.train.formats import Sample, convert, recognise
-from nf4lora.train.masking import DOUBLE_START, IGNORED, Encoder, choose_chat_template, install_chat_template
-from nf4lora.train.options import TrainConfig
 from nf4lora.train.paths import nearby, not_here
-from nf4lora.train.rows import ENDINGS, Table, bad_rows, read_file, read_hub
-from nf4lora.train.turns import MaskError
+from nf4lora.train.samples.folders import read_directory
+from nf4lora.train.samples.formats import Sample, convert, recognise
+from nf4lora.train.samples.rows import ENDINGS, Table, bad_rows, read_file, read_hub
+from nf4lora.train.settings import TrainConfig
 from nf4lora.words import number
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nf4lora.train import banner, checkpoints, optimizer
+from nf4lora.train import banner, optimizer
 from nf4lora.train.data import Data, Split
 from nf4lora.train.errors import RunError, reason
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
-from nf4lora.train.options import TrainConfig
-from nf4lora.train.output import Output
+from nf4lora.train.run_folder import checkpoints
+from nf4lora.train.run_folder.output import Output
+from nf4lora.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     import torch

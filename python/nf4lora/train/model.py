@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nf4lora.train.chat_template import processor_template
+from nf4lora.train.chat.processor_template import processor_template
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.options import TrainConfig
 from nf4lora.train.reach import as_pattern, unreached
+from nf4lora.train.settings import TrainConfig
 from nf4lora.words import listed
 
 if TYPE_CHECKING:

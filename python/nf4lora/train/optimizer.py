@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.options import TrainConfig
+from nf4lora.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     from nf4lora.train.trainer import Trainer

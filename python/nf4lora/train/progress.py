@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nf4lora.train import banner
 from nf4lora.train.errors import reason
-from nf4lora.train.folder import write_text
 from nf4lora.train.memory import peak_bytes, total_bytes
+from nf4lora.train.run_folder.files import write_text
 from nf4lora.train.trainer import Trainer
 from nf4lora.words import duration, human, number
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from nf4lora.train import banner, checkpoints, optimizer
+from nf4lora.train import banner, optimizer
 from nf4lora.train import data as reading
 from nf4lora.train import model as loading
-from nf4lora.train.clock import Clock
+from nf4lora.train.chat.clock import Clock
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.fit import Setup, fit
 from nf4lora.train.interrupt import Interrupt
-from nf4lora.train.options import TrainConfig
-from nf4lora.train.output import Output
+from nf4lora.train.run_folder import checkpoints
+from nf4lora.train.run_folder.output import Output
+from nf4lora.train.settings import TrainConfig
 from nf4lora.train.streams import enduring_output
 from nf4lora.words import dtype_name
 

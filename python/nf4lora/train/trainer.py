@@ -16,10 +16,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from nf4lora.compat.trl import OpenTrainer, set_rates
 from nf4lora.loss.causal_lm import has_plain_head, score
 from nf4lora.nn.model_tree import unchanged_random_state
-from nf4lora.train import folder as files
 from nf4lora.train.errors import RunError
 from nf4lora.train.guard import Guard, check_gradients
-from nf4lora.train.output import writing
+from nf4lora.train.run_folder import files
+from nf4lora.train.run_folder.output import writing
 
 
 class Stopped(Exception):

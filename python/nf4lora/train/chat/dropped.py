@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from nf4lora.train.marks import REASONING
-from nf4lora.train.tools import functions
+from nf4lora.train.samples.keys import REASONING
+from nf4lora.train.samples.tools import functions
 
 ROLE = {
     "system": "system messages", "developer": "developer messages", "user": "messages of the user",

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nf4lora.train.marks import Place, Shortcuts, places
-from nf4lora.train.tools import functions
+from nf4lora.train.chat.marks import Place, Shortcuts, places
+from nf4lora.train.samples.tools import functions
 
 MARKER = "(the answer stands here 8cb1f2)"
 FEW = 3  # answers that are all found by rendering up to them; in longer conversations shortcuts are looked for

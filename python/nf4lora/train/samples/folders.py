@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.rows import ENDINGS, Table, read_file
+from nf4lora.train.samples.rows import ENDINGS, Table, read_file
 
 TRAIN, EVAL, TEST = ("train", "training"), ("valid", "validation", "val", "dev", "eval"), ("test",)
 SHARD = re.compile(r"(?P<name>.*?)[-_.](?P<number>\d{3,})(-of-(?P<total>\d{3,}))?(-[0-9a-f]{8,})?")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.foreign import COLUMN_OF
-from nf4lora.train.options import OPTIONS, default, shown
+from nf4lora.train.arguments.foreign import COLUMN_OF
+from nf4lora.train.settings import OPTIONS, default, shown
 from nf4lora.train.values import boolean
 
 EPOCHS = ("num_train_epochs", "num_epochs", "epochs")

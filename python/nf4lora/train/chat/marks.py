@@ -16,11 +16,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nf4lora.train.tools import functions
+from nf4lora.train.samples.keys import REASONING
+from nf4lora.train.samples.tools import functions
 
 OPEN, CLOSE = "\ue0e1", "\ue0e2"  # of Unicode's private area: they mean nothing, and JSON writes them as they are
 MARK = re.compile(f"{OPEN}([0-9]+){CLOSE}")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)

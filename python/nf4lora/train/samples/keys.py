@@ -7,6 +7,7 @@ from typing import Any
 # 0 or false takes an answer out of the loss. OpenAI's and Axolotl's files, among others, carry these.
 TURN_FLAGS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
 TURN_REFUSED = ("train_detail", "training_detail", "mask")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what a model thought before its answer
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "train")
 MASKED, TEXT_ONLY = "which tokens are trained follows from the roles here", "only text is trained here"
 ROW_REFUSED = {

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.chat_template import in_parts, wants_parts
-from nf4lora.train.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
+from nf4lora.train.chat.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
+from nf4lora.train.chat.processor_template import in_parts, wants_parts
+from nf4lora.train.chat.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.formats import Sample
-from nf4lora.train.marks import REASONING
-from nf4lora.train.tools import functions, shown_as_python, with_arguments_as_text
-from nf4lora.train.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
+from nf4lora.train.samples.formats import Sample
+from nf4lora.train.samples.keys import REASONING
+from nf4lora.train.samples.tools import functions, shown_as_python, with_arguments_as_text
 
 IGNORED = -100
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.options import ALIASES, FORMATS
+from nf4lora.train.settings import ALIASES, FORMATS
 from nf4lora.train.values import boolean, integer, real
 
 NOTHING: tuple[Any, ...] = (None, "", [], {})

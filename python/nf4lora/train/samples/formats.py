@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nf4lora.train.errors import RunError
-from nf4lora.train.keys import TURN_FLAGS, check_row, is_trained, unused
-from nf4lora.train.marks import REASONING
-from nf4lora.train.rows import Table, bad_rows
-from nf4lora.train.tools import calls, check_json, nulls, parsed, schemas, without_nulls
+from nf4lora.train.samples.keys import REASONING, TURN_FLAGS, check_row, is_trained, unused
+from nf4lora.train.samples.rows import Table, bad_rows
+from nf4lora.train.samples.tools import calls, check_json, nulls, parsed, schemas, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DEEPEST = 100  # levels of objects and lists in a row: more is a mistake, and what reads rows calls itself for each

@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf4lora.train.clock import Clock
+from nf4lora.train.chat.clock import Clock
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.folder import CHECKPOINT_RECORD, checkpoint_folders
-from nf4lora.train.options import OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.run_folder.files import CHECKPOINT_RECORD, checkpoint_folders
+from nf4lora.train.settings import OPTIONS, PER_CALL, TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn

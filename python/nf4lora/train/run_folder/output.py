@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train import config as configuration
-from nf4lora.train import folder as files
-from nf4lora.train.checkpoints import broken, check_options, checkpoints, is_whole, lies_in, step_of
+from nf4lora.train.arguments import parse as configuration
 from nf4lora.train.errors import RunError, UsageError, reason
-from nf4lora.train.options import TrainConfig
+from nf4lora.train.run_folder import files
+from nf4lora.train.run_folder.checkpoints import broken, check_options, checkpoints, is_whole, lies_in, step_of
+from nf4lora.train.settings import TrainConfig
 from nf4lora.words import listed
 
 RESULTS = (

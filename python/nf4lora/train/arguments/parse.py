@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nf4lora.train.arguments.dependent import left_unsaid, together
+from nf4lora.train.arguments.foreign import ONLY, TRANSLATED, aside, only
+from nf4lora.train.arguments.yaml_file import read_yaml
 from nf4lora.train.errors import UsageError
-from nf4lora.train.folder import CONFIG_HEAD, moved_from, write_text
-from nf4lora.train.foreign import ONLY, TRANSLATED, aside, only
-from nf4lora.train.options import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.paths import nearby, not_here
-from nf4lora.train.together import left_unsaid, together
+from nf4lora.train.run_folder.files import CONFIG_HEAD, moved_from, write_text
+from nf4lora.train.settings import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
 from nf4lora.train.values import boolean, boolean_or_auto, checkpointing, resume
-from nf4lora.train.yaml_file import read_yaml
 
 START = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run begins in a folder that holds one
 Values = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
