@@ -49,7 +49,7 @@ def load(base: str, adapter: Path):
     from transformers.utils import logging
 
     import nf4lora
-    from nf4lora.train.model import choose_device
+    from nf4lora.train.device import choose_device
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and PEFT

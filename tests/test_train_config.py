@@ -1,14 +1,18 @@
 """Flags and YAML to a checked configuration; every mistake gets one clear error and exit code 2."""
 
+import ast
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
 from nf4lora.cli import main
-from nf4lora.train.arguments import parse as configuration
+from nf4lora.train.arguments.foreign import TRANSLATED
 from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import UsageError
+from nf4lora.train.run_folder import config_file as configuration
 from nf4lora.train.settings import ALIASES, OPTIONS, help_text
 
 NEEDED = ["--model_name_or_path", "m", "--data", "d.jsonl"]
@@ -197,7 +201,7 @@ def test_resolved_file_holds_nothing_of_one_call(tmp_path):
 
 def test_no_alias_shadows_an_option():
     assert not set(ALIASES) & set(OPTIONS)
-    assert not set(configuration.TRANSLATED) & (set(ALIASES) | set(OPTIONS))
+    assert not set(TRANSLATED) & (set(ALIASES) | set(OPTIONS))
 
 
 def test_help_names_every_option_and_alias():
@@ -280,3 +284,25 @@ def test_configuration_in_another_encoding_is_named(tmp_path):
     path.write_bytes("model: m\n".encode("utf-16"))
     with pytest.raises(UsageError, match="must be UTF-8 text"):
         parse_arguments([str(path)])
+
+
+def test_a_configuration_is_replaced_in_one_file_and_changed_nowhere():
+    with pytest.raises(FrozenInstanceError):
+        parsed().seed = 1
+    package = Path(configuration.__file__).parents[1]
+    elsewhere = {path.name for path in package.rglob("*.py") if any(map(makes_another, ast.walk(syntax_of(path))))}
+    assert elsewhere == {"settings.py"}
+
+
+def syntax_of(path):
+    return ast.parse(path.read_text())
+
+
+def makes_another(node):
+    """replace(config, ...), setattr(config, ...) and config.__dict__"""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__dict__"
+    called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+    return called in ("replace", "setattr", "__setattr__") and any(
+        "config" in ast.unparse(each) for each in node.args[:1]
+    )

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("trl")
 
 from nf4lora.compat.trl import OneDeviceConfig
-from nf4lora.train import model as loading
+from nf4lora.train import device as loading
 from nf4lora.train.errors import UsageError
 
 

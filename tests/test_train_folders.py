@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from nf4lora.train.arguments import parse as configuration
 from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.data import read
 from nf4lora.train.errors import RunError, UsageError
+from nf4lora.train.run_folder import config_file as configuration
 from nf4lora.train.samples.folders import read_directory
 
 

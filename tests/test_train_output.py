@@ -16,11 +16,11 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import save_file
 
-from nf4lora.train.arguments import parse as configuration
 from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.progress import trim_metrics
 from nf4lora.train.run_folder import checkpoints, files, output
+from nf4lora.train.run_folder import config_file as configuration
 from nf4lora.train.trainer import Trainer
 
 from train_runs import adapter, base, data, data_file, equal, logged, losses, options, quick, train, user  # noqa: F401
@@ -136,13 +136,13 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(base, data, tmp_pat
     config = parse_arguments(options(base, data, out))
     with ExitStack() as first, ExitStack() as second:
         late = output.Output(config, second)
-        output.Output(config, first).begin()
+        output.Output(config, first).begin(config)
         with pytest.raises(UsageError, match="is in use by another"):
-            late.begin()
+            late.begin(config)
         (out / "checkpoint-3").mkdir()
         first.close()
         with pytest.raises(UsageError, match=r"holds a run; .*found checkpoint-3"):
-            late.begin()
+            late.begin(config)
 
 
 @pytest.mark.parametrize(

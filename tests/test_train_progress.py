@@ -71,7 +71,7 @@ def test_the_command_to_go_on_with_keeps_the_brackets_of_a_path(console):
 def test_no_text_of_a_run_is_read_as_markup():
     """rich reads a plain str as markup; a Text is printed as it is."""
     folder = Path(banner.__file__).parent
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             name = getattr(getattr(call, "func", None), "attr", "")
             if isinstance(call, ast.Call) and name in ("print", "status") and "console" in ast.unparse(call.func):

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl")
 import torch
 
-from nf4lora.train import model as loading
+from nf4lora.train import device as loading
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nf4lora.train.arguments.parse import parse_arguments, write
+from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.run_folder.config_file import write
 
 TRL = "model_name_or_path: m\ndataset_name: d\nuse_peft: true\n"
 LLAMA_FACTORY = "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\nquantization_bit: 4\ndataset: d\n"

@@ -14,6 +14,7 @@ from rich.status import Status
 from rich.text import Text
 
 from nf4lora.train.data import Data, Split
+from nf4lora.train.model import Base, auto_class
 from nf4lora.train.settings import TrainConfig
 from nf4lora.words import dtype_name, duration, human, number
 
@@ -118,21 +119,17 @@ def show_plan(console: Console, config: TrainConfig, rows: int, steps: int, epoc
         )
 
 
-def how_to_use(config: TrainConfig, quantized: str, opened_with: str) -> str:
-    """A program that loads what was trained.
-
-    Args:
-        quantized: the method that the base came quantised with, or nothing
-        opened_with: the Auto class that opens the base
-    """
-    name, folder = config.model_name_or_path, config.output_dir
+def how_to_use(config: TrainConfig, base: Base) -> str:
+    """A program that loads what was trained."""
+    name, folder = config.model_name_or_path or "", config.output_dir
+    opened_with = auto_class(base.config, name).__name__
     revision = f", revision={config.model_revision!r}" if config.model_revision else ""
     quant, package = "", "nf4lora"
-    if config.load_in_4bit and not quantized:
+    if config.load_in_4bit and not base.quantized:
         options = "" if config.bnb_4bit_use_double_quant else "double_quant=False"
         quant = f", quantization_config=nf4lora.NF4Config({options})"
     model, adapter = f"{opened_with}.from_pretrained({name!r}{revision}{quant})", "nf4lora.load_adapter"
-    if quantized == "bitsandbytes":
+    if base.quantized == "bitsandbytes":
         package = "nf4lora, peft"
         model = f"nf4lora.prepare({model}, peft.LoraConfig.from_pretrained({folder!r}))"
     if not config.load_in_4bit:
@@ -153,8 +150,7 @@ def show_end(
     best: tuple[Path, float] | None,
     metrics: dict[str, Any],
     files: Sequence[Path],
-    quantized: str,
-    opened_with: str,
+    base: Base,
 ) -> None:
     """Held-out loss before and after, the checkpoint with the lowest, speed, memory, files, and how to load them."""
     if len(losses) > 1:
@@ -171,4 +167,4 @@ def show_end(
     )
     say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
     say(console, "use it", "")
-    tell(console, how_to_use(config, quantized, opened_with))
+    tell(console, how_to_use(config, base))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+Tables = tuple[Table, Table | None, list[str]]  # rows to train on, rows to evaluate on, and notes
 PARTS = 'the chat template takes a text as [{"type": "text", "text": ...}]'
 
 
@@ -63,7 +64,7 @@ class Split:
         return Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """Training and evaluation rows, and what is to be said about them."""
 
@@ -74,7 +75,7 @@ class Data:
     notes: list[str]
 
 
-def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
+def read(config: TrainConfig) -> Tables:
     """Rows to train on, rows to evaluate on, and notes.
 
     Raises:

@@ -18,6 +18,7 @@ from nf4lora.train.data import Data, Split
 from nf4lora.train.errors import RunError, reason
 from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
+from nf4lora.train.model import Base
 from nf4lora.train.run_folder import checkpoints
 from nf4lora.train.run_folder.output import Output
 from nf4lora.train.settings import TrainConfig
@@ -25,7 +26,6 @@ from nf4lora.train.settings import TrainConfig
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
     from nf4lora.compat.trl import OneDeviceConfig
     from nf4lora.train.progress import Progress
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setup:
     """What stands ready when training starts."""
 
@@ -42,11 +42,9 @@ class Setup:
     console: Console
     device: str
     dtype: torch.dtype
-    tokenizer: PreTrainedTokenizerBase
+    base: Base
     data: Data
     model: Any
-    quantized: str  # method that the base came quantised with, or nothing
-    opened_with: str  # name of the Auto class
     output: Output
     record: dict[str, Any]
     interrupt: Interrupt
@@ -73,7 +71,7 @@ def fit(setup: Setup) -> int:
         banner.show_plan(
             console, config, len(trainer.train_dataset), steps, epochs, trainer.args.get_warmup_steps(steps)
         )
-        for line in output.begin():
+        for line in output.begin(config):
             banner.say(console, "output", line)
         show_resume(setup, finished)
         try:
@@ -100,7 +98,7 @@ def fit(setup: Setup) -> int:
         for line in optimizer.told(trainer):
             banner.say(console, "state", line)
         files = output.save(trainer, metrics)
-    banner.show_end(console, config, losses, trainer.best(), metrics, files, setup.quantized, setup.opened_with)
+    banner.show_end(console, config, losses, trainer.best(), metrics, files, setup.base)
     return 0
 
 
@@ -122,7 +120,7 @@ def make_trainer(setup: Setup) -> tuple[Any, Progress]:
         args=arguments(config, setup.device, setup.dtype, evaluate),
         train_dataset=dataset(data.train, config),
         eval_dataset=dataset(data.eval, config) if data.eval is not None else None,
-        processing_class=setup.tokenizer,
+        processing_class=setup.base.tokenizer,
         callbacks=[StopOnInterrupt(setup.interrupt)],
         record=setup.record,
         keep=config.save_total_limit,

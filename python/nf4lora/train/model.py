@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nf4lora.train.chat.processor_template import processor_template
@@ -19,87 +21,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def choose_device(wanted: str) -> tuple[str, str]:
-    """-> 'cuda' or 'cpu', and why not CUDA where it was left to us.
+@dataclass(frozen=True)
+class Base:
+    """What a base model says of itself before its weights are loaded."""
 
-    'cuda' is the chosen card from here on: the others are hidden from this process, or, where CUDA has started already,
-    it is made the current one. Call this before anything starts CUDA.
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[str]  # tokens that end generation
+    quantized: str  # the method that the checkpoint is quantised with, or nothing
+    note: str  # what is to be said about its chat template, or nothing
 
-    Raises:
-        UsageError: CUDA was asked for and cannot be had.
-    """
-    import torch
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    if wanted == "cpu":
-        return "cpu", ""
-    index = int(wanted.partition(":")[2] or 0)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_initialized():
-        # The driver reads this once, when it is first asked for anything: before we know how many cards there are.
-        names = [str(index)] if visible is None else [name for name in visible.split(",") if name][index : index + 1]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
-    missing = _why_no_cuda()
-    if missing:
-        _set_visible(visible)
-        if index and missing == NO_DEVICE:
-            missing = f"there is no such card among {'those of this machine' if visible is None else visible}"
-        if wanted != "auto":
-            raise UsageError(f"device {wanted}: {missing}")
-        return "cpu", missing
-    if torch.cuda.device_count() > 1:  # the driver had been asked before, and hides nothing any more
-        _set_visible(visible)
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-        torch.cuda.set_device(index)
-    return "cuda", ""
+    @property
+    def vocabulary(self) -> int | None:
+        return getattr(self.config.get_text_config(), "vocab_size", None)
 
 
-NO_DEVICE = "torch sees no CUDA device"
-
-
-def _set_visible(value: str | None) -> None:
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if value is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = value
-
-
-def _why_no_cuda() -> str:
-    import torch
-
-    from nf4lora import _C  # type: ignore[attr-defined]
-
-    if not torch.version.cuda:
-        return "this torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return NO_DEVICE
-    return "" if _C.CUDA_VERSION else "nf4lora was built without CUDA kernels"
-
-
-def choose_dtype(wanted: str, device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it, else float32."""
-    import torch
-
-    from nf4lora.loss.processor import multiplies
-
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = multiplies(torch.bfloat16)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def check_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("nf4lora train runs in one process for now; start it without torchrun or accelerate launch")
-
-
-def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[str], PreTrainedConfig]:
-    """Tokenizer, the tokens that end generation, and the model's configuration.
+def read_base(config: TrainConfig) -> Base:
+    """The configuration and the tokenizer of the base model.
 
     Raises:
-        RunError: they cannot be loaded.
+        UsageError, RunError: they cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -119,7 +64,8 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[s
         ends = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main").eos_token_id
         ids = [ends] if isinstance(ends, int) else ends or []
         stops = [token for token in tokenizer.convert_ids_to_tokens(ids) if token]
-    return tokenizer, stops, model_config
+    note = take_processor_template(config, tokenizer)
+    return Base(model_config, tokenizer, stops, quantization_of(model_config), note)
 
 
 def take_processor_template(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -140,17 +86,6 @@ def take_processor_template(config: TrainConfig, tokenizer: PreTrainedTokenizerB
         return ""
     tokenizer.chat_template, file = found
     return f"the chat template is that of the processor ({file})"
-
-
-def check_length(config: TrainConfig, model_config: PreTrainedConfig) -> str:
-    """Hold max_length against the positions that the model has; lowers the default, refuses a wish."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if not positions or config.max_length <= positions:
-        return ""
-    if "max_length" in config.given:
-        raise UsageError(f"max_length must be at most the model's {positions} positions, got {config.max_length}")
-    config.max_length = positions
-    return f"max_length is {positions}, the positions that the model has"
 
 
 def quantization_of(model_config: PreTrainedConfig) -> str:
@@ -182,7 +117,7 @@ def auto_class(model_config: PreTrainedConfig, name: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def load_model(config: TrainConfig, model_config: PreTrainedConfig, device: str, dtype: torch.dtype) -> Any:
+def load_model(config: TrainConfig, base: Base, device: str, dtype: torch.dtype) -> Any:
     """The base model: quantised as it is loaded, or as its checkpoint has it.
 
     Raises:
@@ -193,21 +128,22 @@ def load_model(config: TrainConfig, model_config: PreTrainedConfig, device: str,
 
     name = config.model_name_or_path or ""
     options: dict[str, Any] = {"revision": config.model_revision, "dtype": dtype, "device_map": {"": device}}
-    method = quantization_of(model_config)
+    method = base.quantized
     if method:
         if not config.load_in_4bit:
             raise UsageError(f"load_in_4bit false, but {name} is quantised already ({method})")
+        options["config"] = base.config
         if method == "bitsandbytes":
             with failures(f"cannot use {name}"):
-                adopted = NF4Config.from_bnb(model_config.quantization_config)
-                model_config.quantization_config = adopted.to_dict()
+                adopted = NF4Config.from_bnb(base.config.quantization_config)
+                options["config"] = copy.deepcopy(base.config)
+                options["config"].quantization_config = adopted.to_dict()
         elif method != "nf4lora":
             raise RunError(f"{name} is quantised with {method}; give the 16-bit model, or one in NF4")
-        options["config"] = model_config
     elif config.load_in_4bit:
         options["quantization_config"] = NF4Config(double_quant=config.bnb_4bit_use_double_quant)
     with failures(f"cannot load {name}"):
-        model, about = auto_class(model_config, name).from_pretrained(name, output_loading_info=True, **options)
+        model, about = auto_class(base.config, name).from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(about["missing_keys"]):  # transformers fills them with random numbers
         raise RunError(
             f"cannot load {name}: the checkpoint must hold every tensor of {type(model).__name__}, got none for "

@@ -1,4 +1,7 @@
-"""The run: data, model, training, evaluation, files. Errors come early, and each says what to do."""
+"""The run: settings, data, model, trainer, files. Errors come early, and each says what to do.
+
+Each stage returns a value, and none changes what an earlier one returned.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,27 @@ import os
 import traceback
 import warnings
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from importlib.util import find_spec
 
 from rich.console import Console
+from rich.status import Status
 
 from nf4lora.train import banner, optimizer
 from nf4lora.train import data as reading
+from nf4lora.train import device as devices
 from nf4lora.train import model as loading
 from nf4lora.train.chat.clock import Clock
+from nf4lora.train.data import Data
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.fit import Setup, fit
 from nf4lora.train.interrupt import Interrupt
+from nf4lora.train.model import Base
 from nf4lora.train.run_folder import checkpoints
 from nf4lora.train.run_folder.output import Output
-from nf4lora.train.settings import TrainConfig
+from nf4lora.train.settings import TrainConfig, on_machine, within_positions, without_evaluation
 from nf4lora.train.streams import enduring_output
 from nf4lora.words import dtype_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def train(config: TrainConfig, console: Console | None = None) -> int:
@@ -48,53 +53,61 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
     with banner.working(console, "loading torch and transformers"):
         import transformers
 
-        loading.check_one_process()
-        device, why = loading.choose_device(config.device)
+        devices.check_one_process()
+        device, why = devices.choose_device(config.device)
+    dtype = devices.choose_dtype(config.dtype, device)
+    config = on_machine(config, optimizer.choose(config, device), dtype_name(dtype))
     output = Output(config, stack)
+
     with banner.working(console, "reading the data") as status:
         tables = reading.read(config)
         quiet()
-        config.optim = optimizer.choose(config, device)
         check_reports(config)
-        tokenizer, stops, model_config = loading.load_tokenizer(config)
-        template_note = loading.take_processor_template(config, tokenizer)
-        length_note = loading.check_length(config, model_config)
+        base = loading.read_base(config)
+        config, shortened = within_positions(config, base.positions)
         clock = Clock() if output.checkpoint is None else checkpoints.clock_of(output.checkpoint)
-        with clock.shown():
-            data = reading.prepare_data(config, tokenizer, tables[:2], stops, banner.count(console, status))
-    if data.eval is None and config.eval_strategy != "no":
-        config.eval_strategy = None  # not what was asked for: with other rows the same options evaluate
-    elif data.eval is not None and config.eval_strategy == "no":
-        data.notes.append("the held-out rows are not evaluated: eval_strategy no")
-    notes = (*tables[2], template_note, length_note, data.choice, clock.note)
-    data.notes[:0] = [note for note in notes if note]
-    check_tokens(data, tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
+        data = tokenise(config, base, tables, clock, shortened, console, status)
+    if data.eval is None:
+        config = without_evaluation(config)
     identity = checkpoints.data_identity(data.train, config)
-
     banner.show_machine(console, device, why)
     banner.show_data(console, data)
     if config.dry_run or data.choice:
-        banner.show_sample(console, reading.show(data.train, tokenizer))
+        banner.show_sample(console, reading.show(data.train, base.tokenizer))
     if output.checkpoint is not None:
         checkpoints.check_data(config, output.checkpoint, identity)
     if config.dry_run:
         banner.say(console, "dry run", "nothing was trained and nothing was written")
         return 0
-    dtype = loading.choose_dtype(config.dtype, device)
-    config.dtype = dtype_name(dtype)  # written down: on another machine `auto` may be another one
+
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
-    quantized = loading.quantization_of(model_config)
     with banner.working(console, "loading the model"):
-        model = loading.load_model(config, model_config, device, dtype)
-        check_tokens(data, tokenizer, model.get_input_embeddings().num_embeddings)
-        model, said = loading.add_adapters(config, model, data.train.input_ids[0])
-    for line in said:
+        model = loading.load_model(config, base, device, dtype)
+        check_tokens(data, base, model.get_input_embeddings().num_embeddings)
+        model, remarks = loading.add_adapters(config, model, data.train.input_ids[0])
+    for line in remarks:
         banner.say(console, "prepare", line)
     record = checkpoints.record(config, identity, checkpoints.base_identity(model), clock)
-    opened_with = loading.auto_class(model_config, config.model_name_or_path or "").__name__
-    return fit(
-        Setup(config, console, device, dtype, tokenizer, data, model, quantized, opened_with, output, record, interrupt)
-    )
+    return fit(Setup(config, console, device, dtype, base, data, model, output, record, interrupt))
+
+
+def tokenise(
+    config: TrainConfig,
+    base: Base,
+    tables: reading.Tables,
+    clock: Clock,
+    shortened: str,
+    console: Console,
+    status: Status,
+) -> Data:
+    """The rows as tokens and labels, with everything that is to be said about them."""
+    with clock.shown():
+        data = reading.prepare_data(config, base.tokenizer, tables[:2], base.stops, banner.count(console, status))
+    first = [note for note in (*tables[2], base.note, shortened, data.choice, clock.note) if note]
+    unused = ["the held-out rows are not evaluated: eval_strategy no"]
+    last = unused if data.eval is not None and config.eval_strategy == "no" else []
+    check_tokens(data, base, base.vocabulary)
+    return replace(data, notes=[*first, *data.notes, *last])
 
 
 def quiet() -> None:
@@ -114,14 +127,12 @@ def quiet() -> None:
 
 
 def check_reports(config: TrainConfig) -> None:
-    from importlib.util import find_spec
-
     for name in config.report_to:
         if find_spec(name) is None:
             raise UsageError(f"report_to {name} needs the package {name}: pip install {name}")
 
 
-def check_tokens(data: reading.Data, tokenizer: PreTrainedTokenizerBase, size: int | None) -> None:
+def check_tokens(data: Data, base: Base, size: int | None) -> None:
     """Every token must have a row in the model's embedding.
 
     Raises:
@@ -137,7 +148,7 @@ def check_tokens(data: reading.Data, tokenizer: PreTrainedTokenizerBase, size: i
                 token = int(ids.max())
                 where = split.table.where(kept[position]) if len(kept) == len(split.input_ids) else split.table.name
                 raise RunError(
-                    f"{where}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) has no place in the model, "
-                    f"whose embedding has {size} rows; the tokenizer belongs to another model, or tokens were added to "
-                    "it without resize_token_embeddings"
+                    f"{where}: token {token} ({base.tokenizer.convert_ids_to_tokens(token)!r}) has no place in the "
+                    f"model, whose embedding has {size} rows; the tokenizer belongs to another model, or tokens were "
+                    "added to it without resize_token_embeddings"
                 )

@@ -1,15 +1,19 @@
 """Every option of `nf4lora train`: one field of TrainConfig each, with its default, its aliases and its meaning.
 
-Names are those of Hugging Face and TRL; aliases are the names in YAML files that people already have.
+Names are those of Hugging Face and TRL; aliases are the names in YAML files that people already have. A TrainConfig
+never changes. What a run decides for itself makes another one of it, by the functions at the end of this file.
 """
 # ruff: noqa: RUF009  (option() is dataclasses.field with our metadata)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from nf4lora.train.errors import UsageError
+from nf4lora.train.paths import nearby, not_here
 from nf4lora.train.values import (
     LARGEST,
     boolean,
@@ -53,7 +57,7 @@ def option(section: str, default: Any, parse: Callable[[Any], Any], meaning: str
 M, D, L, T, O = "Model", "Data", "LoRA", "Training", "Output and evaluation"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """All options of a run, checked; `given` names those that the user set."""
 
@@ -183,3 +187,88 @@ def help_text() -> str:
         lines.append(f"  {head:<36}  {each.metadata['meaning']}  {aliases}".rstrip())
     lines += ["", "Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted (a checkpoint was saved)."]
     return "\n".join(lines)
+
+
+# ---- from one TrainConfig to the next --------------------------------------------------------------------------------
+
+
+def completed(config: TrainConfig) -> TrainConfig:
+    """A configuration that is whole and agrees with itself, with what follows from the rest filled in.
+
+    Raises:
+        UsageError: an option is missing, or two contradict each other.
+    """
+    check(config)
+    evaluation = config.eval_strategy or ("steps" if config.eval_steps else "epoch")
+    return replace(
+        config,
+        warmup_steps=0 if config.lr_scheduler_type == "constant" else config.warmup_steps,
+        eval_strategy=evaluation,
+        eval_steps=config.eval_steps or (config.logging_steps if evaluation == "steps" else None),
+        per_device_eval_batch_size=config.per_device_eval_batch_size or config.per_device_train_batch_size,
+    )
+
+
+def on_machine(config: TrainConfig, optim: str, dtype: str) -> TrainConfig:
+    """With the optimizer and the type that this machine takes where `auto` leaves them open: both are written down,
+    because on another machine `auto` may mean others."""
+    return replace(config, optim=optim, dtype=dtype)
+
+
+def within_positions(config: TrainConfig, positions: int | None) -> tuple[TrainConfig, str]:
+    """With a max_length that the model has positions for; and what is to be said about it, or nothing.
+
+    Raises:
+        UsageError: a longer one was asked for.
+    """
+    if not positions or config.max_length <= positions:
+        return config, ""
+    if "max_length" in config.given:
+        raise UsageError(f"max_length must be at most the model's {positions} positions, got {config.max_length}")
+    return replace(config, max_length=positions), f"max_length is {positions}, the positions that the model has"
+
+
+def without_evaluation(config: TrainConfig) -> TrainConfig:
+    """For data without evaluation rows. This is not `no`, which somebody has asked for: with other rows the same
+    options evaluate."""
+    return config if config.eval_strategy == "no" else replace(config, eval_strategy=None)
+
+
+def check(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option is missing, or two contradict each other.
+    """
+    given = config.given
+
+    def refuse(when: Any, text: str) -> None:
+        if when:
+            raise UsageError(text)
+
+    sources = [name for name in ("data", "dataset_name", "train_file") if getattr(config, name)]
+    refuse(not config.model_name_or_path, "--model_name_or_path is missing: the folder or the Hub id of a model")
+    refuse(not sources, "--data is missing: a file, a directory with train/valid files, or a Hub id")
+    refuse(len(sources) > 1, f"{' and '.join(sources)} name the training data twice; keep one")
+    refuse(config.eval_file and config.val_size, "eval_file and val_size both name the evaluation data; keep one")
+    refuse(
+        config.dataset_test_split and config.val_size, "dataset_test_split and val_size both name the evaluation data"
+    )
+    refuse(config.dataset_test_split and config.eval_file, "dataset_test_split and eval_file both name evaluation data")
+    for name in ("train_file", "eval_file"):
+        path = getattr(config, name)
+        refuse(
+            path and not os.path.isfile(os.path.expanduser(path)), f"{name}: {path} is not a file{nearby(path or '')}"
+        )
+    base = config.model_name_or_path or ""
+    refuse(base and not os.path.isdir(os.path.expanduser(base)) and not_here(base),
+           f"model_name_or_path: {base} is not a folder{nearby(base)}")  # fmt: skip
+    refuse({"max_steps", "num_train_epochs"} <= given and config.max_steps, "max_steps and num_train_epochs; keep one")
+    refuse(config.eval_steps and config.eval_strategy in ("epoch", "no"),
+           f"eval_steps {config.eval_steps} contradicts eval_strategy {config.eval_strategy}")  # fmt: skip
+    refuse("save_steps" in given and config.save_strategy != "steps",
+           f"save_steps {config.save_steps} contradicts save_strategy {config.save_strategy}")  # fmt: skip
+    refuse(config.lr_scheduler_type == "constant" and "warmup_steps" in given and config.warmup_steps,
+           "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or warmup_steps 0")  # fmt: skip
+    refuse(not config.load_in_4bit and given & {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"},
+           "load_in_4bit false contradicts the bnb_4bit options")  # fmt: skip
+    refuse(config.page_to and config.optim == "adamw", "page_to needs a paged optimizer; optim adamw keeps all in RAM")

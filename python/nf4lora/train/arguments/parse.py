@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from nf4lora.train.arguments.dependent import left_unsaid, together
 from nf4lora.train.arguments.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.arguments.yaml_file import read_yaml
 from nf4lora.train.errors import UsageError
-from nf4lora.train.paths import nearby, not_here
-from nf4lora.train.run_folder.files import CONFIG_HEAD, moved_from, write_text
-from nf4lora.train.settings import ALIASES, NULLABLE, OPTIONS, PER_CALL, TrainConfig
+from nf4lora.train.run_folder.config_file import moved_from
+from nf4lora.train.settings import ALIASES, NULLABLE, OPTIONS, TrainConfig, completed
 from nf4lora.train.values import boolean, boolean_or_auto, checkpointing, resume
 
 START = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run begins in a folder that holds one
@@ -59,7 +57,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     values = {name: value for name, (value, _) in {**file.values, **flags.values}.items()}
     given = frozenset(values) - (file.wishes | flags.wishes)
     unsaid = left_unsaid((name for name, _ in lines), values)
-    return check(TrainConfig(**values, given=given, notes=(*file.notes, *unsaid, *flags.notes)))
+    return completed(TrainConfig(**values, given=given, notes=(*file.notes, *unsaid, *flags.notes)))
 
 
 def _give_way(file: Values, flags: Values) -> None:
@@ -193,72 +191,3 @@ def _meaning(name: str, value: Any, left_aside: dict[str, list[str]]) -> dict[st
 def _suggestion(name: str) -> str:
     close = difflib.get_close_matches(name, [*OPTIONS, *ALIASES, *TRANSLATED], n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else "; `nf4lora train --help` lists them"
-
-
-def check(config: TrainConfig) -> TrainConfig:
-    """Refuse what is missing or contradicts itself; fill in what follows from the rest."""
-    given = config.given
-
-    def refuse(when: Any, text: str) -> None:
-        if when:
-            raise UsageError(text)
-
-    sources = [name for name in ("data", "dataset_name", "train_file") if getattr(config, name)]
-    refuse(not config.model_name_or_path, "--model_name_or_path is missing: the folder or the Hub id of a model")
-    refuse(not sources, "--data is missing: a file, a directory with train/valid files, or a Hub id")
-    refuse(len(sources) > 1, f"{' and '.join(sources)} name the training data twice; keep one")
-    refuse(config.eval_file and config.val_size, "eval_file and val_size both name the evaluation data; keep one")
-    refuse(
-        config.dataset_test_split and config.val_size, "dataset_test_split and val_size both name the evaluation data"
-    )
-    refuse(config.dataset_test_split and config.eval_file, "dataset_test_split and eval_file both name evaluation data")
-    for name in ("train_file", "eval_file"):
-        path = getattr(config, name)
-        refuse(
-            path and not os.path.isfile(os.path.expanduser(path)), f"{name}: {path} is not a file{nearby(path or '')}"
-        )
-    base = config.model_name_or_path or ""
-    refuse(base and not os.path.isdir(os.path.expanduser(base)) and not_here(base),
-           f"model_name_or_path: {base} is not a folder{nearby(base)}")  # fmt: skip
-    refuse({"max_steps", "num_train_epochs"} <= given and config.max_steps, "max_steps and num_train_epochs; keep one")
-    refuse(config.eval_steps and config.eval_strategy in ("epoch", "no"),
-           f"eval_steps {config.eval_steps} contradicts eval_strategy {config.eval_strategy}")  # fmt: skip
-    refuse("save_steps" in given and config.save_strategy != "steps",
-           f"save_steps {config.save_steps} contradicts save_strategy {config.save_strategy}")  # fmt: skip
-    if config.lr_scheduler_type == "constant":
-        refuse("warmup_steps" in given and config.warmup_steps,
-               "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or warmup_steps 0")  # fmt: skip
-        config.warmup_steps = 0
-    refuse(not config.load_in_4bit and given & {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"},
-           "load_in_4bit false contradicts the bnb_4bit options")  # fmt: skip
-    refuse(config.page_to and config.optim == "adamw", "page_to needs a paged optimizer; optim adamw keeps all in RAM")
-    if config.eval_strategy is None:
-        config.eval_strategy = "steps" if config.eval_steps else "epoch"
-    if config.eval_strategy == "steps" and not config.eval_steps:
-        config.eval_steps = config.logging_steps
-    if config.per_device_eval_batch_size is None:
-        config.per_device_eval_batch_size = config.per_device_train_batch_size
-    return config
-
-
-def write(config: TrainConfig, path: Path) -> None:
-    """The resolved options as YAML, ready to be given to `nf4lora train` again."""
-    import yaml
-
-    from nf4lora import _C  # type: ignore[attr-defined]
-
-    values = {each.name: getattr(config, each.name) for each in fields(config) if each.name in OPTIONS}
-    values = {name: value for name, value in values.items() if name not in PER_CALL and value is not None}
-    if "dataset_train_split" not in config.given:  # a folder is searched where none is named
-        values.pop("dataset_train_split")
-    if config.max_steps:
-        values.pop("num_train_epochs")
-    if config.eval_strategy != "steps":
-        values.pop("eval_steps", None)
-    if config.save_strategy != "steps":
-        values.pop("save_steps")
-    if not config.load_in_4bit:
-        values = {name: value for name, value in values.items() if not name.startswith("bnb_4bit")}
-    values["report_to"] = config.report_to or "none"
-    head = f"{CONFIG_HEAD}{_C.__version__}; run again with: nf4lora train {shlex.quote(str(path))}\n"
-    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -22,7 +22,6 @@ from nf4lora.train.errors import UsageError
 
 RECORD = "nf4lora_run.json"
 STAGING = ".writing"  # folder for what is not whole yet
-CONFIG_HEAD = "# written by nf4lora "  # the first words of a run's config.yaml
 CHECKPOINT_RECORD = "nf4lora_resume.json"  # in a checkpoint: what a run that goes on from it must agree with
 
 
@@ -41,13 +40,6 @@ def own_files(folder: Path) -> list[str]:
     return [name for name in names if os.path.lexists(folder / name)]
 
 
-def of_earlier_version(folder: Path) -> bool:
-    """Whether a run of a version that kept no record of its files has written here: it began config.yaml like this."""
-    with contextlib.suppress(OSError, ValueError):
-        return not read_record(folder) and (folder / "config.yaml").read_text("utf-8").startswith(CONFIG_HEAD)
-    return False
-
-
 def note_files(folder: Path, names: Iterable[str], **more: Any) -> None:
     """Note that these files are ours, before they are written."""
     from nf4lora import _C  # type: ignore[attr-defined]
@@ -56,12 +48,6 @@ def note_files(folder: Path, names: Iterable[str], **more: Any) -> None:
     files = sorted({*before.get("files", []), *names})
     about = {"written_by": f"nf4lora train {_C.__version__}", **before, **more, "files": files}
     write_text(folder / RECORD, json.dumps(about, indent=2) + "\n")
-
-
-def moved_from(config_file: Path, output_dir: str) -> bool:
-    """Whether a config.yaml stands in a run's folder that was called output_dir when it was written, and is not now."""
-    folder = config_file.parent
-    return read_record(folder).get("output_dir") == output_dir and folder.resolve() != Path(output_dir).resolve()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,9 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.arguments import parse as configuration
 from nf4lora.train.errors import RunError, UsageError, reason
-from nf4lora.train.run_folder import files
+from nf4lora.train.run_folder import config_file, files
 from nf4lora.train.run_folder.checkpoints import broken, check_options, checkpoints, is_whole, lies_in, step_of
 from nf4lora.train.settings import TrainConfig
 from nf4lora.words import listed
@@ -88,7 +87,7 @@ class Output:
         if others := foreign(folder, checkpoint if goes_on else None):
             where = f"output_dir {folder} holds {listed(others)}"
             cure = "move that away, or name another folder"
-            if files.of_earlier_version(folder):
+            if config_file.of_earlier_version(folder):
                 go_on = "go on from its checkpoint with --resume_from_checkpoint, " if checkpoints(folder) else ""
                 raise UsageError(
                     f"{where} of an earlier version of nf4lora train, which kept no list of its files; {go_on}{cure}"
@@ -96,14 +95,17 @@ class Output:
             raise UsageError(f"{where}, which no run of nf4lora train wrote there and this one would replace; {cure}")
         return checkpoint
 
-    def begin(self) -> list[str]:
+    def begin(self, config: TrainConfig) -> list[str]:
         """Make the folder this run's own, just before training starts; returns what is to be said about it.
+
+        Args:
+            config: the options as they are written into config.yaml, where the run has decided what they left open
 
         Raises:
             UsageError: another process has taken the folder in the meantime.
             RunError: it cannot be written to.
         """
-        config, folder, said = self.config, self.folder, []
+        folder, remarks = self.folder, []
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not self._locked:
@@ -116,16 +118,19 @@ class Output:
             if (passes_over or self.goes_on) and (aside := files.set_aside(folder, reached)):
                 moved = files.checkpoint_folders(aside).values()
                 if passes_over:
-                    said += [f"{each.name} is passed over: {broken(each)}; it is kept in {aside}" for each in moved]
+                    remarks += [
+                        f"{checkpoint.name} is passed over: {broken(checkpoint)}; it is kept in {aside}"
+                        for checkpoint in moved
+                    ]
                 else:
-                    names = ", ".join(each.name for each in moved)
-                    said.append(f"{names} and the results of the earlier course are kept in {aside}")
+                    names = ", ".join(checkpoint.name for checkpoint in moved)
+                    remarks.append(f"{names} and the results of the earlier course are kept in {aside}")
             if not self.goes_on:
                 files.clear(folder)
-            adopted = OF_TOKENIZERS if self.goes_on and files.of_earlier_version(folder) else ()
+            adopted = OF_TOKENIZERS if self.goes_on and config_file.of_earlier_version(folder) else ()
             files.note_files(folder, (*RESULTS, *adopted), output_dir=config.output_dir)
-            configuration.write(config, folder / "config.yaml")
-        return said
+            config_file.write(config, folder / "config.yaml")
+        return remarks
 
     def draw(self, plot: Callable[[list[dict], Path], bool], history: list[dict]) -> str:
         """loss.png; returns why there is none. A picture is no reason to lose a run."""
@@ -207,7 +212,7 @@ def foreign(folder: Path, checkpoint: Path | None) -> list[str]:
     What an earlier version left beside its checkpoints belongs to the run that goes on from them.
     """
     own = {files.RECORD, *files.own_files(folder)} if files.read_record(folder) else set()
-    if checkpoint is not None and files.of_earlier_version(folder):
+    if checkpoint is not None and config_file.of_earlier_version(folder):
         own |= {*RESULTS, *OF_TOKENIZERS}
     names = [name for name in (*RESULTS, *OF_TOKENIZERS, files.RECORD) if os.path.lexists(folder / name)]
     reached = -1 if checkpoint is None else step_of(checkpoint)
