@@ -53,7 +53,7 @@ def load(base: str, adapter: Path):
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and PEFT
-    device, _ = choose_device("auto")
+    device = choose_device("auto").kind
     trained = yaml.safe_load((adapter / "config.yaml").read_text())
     model = AutoModelForCausalLM.from_pretrained(
         ROOT / base,

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("trl")
 
+from nf4lora.cli.cards import choose_card
 from nf4lora.compat.trl import OneDeviceConfig
-from nf4lora.train import device as loading
+from nf4lora.train.device import Device, choose_device
 from nf4lora.train.errors import UsageError
 
 
@@ -64,7 +65,7 @@ def test_one_card_is_used_and_no_other(monkeypatch, tmp_path, started, wanted, v
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     cards = Cards(4, started, monkeypatch)
-    assert loading.choose_device(wanted) == ("cuda", "")
+    assert choose_card(wanted).kind == "cuda"
     assert cards.used == card
     assert started or cards.count() == 1  # the others are hidden
     arguments = OneDeviceConfig(output_dir=str(tmp_path), report_to=[], bf16=False)
@@ -78,12 +79,29 @@ def test_a_card_that_is_not_there_is_refused(monkeypatch, started):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     Cards(2, started, monkeypatch)
     with pytest.raises(UsageError, match="device cuda:2: there (is no such card|are 2 CUDA devices)"):
-        loading.choose_device("cuda:2")
+        choose_card("cuda:2")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_without_a_card_auto_takes_the_processor(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     Cards(0, False, monkeypatch)
-    assert loading.choose_device("auto") == ("cpu", "torch sees no CUDA device")
+    assert choose_card("auto") == Device("cpu", why="torch sees no CUDA device")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(("wanted", "index"), [("auto", 0), ("cuda", 0), ("cuda:3", 3)])
+def test_a_function_that_trains_hides_no_card(monkeypatch, wanted, index):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards = Cards(4, False, monkeypatch)
+    assert choose_device(wanted) == Device("cuda", index)
+    assert cards.current == 0 and cards.count() == 4
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_card_that_is_not_there_is_refused_where_it_is_the_only_one(monkeypatch):
+    Cards(1, False, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for choose in (choose_card, choose_device):
+        with pytest.raises(UsageError, match="device cuda:1: there are 1 CUDA devices, counted from 0"):
+            choose("cuda:1")

@@ -285,7 +285,7 @@ def test_without_matplotlib_a_run_has_no_picture_and_is_told_so(base, data, tmp_
     monkeypatch.setattr("nf4lora.train.plot.plot_loss", PLOT_LOSS)
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(main, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr("nf4lora.cli.train.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     _, said = train(*options(base, data, tmp_path / "out", "--max_steps", "1"))
     assert "loss.png was not drawn" in said and "pip install matplotlib" in said
     assert main.main(["train", "--no_such_option", "1"]) == 2

@@ -22,12 +22,11 @@ pytest.importorskip("trl")
 import torch
 from safetensors import SafetensorError
 
-from nf4lora.cli import main
-from nf4lora.train import run as running
-from nf4lora.train import streams
+from nf4lora.cli import main, streams
+from nf4lora.cli import train as running
+from nf4lora.cli.interrupt import ONE_EVENT, Interrupt
 from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError
-from nf4lora.train.interrupt import ONE_EVENT, Interrupt
 from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 

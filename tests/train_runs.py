@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nf4lora.train import run as running  # noqa: E402
+from nf4lora.cli import train as running  # noqa: E402
 from nf4lora.train.arguments.parse import parse_arguments  # noqa: E402
 
 from models import tiny_llama, tiny_tokenizer  # noqa: E402

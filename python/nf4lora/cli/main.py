@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from nf4lora.compat import library
 
@@ -16,7 +15,6 @@ usage: nf4lora <command> [options]
   doctor    what was loaded, what was not, and what mends it
 
   --version, --help"""
-NEEDED_BY_TRAIN = ("yaml", "rich", "datasets", "trl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,30 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from nf4lora.train.arguments.parse import parse_arguments
-    from nf4lora.train.errors import RunError, UsageError
-    from nf4lora.train.settings import help_text
+    from nf4lora.cli import train
 
-    if {"-h", "--help"} & set(arguments):
-        print(help_text())
-        return 0
-    missing = [name for name in NEEDED_BY_TRAIN if find_spec(name) is None]
-    if missing:
-        return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
-    try:
-        config = parse_arguments(arguments)
-        _, run = library.load("quantization.quantizer", "train.run")
-        return run.train(config)
-    except UsageError as error:
-        return _fail(f"nf4lora train: {error}", 2)
-    except RunError as error:
-        return _fail(f"nf4lora train: {error}", 1)
-    except ImportError as error:
-        if "nf4lora: " not in str(error):
-            raise
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("nf4lora train: interrupted at once; a checkpoint that was being written is not used", 130)
+    return train.main(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

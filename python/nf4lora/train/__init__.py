@@ -5,13 +5,13 @@ A run passes through stages, and each hands its result to the next: settings, da
     run.py        the run, from its settings to an exit code
     settings.py   every option: name, default, aliases, meaning     values.py     their parsers
     data.py       files to tokens and labels, for one run           model.py      tokenizer and model
-    reach.py      which layers of a model text passes through       optimizer.py  which optimizer a run takes
+    device.py     where it computes, in which type                  optimizer.py  which optimizer a run takes
     fit.py        training itself                                   trainer.py    what we change in SFTTrainer
-    guard.py      what watches it                                   interrupt.py  Ctrl-C and its relatives
-    progress.py   the live line and metrics.jsonl                   streams.py    stdout, whatever its reader does
+    guard.py      what watches it                                   stop.py       a request to end a run early
+    progress.py   the live line and metrics.jsonl                   process.py    what libraries change, put back
     banner.py     what is said at the start and at the end          plot.py       loss.png
-    memory.py     peak memory                                       errors.py     the two kinds of failure
-    paths.py      mistyped paths, or names on the Hub
+    reach.py      which layers of a model text passes through       memory.py     peak memory
+    errors.py     the two kinds of failure                          paths.py      mistyped paths, or names on the Hub
 
 arguments/, from what a user writes to settings; nothing heavy is imported before they are checked:
 

@@ -14,6 +14,7 @@ from rich.status import Status
 from rich.text import Text
 
 from nf4lora.train.data import Data, Split
+from nf4lora.train.device import Device
 from nf4lora.train.model import Base, auto_class
 from nf4lora.train.settings import TrainConfig
 from nf4lora.words import dtype_name, duration, human, number
@@ -82,15 +83,16 @@ def show_sample(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:
     console.print(text, soft_wrap=True)
 
 
-def show_machine(console: Console, device: str, why: str) -> None:
+def show_machine(console: Console, device: Device) -> None:
     import torch
 
     from nf4lora.compat.library import build_info
 
     info = build_info()
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {info['threads']} threads"
-    kernels = f"CUDA {info['cuda_built']} for {info['cuda_archs']}" if device == "cuda" else f"CPU, {info['cpu']}"
-    say(console, "nf4lora", f"{info['version']}, torch {info['torch']}, {where}" + (f" ({why})" if why else ""))
+    on_cuda, why = device.kind == "cuda", f" ({device.why})" if device.why else ""
+    where = torch.cuda.get_device_name() if on_cuda else f"CPU, {info['threads']} threads"
+    kernels = f"CUDA {info['cuda_built']} for {info['cuda_archs']}" if on_cuda else f"CPU, {info['cpu']}"
+    say(console, "nf4lora", f"{info['version']}, torch {info['torch']}, {where}{why}")
     say(console, "kernels", kernels)
 
 

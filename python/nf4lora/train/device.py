@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nf4lora.train.errors import UsageError
@@ -10,12 +12,26 @@ from nf4lora.train.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+NO_DEVICE = "torch sees no CUDA device"
 
-def choose_device(wanted: str) -> tuple[str, str]:
-    """-> 'cuda' or 'cpu', and why not CUDA where it was left to us.
 
-    'cuda' is the chosen card from here on: the others are hidden from this process, or, where CUDA has started already,
-    it is made the current one. Call this before anything starts CUDA.
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes."""
+
+    kind: str  # cpu or cuda
+    index: int = 0  # of the card, among those that torch sees
+    why: str = ""  # why not on CUDA, where the choice was left to us
+
+    def current(self) -> AbstractContextManager:
+        """Within, the card is torch's current one, so that `cuda` means this card to all libraries."""
+        import torch
+
+        return torch.cuda.device(self.index) if self.kind == "cuda" else nullcontext()
+
+
+def choose_device(wanted: str) -> Device:
+    """The device that an option (auto, cpu, cuda, cuda:1) means. Nothing in the process is changed.
 
     Raises:
         UsageError: CUDA was asked for and cannot be had.
@@ -23,39 +39,19 @@ def choose_device(wanted: str) -> tuple[str, str]:
     import torch
 
     if wanted == "cpu":
-        return "cpu", ""
+        return Device("cpu")
     index = int(wanted.partition(":")[2] or 0)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_initialized():
-        # The driver reads this once, when it is first asked for anything: before we know how many cards there are.
-        names = [str(index)] if visible is None else [name for name in visible.split(",") if name][index : index + 1]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
-    missing = _why_no_cuda()
-    if missing:
-        _set_visible(visible)
-        if index and missing == NO_DEVICE:
-            missing = f"there is no such card among {'those of this machine' if visible is None else visible}"
+    if missing := why_no_cuda():
         if wanted != "auto":
             raise UsageError(f"device {wanted}: {missing}")
-        return "cpu", missing
-    if torch.cuda.device_count() > 1:  # the driver had been asked before, and hides nothing any more
-        _set_visible(visible)
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-        torch.cuda.set_device(index)
-    return "cuda", ""
+        return Device("cpu", why=missing)
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return Device("cuda", index)
 
 
-NO_DEVICE = "torch sees no CUDA device"
-
-
-def _set_visible(value: str | None) -> None:
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if value is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = value
-
-
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
+    """Why CUDA cannot be used here; nothing where it can."""
     import torch
 
     from nf4lora import _C  # type: ignore[attr-defined]

@@ -16,12 +16,12 @@ from rich.console import Console
 from nf4lora.train import banner, optimizer
 from nf4lora.train.data import Data, Split
 from nf4lora.train.errors import RunError, reason
-from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.memory import peak_bytes
 from nf4lora.train.model import Base
 from nf4lora.train.run_folder import checkpoints
 from nf4lora.train.run_folder.output import Output
 from nf4lora.train.settings import TrainConfig
+from nf4lora.train.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Setup:
     model: Any
     output: Output
     record: dict[str, Any]
-    interrupt: Interrupt
+    stop: StopRequest
 
 
 def fit(setup: Setup) -> int:
@@ -55,13 +55,13 @@ def fit(setup: Setup) -> int:
     from nf4lora.train.plot import plot_loss
     from nf4lora.train.reach import check_reach
 
-    config, console, output, interrupt = setup.config, setup.console, setup.output, setup.interrupt
+    config, console, output = setup.config, setup.console, setup.output
     checkpoint = output.checkpoint
     if checkpoint is not None:
         checkpoints.check_base(config, checkpoint, setup.record["base"])
         checkpoints.check_same_tensors(setup.model, checkpoint)
         optimizer.check_state(config, checkpoint)
-    with interrupt, memory_told("before the first step"):
+    with setup.stop, memory_told("before the first step"):
         trainer, progress = make_trainer(setup)
         steps, epochs = plan(trainer)
         finished = checkpoint is not None and checkpoints.step_of(checkpoint) >= steps  # Trainer would take one more
@@ -109,7 +109,7 @@ def evaluates(setup: Setup) -> bool:
 def make_trainer(setup: Setup) -> tuple[Any, Progress]:
     from transformers.trainer_callback import PrinterCallback
 
-    from nf4lora.train.guard import StopOnInterrupt
+    from nf4lora.train.guard import StopOnRequest
     from nf4lora.train.progress import Progress
     from nf4lora.train.trainer import Trainer
 
@@ -121,10 +121,10 @@ def make_trainer(setup: Setup) -> tuple[Any, Progress]:
         train_dataset=dataset(data.train, config),
         eval_dataset=dataset(data.eval, config) if data.eval is not None else None,
         processing_class=setup.base.tokenizer,
-        callbacks=[StopOnInterrupt(setup.interrupt)],
+        callbacks=[StopOnRequest(setup.stop)],
         record=setup.record,
         keep=config.save_total_limit,
-        stop=lambda: setup.interrupt.requested,
+        stop=lambda: setup.stop.requested,
         **optimizer.keywords(config),
     )
     trainer.saved = checkpoint
@@ -150,9 +150,9 @@ def train_and_evaluate(setup: Setup, trainer: Trainer, finished: bool) -> tuple[
         except Stopped:
             return True, {}
     state = trainer.state
-    stopped = setup.interrupt.requested and state.global_step < state.max_steps
+    stopped = setup.stop.requested and state.global_step < state.max_steps
     evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-    if evaluates(setup) and not stopped and not evaluated and not setup.interrupt.requested:
+    if evaluates(setup) and not stopped and not evaluated and not setup.stop.requested:
         trainer.evaluate()
     return stopped, metrics
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.reach import refuse_unreached
+from nf4lora.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from nf4lora.train.trainer import Trainer
@@ -39,24 +39,24 @@ class Guard(TrainerCallback):
         control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
 
 
-class StopOnInterrupt(TrainerCallback):
-    """Turns a requested interruption into a checkpoint and an end."""
+class StopOnRequest(TrainerCallback):
+    """Makes of a request to stop a checkpoint and an end."""
 
-    def __init__(self, interrupt: Interrupt) -> None:
-        self.interrupt = interrupt
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupt.requested:
+        if self.stop.requested:
             control.should_save = control.should_log = control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.interrupt.requested:  # Trainer takes breaking off for the end of the epoch
+        if self.stop.requested:  # Trainer takes breaking off for the end of the epoch
             control.should_save = control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupt.requested and state.global_step:
+        if self.stop.requested and state.global_step:
             control.should_save = control.should_training_stop = True
 
 

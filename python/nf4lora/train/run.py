@@ -5,10 +5,6 @@ Each stage returns a value, and none changes what an earlier one returned.
 
 from __future__ import annotations
 
-import logging
-import os
-import traceback
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,46 +18,56 @@ from nf4lora.train import device as devices
 from nf4lora.train import model as loading
 from nf4lora.train.chat.clock import Clock
 from nf4lora.train.data import Data
+from nf4lora.train.device import Device, check_one_process, choose_device
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.fit import Setup, fit
-from nf4lora.train.interrupt import Interrupt
 from nf4lora.train.model import Base
+from nf4lora.train.process import unchanged_process
 from nf4lora.train.run_folder import checkpoints
 from nf4lora.train.run_folder.output import Output
 from nf4lora.train.settings import TrainConfig, on_machine, within_positions, without_evaluation
-from nf4lora.train.streams import enduring_output
+from nf4lora.train.stop import StopRequest
 from nf4lora.words import dtype_name
 
 
-def train(config: TrainConfig, console: Console | None = None) -> int:
-    """Fine-tune as the options say; returns the exit code.
+def train(
+    config: TrainConfig,
+    console: Console | None = None,
+    stop: StopRequest | None = None,
+    device: Device | None = None,
+) -> int:
+    """Fine-tune as the options say; returns the exit code: 0 done, 130 stopped by request.
+
+    Nothing in the process is changed but torch's random state, which is seeded: a script and a notebook find warnings,
+    logging, environment and signal handlers as they were. What `nf4lora train` does beyond this for a process of its
+    own stands in cli/train.py.
+
+    Args:
+        config: from `arguments.parse.parse_arguments`
+        console: what the run says is printed here; default: standard output
+        stop: how somebody asks for an early end, with a checkpoint; default: nobody does
+        device: in place of the one that config.device means
 
     Raises:
         UsageError, RunError: with the text to print.
     """
-    interrupt = Interrupt()
-    with enduring_output(lambda: interrupt.requested), ExitStack() as stack:
-        try:
-            return _train(config, console or Console(), interrupt, stack)
-        except (UsageError, RunError):
-            if config.traceback:
-                traceback.print_exc()
-            raise
+    with unchanged_process(), ExitStack() as stack:
+        return _train(config, console or Console(), stop or StopRequest(), device, stack)
 
 
-def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: ExitStack) -> int:
+def _train(config: TrainConfig, console: Console, stop: StopRequest, device: Device | None, stack: ExitStack) -> int:
     with banner.working(console, "loading torch and transformers"):
         import transformers
 
-        devices.check_one_process()
-        device, why = devices.choose_device(config.device)
-    dtype = devices.choose_dtype(config.dtype, device)
-    config = on_machine(config, optimizer.choose(config, device), dtype_name(dtype))
+        check_one_process()
+        device = device or choose_device(config.device)
+    stack.enter_context(device.current())
+    dtype = devices.choose_dtype(config.dtype, device.kind)
+    config = on_machine(config, optimizer.choose(config, device.kind), dtype_name(dtype))
     output = Output(config, stack)
 
     with banner.working(console, "reading the data") as status:
         tables = reading.read(config)
-        quiet()
         check_reports(config)
         base = loading.read_base(config)
         config, shortened = within_positions(config, base.positions)
@@ -70,7 +76,7 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
     if data.eval is None:
         config = without_evaluation(config)
     identity = checkpoints.data_identity(data.train, config)
-    banner.show_machine(console, device, why)
+    banner.show_machine(console, device)
     banner.show_data(console, data)
     if config.dry_run or data.choice:
         banner.show_sample(console, reading.show(data.train, base.tokenizer))
@@ -82,13 +88,13 @@ def _train(config: TrainConfig, console: Console, interrupt: Interrupt, stack: E
 
     transformers.set_seed(config.seed)  # lora_A is drawn now; SFTTrainer seeds again, for what follows
     with banner.working(console, "loading the model"):
-        model = loading.load_model(config, base, device, dtype)
+        model = loading.load_model(config, base, device.kind, dtype)
         check_tokens(data, base, model.get_input_embeddings().num_embeddings)
         model, remarks = loading.add_adapters(config, model, data.train.input_ids[0])
     for line in remarks:
         banner.say(console, "prepare", line)
     record = checkpoints.record(config, identity, checkpoints.base_identity(model), clock)
-    return fit(Setup(config, console, device, dtype, base, data, model, output, record, interrupt))
+    return fit(Setup(config, console, device.kind, dtype, base, data, model, output, record, stop))
 
 
 def tokenise(
@@ -108,22 +114,6 @@ def tokenise(
     last = unused if data.eval is not None and config.eval_strategy == "no" else []
     check_tokens(data, base, base.vocabulary)
     return replace(data, notes=[*first, *data.notes, *last])
-
-
-def quiet() -> None:
-    """Silence the libraries' own bars and advice; what a user needs to know, we say."""
-    # PEFT imports bitsandbytes, which misses a package that is not needed here, and says so.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-    import huggingface_hub.constants
-    import transformers
-
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # for processes started from here; this one has read it already
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|datasets)(\..*)?")
 
 
 def check_reports(config: TrainConfig) -> None:

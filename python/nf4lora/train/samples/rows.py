@@ -9,7 +9,7 @@ import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,19 @@ def rows_of_json(value: Any) -> tuple[Any, str]:
     return [value], ""
 
 
+@contextlib.contextmanager
+def long_csv_fields() -> Iterator[None]:
+    """Within, a field of a csv file may be of any length; Python's limit of 128 KB is one of the whole process."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _csv(path: Path) -> Table:
-    csv.field_size_limit(sys.maxsize)
     rows, numbers, bad = [], [], []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with long_csv_fields(), path.open(encoding="utf-8-sig", newline="") as file:
         delimiter, skipped = _delimiter(path, file.readline())
         if not skipped:
             file.seek(0)

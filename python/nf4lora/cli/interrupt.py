@@ -11,11 +11,13 @@ import time
 from types import FrameType
 from typing import Any
 
+from nf4lora.train.stop import StopRequest
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_EVENT = 1.0  # seconds within which a second signal belongs to the first
 
 
-class Interrupt:
+class Interrupt(StopRequest):
     """A context in which a signal sets `requested` instead of killing the run.
 
     SIGHUP (the terminal was closed, the connection was lost) may come several times for one event, so it never counts
@@ -29,15 +31,14 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.requested = False
         self._asked: float | None = None  # when the first request came
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            for each in SIGNALS:
-                if signal.getsignal(each) != signal.SIG_IGN:
-                    self._before[each] = signal.signal(each, self._handle)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,95 @@
+"""`nf4lora train`: a run that has a process of its own, and what only such a process may do.
+
+It takes Ctrl-C and its relatives for requests to stop, goes on whatever happens to its output, hides the cards that it
+does not use, and silences the libraries. `nf4lora.train.run.train` does nothing of this where others call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from nf4lora.cli.interrupt import Interrupt
+from nf4lora.cli.streams import enduring_output
+from nf4lora.compat import library
+from nf4lora.train.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nf4lora.train.settings import TrainConfig
+
+NEEDED = ("yaml", "rich", "datasets", "trl")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    from nf4lora.train.arguments.parse import parse_arguments
+    from nf4lora.train.settings import help_text
+
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
+    try:
+        config = parse_arguments(arguments)
+        library.load("quantization.quantizer", "train.run")
+        return train(config)
+    except UsageError as error:
+        return _fail(f"nf4lora train: {error}", 2)
+    except RunError as error:
+        return _fail(f"nf4lora train: {error}", 1)
+    except ImportError as error:
+        if "nf4lora: " not in str(error):
+            raise
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("nf4lora train: interrupted at once; a checkpoint that was being written is not used", 130)
+
+
+def _fail(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def train(config: TrainConfig, console: Console | None = None) -> int:
+    """One run as all that this process is for; returns the exit code.
+
+    Raises:
+        UsageError, RunError: with the text to print.
+    """
+    from nf4lora.cli.cards import choose_card
+    from nf4lora.train import run
+
+    interrupt = Interrupt()
+    with enduring_output(lambda: interrupt.requested):
+        try:
+            quiet()
+            return run.train(config, console, interrupt, choose_card(config.device))
+        except (UsageError, RunError):
+            if config.traceback:
+                traceback.print_exc()
+            raise
+
+
+def quiet() -> None:
+    """Silence the libraries' own bars and advice; what a user needs to know, we say."""
+    # PEFT imports bitsandbytes, which misses a package that is not needed here, and says so.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import datasets
+    import huggingface_hub.constants
+    import transformers
+
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # for processes started from here; this one has read it already
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|datasets)(\..*)?")
