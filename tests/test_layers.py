@@ -39,17 +39,10 @@ def name_of(path):
 NAMES = {name_of(path) for path in MODULES}
 
 
-def imports(path, typing=True):
-    """Modules of the package that a file names, wherever in the file the import stands; "" is the package's face.
-
-    typing: with those of which only types are needed.
-    """
-    tree = ast.parse(path.read_text())
-    if not typing:
-        tree.body = [
-            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-        ]
-    for node in ast.walk(tree):
+def imports(path):
+    """Modules of the package that a file names, wherever in the file the import stands, those of which only types are
+    needed included; "" is the package's face."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("nf4lora."):
             module = node.module[8:]
             for alias in node.names:
@@ -77,7 +70,7 @@ def test_the_tree_is_small():
 
 
 def test_no_modules_import_each_other():
-    above = {name_of(path): set(imports(path, typing=False)) & NAMES - {name_of(path)} for path in MODULES}
+    above = {name_of(path): set(imports(path)) & NAMES - {name_of(path)} for path in MODULES}
     while above:
         ground = {name for name, below in above.items() if not below & above.keys()}
         assert ground, f"in a circle: {sorted(above)}"

@@ -66,7 +66,7 @@ def fit(setup: Setup) -> int:
         steps, epochs = plan(trainer)
         finished = checkpoint is not None and checkpoints.step_of(checkpoint) >= steps  # Trainer would take one more
         if not finished:
-            check_reach(trainer)
+            check_reach(setup.model, trainer.train_dataset[0]["input_ids"], trainer.accelerator.autocast)
         banner.show_model(console, config, setup.model, setup.dtype)
         banner.show_plan(
             console, config, len(trainer.train_dataset), steps, epochs, trainer.args.get_warmup_steps(steps)

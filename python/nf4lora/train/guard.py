@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,14 +10,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nf4lora.train.reach import refuse_unreached
 from nf4lora.train.stop import StopRequest
 
-if TYPE_CHECKING:
-    from nf4lora.train.trainer import Trainer
+
+class Guarded(Protocol):
+    """What a guard notes down in a trainer."""
+
+    began_at: int  # the step of the checkpoint that the run goes on from
+    in_step: bool  # whether the weights are between two steps' values
+    _total_train_tokens: int
 
 
 class Guard(TrainerCallback):
     """Resumes the token count, knows when weights are between two steps, logs what is worth reading."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Guarded) -> None:
         self.trainer = trainer
 
     def on_train_begin(

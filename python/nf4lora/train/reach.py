@@ -8,16 +8,13 @@ calls nothing, and so does not know of layers within the text part that are left
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from nf4lora.train.errors import RunError
-
-if TYPE_CHECKING:
-    from nf4lora.train.trainer import Trainer
 
 PROBE = 64  # tokens that are sent through the model to find out
 
@@ -74,21 +71,23 @@ def as_pattern(names: Iterable[str]) -> str:
     return "(" + "|".join(map(re.escape, names)) + r")(\..*)?"
 
 
-def check_reach(trainer: Trainer) -> None:
+def check_reach(model: nn.Module, ids: Sequence[int], autocast: Callable[[], AbstractContextManager]) -> None:
     """Send a few tokens through the model, before anything is written, to see which adapters they reach.
+
+    Args:
+        ids: of the first training row
+        autocast: the context in which training steps compute
 
     Raises:
         RunError: some would never be trained.
     """
     from nf4lora.nn.model_tree import unchanged_random_state
 
-    model: Any = trainer.model
-    rows: Any = trainer.train_dataset
-    ids = torch.tensor(rows[0]["input_ids"][:PROBE], device=trainer.args.device)[None]
-    trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    row = torch.tensor(ids[:PROBE], device=next(model.parameters()).device)[None]
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.train()
-    with unchanged_random_state(), trainer.accelerator.autocast():
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)["loss"]
+    with unchanged_random_state(), autocast():
+        loss = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row, use_cache=False)["loss"]
         grads = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
     refuse_unreached({name for name, grad in zip(trainable, grads, strict=True) if grad is None}, trainable)
 
