@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4lora.train.chat.masking import IGNORED, Encoder, install_chat_template
+from nf4lora.train.chat.masking import IGNORED, Encoder
+from nf4lora.train.chat.template import install_chat_template
 from nf4lora.train.chat.turns import MaskError
 from nf4lora.train.errors import RunError
 from nf4lora.train.samples.formats import Sample

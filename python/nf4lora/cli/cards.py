@@ -33,7 +33,7 @@ def choose_card(wanted: str) -> Device:
         if index and missing == NO_DEVICE:
             cards = "those of this machine" if visible is None else visible
             raise UsageError(f"device {wanted}: there is no such card among {cards}")
-    device = choose_device(wanted)  # or the driver had been asked before, and hides nothing any more
+    device = choose_device(wanted)  # the driver had been asked before, so that the variable hides nothing any more
     if device.kind == "cuda":
         torch.cuda.set_device(device.index)
     return device

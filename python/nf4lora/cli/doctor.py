@@ -109,10 +109,10 @@ def _peft() -> Iterator[Finding]:
     from transformers.integrations import peft as own
 
     with contextlib.suppress(metadata.PackageNotFoundError):
-        found, wanted = metadata.version("peft"), getattr(own, "MIN_PEFT_VERSION", "0")
-        if Version(found) < Version(wanted):
+        installed, wanted = metadata.version("peft"), getattr(own, "MIN_PEFT_VERSION", "0")
+        if Version(installed) < Version(wanted):
             yield Finding(
-                f"transformers' own add_adapter and load_adapter refuse peft {found}; prepare and PEFT itself work",
+                f"transformers' own add_adapter and load_adapter refuse peft {installed}; prepare and PEFT itself work",
                 f"pip install 'peft>={wanted}' once the package index has it, or an older transformers",
             )
 
@@ -183,7 +183,7 @@ def code_for(major: int, minor: int, archs: str) -> str:
     >>> code_for(8, 9, "80-real"), code_for(9, 0, "80-real;80-virtual"), code_for(9, 0, "80-real")
     ('real', 'virtual', '')
     """
-    found = ""
+    fallback = ""
     for arch in re.split(r"[;,\s]+", archs):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", arch)
         if not match:
@@ -194,8 +194,8 @@ def code_for(major: int, minor: int, archs: str) -> str:
         if code != "virtual" and (exact if kind == "a" else family):
             return "real"
         if code != "real" and (exact if kind == "a" else family if kind else (its_major, its_minor) <= (major, minor)):
-            found = "virtual"
-    return found
+            fallback = "virtual"
+    return fallback
 
 
 def main() -> int:

@@ -28,10 +28,11 @@ chat/, from samples to tokens:
 
     masking.py    samples to tokens and labels                      turns.py      where answers stand in the rendering
     marks.py      the same for long conversations                   dropped.py    what a chat template leaves out
-    clock.py      the date that a template prints                   processor_template.py  a processor's template
+    template.py   which chat template a run takes                   processor_template.py  a processor's
+    clock.py      the date that a template prints
 
 run_folder/, the output folder:
 
     output.py     how a run begins there, and what it leaves        files.py      which files are a run's own
-    checkpoints.py  what a run that goes on must agree with
+    config_file.py  config.yaml                                     checkpoints.py  what a run that goes on must keep
 """

@@ -43,14 +43,14 @@ def working(console: Console, text: str) -> Iterator[Status]:
 
 def count(console: Console, status: Status, pause: float = 5.0) -> Callable[[str], None]:
     """Shows how far something is: in the live line of a terminal, elsewhere as a line now and then."""
-    started = said = time.monotonic()
+    started = last_line = time.monotonic()
 
     def show(text: str) -> None:
-        nonlocal said
+        nonlocal last_line
         status.update(Text(text))
-        if not console.is_terminal and time.monotonic() - said >= pause:
-            said = time.monotonic()
-            say(console, "data", f"{text}, {duration(said - started)}")
+        if not console.is_terminal and time.monotonic() - last_line >= pause:
+            last_line = time.monotonic()
+            say(console, "data", f"{text}, {duration(last_line - started)}")
 
     return show
 
@@ -167,6 +167,6 @@ def show_end(
         f"{number(metrics['train_tokens_per_second'])} tokens/s, {duration(metrics['train_runtime'])} in all, "
         f"peak memory {human(metrics['peak_memory'])}",
     )
-    say(console, "saved", f"{config.output_dir}: {', '.join(each.name for each in files)}")
+    say(console, "saved", f"{config.output_dir}: {', '.join(file.name for file in files)}")
     say(console, "use it", "")
     tell(console, how_to_use(config, base))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nf4lora.train.chat.masking import DOUBLE_START, IGNORED, Encoder, choose_chat_template, install_chat_template
+from nf4lora.train.chat.masking import DOUBLE_START, IGNORED, Encoder
+from nf4lora.train.chat.template import choose_chat_template, install_chat_template
 from nf4lora.train.chat.turns import MaskError
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.paths import nearby, not_here
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-Tables = tuple[Table, Table | None, list[str]]  # rows to train on, rows to evaluate on, and notes
 PARTS = 'the chat template takes a text as [{"type": "text", "text": ...}]'
 
 
@@ -75,7 +75,7 @@ class Data:
     notes: list[str]
 
 
-def read(config: TrainConfig) -> Tables:
+def read(config: TrainConfig) -> tuple[Table, Table | None, list[str]]:
     """Rows to train on, rows to evaluate on, and notes.
 
     Raises:
@@ -149,10 +149,10 @@ def prepare_data(
     parts, choice = [], ""
     for table in tables:
         if table is not None:
-            part, why, said = _convert(table, config)
+            part, why, remarks = _convert(table, config)
             parts.append(part)
             choice = choice or why
-            notes += said
+            notes += remarks
     everything: list[Sample] = [sample for part in parts for sample in part.samples]
     if any(sample.messages is not None for sample in everything):
         chosen = choose_chat_template(tokenizer, config.chat_template), install_chat_template(tokenizer)
@@ -166,9 +166,9 @@ def prepare_data(
         notes.insert(0, f"{PARTS}, here and when the model is used")
     splits = []
     for part in parts:
-        split, said = _tokenise(part, encoder, config, progress)
+        split, remarks = _tokenise(part, encoder, config, progress)
         splits.append(split)
-        notes += [*said, *_complaints(split, config.max_length)]
+        notes += [*remarks, *_complaints(split, config.max_length)]
     return Data(splits[0], splits[1] if len(splits) > 1 else None, answers_only, choice, notes)
 
 
@@ -184,18 +184,18 @@ class _Part:
 
 def _convert(table: Table, config: TrainConfig) -> tuple[_Part, str, list[str]]:
     kind, choice = recognise(table, config.dataset_format)
-    found = convert(table, kind)
-    bad = [*table.bad, *found.bad]
-    if bad and not (config.skip_bad_rows and found.samples):
+    converted = convert(table, kind)
+    bad = [*table.bad, *converted.bad]
+    if bad and not (config.skip_bad_rows and converted.samples):
         raise RunError(bad_rows(bad, len(table.rows) + len(table.bad)))
     notes = [f"{table.name}: {table.note}"] if table.note else []
-    if found.unused:
-        notes.append(f"columns of {table.name} that are not used: {', '.join(found.unused)}")
-    nulls = sum(sample.nulls for sample in found.samples)
+    if converted.unused:
+        notes.append(f"columns of {table.name} that are not used: {', '.join(converted.unused)}")
+    nulls = sum(sample.nulls for sample in converted.samples)
     if nulls and not table.fills_nulls:
         notes.append(f"{nulls} keys of tools and tool calls are null and were left out, as a parquet file has it")
-    kept = table if len(found.indices) == len(table.rows) else table.select(found.indices)
-    return _Part(kept, kind, found.samples, bad), choice, notes
+    kept = table if len(converted.indices) == len(table.rows) else table.select(converted.indices)
+    return _Part(kept, kind, converted.samples, bad), choice, notes
 
 
 def check_special_tokens(config: TrainConfig, tokenizer: Any) -> None:
@@ -239,7 +239,7 @@ def _tokenise(
         for what in encoder.left_out:
             left_out.setdefault(what, []).append(index)
         split.cut += len(ids) > config.max_length
-        row, trained = (np.array(each[: config.max_length], dtype=np.int32) for each in (ids, labels))
+        row, trained = (np.array(tokens[: config.max_length], dtype=np.int32) for tokens in (ids, labels))
         trained[:1] = IGNORED  # the first token is predicted from nothing; transformers would count it, TRL not
         if (trained == IGNORED).all():
             split.dropped.append(index)

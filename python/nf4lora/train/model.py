@@ -77,21 +77,21 @@ def take_processor_template(config: TrainConfig, tokenizer: PreTrainedTokenizerB
     if tokenizer.chat_template:
         return ""
     try:
-        found = processor_template(config.model_name_or_path or "", config.model_revision)
+        template = processor_template(config.model_name_or_path or "", config.model_revision)
     except RunError:
         if config.chat_template is None:
             raise
         return ""
-    if found is None:
+    if template is None:
         return ""
-    tokenizer.chat_template, file = found
+    tokenizer.chat_template, file = template
     return f"the chat template is that of the processor ({file})"
 
 
 def quantization_of(model_config: PreTrainedConfig) -> str:
     """Method that a checkpoint is quantised with, or nothing."""
-    found = getattr(model_config, "quantization_config", None) or {}
-    return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", ""))
+    quantization = getattr(model_config, "quantization_config", None) or {}
+    return str((quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method", ""))
 
 
 def auto_class(model_config: PreTrainedConfig, name: str) -> Any:
@@ -204,9 +204,9 @@ def add_adapters(config: TrainConfig, model: Any, ids: Iterable[int]) -> tuple[P
 
 def unmatched(model: Any, targets: str | list[str]) -> list[str]:
     """Names in lora_target_modules that no layer has, which PEFT accepts in silence as long as another one fits."""
-    found = model.base_model.targeted_module_names
+    targeted = model.base_model.targeted_module_names
     names = [] if isinstance(targets, str) else targets
-    idle = [name for name in names if not any(each == name or each.endswith(f".{name}") for each in found)]
+    idle = [name for name in names if not any(layer == name or layer.endswith(f".{name}") for layer in targeted)]
     return [f"nothing is called {', '.join(idle)}, which lora_target_modules names"] if idle else []
 
 

@@ -42,7 +42,7 @@ def keywords(config: TrainConfig) -> dict[str, Any]:
     return {"optimizer_cls_and_kwargs": (PagedAdamW, options)}
 
 
-def told(trainer: Trainer) -> list[str]:
+def state_report(trainer: Trainer) -> list[str]:
     """What a paged optimizer says of its memory at the end."""
     from nf4lora.optim.paged_adamw import PagedAdamW
 
@@ -61,7 +61,7 @@ def check_state(config: TrainConfig, checkpoint: Path) -> None:
     if config.optim != "adamw":
         return
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
-    if any(each.dtype is torch.uint8 for state in saved["state"].values() for each in state.values()):
+    if any(tensor.dtype is torch.uint8 for state in saved["state"].values() for tensor in state.values()):
         raise RunError(
             f"optim adamw cannot go on from {checkpoint}, whose optimizer has 8-bit moments; use paged_adamw_8bit, or "
             "paged_adamw_32bit, which converts them"

@@ -24,7 +24,7 @@ def not_here(name: str) -> bool:
 def _close(name: str) -> str:
     path = Path(name).expanduser()
     try:
-        there = [each.name for each in path.parent.iterdir()] if "/" in name else []
+        there = [entry.name for entry in path.parent.iterdir()] if "/" in name else []
     except OSError:
         return ""
     close = _like(path.name, there, 0.85)
@@ -33,7 +33,7 @@ def _close(name: str) -> str:
 
 def _like(name: str, others: list[str], cutoff: float) -> str:
     """That of the others which is most like a name, capitals aside; nothing where none is."""
-    folded = {each.casefold(): each for each in others}
+    folded = {other.casefold(): other for other in others}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
     return folded[close[0]] if close else ""
 
@@ -52,7 +52,7 @@ def nearby(name: str) -> str:
         parent = parent.parent
     if parent != path.parent:
         return f" ({parent} holds no {path.relative_to(parent).parts[0]})"
-    there = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
+    there = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     close = _like(path.name, there, 0.6)
     if close:
         return f"; did you mean {parent / close}?"

@@ -12,7 +12,8 @@ def unchanged_process() -> Iterator[None]:
     """At the end, environment, log level and determinism are what they were at the beginning.
 
     transformers' Trainer sets the log level of its library, and with `deterministic` environment variables and torch's
-    own switches. The random state is not put back: a run seeds it, as every caller of a training function expects.
+    own switches. Not put back are the random state, which a run seeds, as callers of a training function expect, and
+    what libraries keep for themselves: their modules, caches and accelerate's idea of the process.
     """
     import torch
     from transformers.utils import logging

@@ -27,13 +27,13 @@ def unreached(model: nn.Module, ids: Iterable[int], targets: str | list[str]) ->
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
     called = {name for name in layers if "expert" in name}
     hooks = [
-        each.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
-        for name, each in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
+        for name, layer in layers.items()
     ]
-    row = torch.tensor([int(each) for each in ids][:PROBE], device=next(model.parameters()).device)[None]
+    row = torch.tensor([int(token) for token in ids][:PROBE], device=next(model.parameters()).device)[None]
     mode = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -47,9 +47,9 @@ def unreached(model: nn.Module, ids: Iterable[int], targets: str | list[str]) ->
         for hook in hooks:
             hook.remove()
     given, last = [targets] if isinstance(targets, str) else targets, {name.rpartition(".")[2] for name in called}
-    found = parts(layers.keys() - called, called)
-    words = {name: name.rpartition(".")[2] for name in found}
-    return [name for name, word in words.items() if word in last or not any(word in each for each in given)]
+    dead = parts(layers.keys() - called, called)
+    words = {name: name.rpartition(".")[2] for name in dead}
+    return [name for name, word in words.items() if word in last or not any(word in target for target in given)]
 
 
 def parts(dead: Collection[str], alive: Collection[str]) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.status import Status
 
 from nf4lora.train import banner, optimizer
 from nf4lora.train import data as reading
@@ -66,15 +67,7 @@ def _train(config: TrainConfig, console: Console, stop: StopRequest, device: Dev
     config = on_machine(config, optimizer.choose(config, device.kind), dtype_name(dtype))
     output = Output(config, stack)
 
-    with banner.working(console, "reading the data") as status:
-        tables = reading.read(config)
-        check_reports(config)
-        base = loading.read_base(config)
-        config, shortened = within_positions(config, base.positions)
-        clock = Clock() if output.checkpoint is None else checkpoints.clock_of(output.checkpoint)
-        data = tokenise(config, base, tables, clock, shortened, console, status)
-    if data.eval is None:
-        config = without_evaluation(config)
+    config, base, data, clock = read_inputs(config, output.checkpoint, console)
     identity = checkpoints.data_identity(data.train, config)
     banner.show_machine(console, device)
     banner.show_data(console, data)
@@ -97,23 +90,38 @@ def _train(config: TrainConfig, console: Console, stop: StopRequest, device: Dev
     return fit(Setup(config, console, device.kind, dtype, base, data, model, output, record, stop))
 
 
-def tokenise(
-    config: TrainConfig,
-    base: Base,
-    tables: reading.Tables,
-    clock: Clock,
-    shortened: str,
-    console: Console,
-    status: Status,
-) -> Data:
-    """The rows as tokens and labels, with everything that is to be said about them."""
-    with clock.shown():
-        data = reading.prepare_data(config, base.tokenizer, tables[:2], base.stops, banner.count(console, status))
-    first = [note for note in (*tables[2], base.note, shortened, data.choice, clock.note) if note]
-    unused = ["the held-out rows are not evaluated: eval_strategy no"]
-    last = unused if data.eval is not None and config.eval_strategy == "no" else []
+class Inputs(NamedTuple):
+    """What a run trains on, and its settings as the base and the data leave them."""
+
+    config: TrainConfig
+    base: Base
+    data: Data
+    clock: Clock
+
+
+def read_inputs(config: TrainConfig, checkpoint: Path | None, console: Console) -> Inputs:
+    """The rows as tokens and labels of the base model, with everything that is to be said about them.
+
+    Args:
+        checkpoint: the one that the run goes on from, whose date the chat template is shown
+    """
+    with banner.working(console, "reading the data") as status:
+        rows, held_out, notes = reading.read(config)
+        check_reports(config)
+        base = loading.read_base(config)
+        config, shortened = within_positions(config, base.positions)
+        clock = Clock() if checkpoint is None else checkpoints.clock_of(checkpoint)
+        with clock.shown():
+            data = reading.prepare_data(
+                config, base.tokenizer, (rows, held_out), base.stops, banner.count(console, status)
+            )
+    notes = [*notes, base.note, shortened, data.choice, clock.note, *data.notes]
+    if data.eval is None:
+        config = without_evaluation(config)
+    elif config.eval_strategy == "no":
+        notes.append("the held-out rows are not evaluated: eval_strategy no")
     check_tokens(data, base, base.vocabulary)
-    return replace(data, notes=[*first, *data.notes, *last])
+    return Inputs(config, base, replace(data, notes=[note for note in notes if note]), clock)
 
 
 def check_reports(config: TrainConfig) -> None:

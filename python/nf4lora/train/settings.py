@@ -153,8 +153,8 @@ class TrainConfig:
     notes: tuple[str, ...] = ()  # what the user should know about the options
 
 
-OPTIONS: dict[str, Field] = {each.name: each for each in fields(TrainConfig) if "section" in each.metadata}
-ALIASES: dict[str, str] = {alias: name for name, each in OPTIONS.items() for alias in each.metadata["aliases"]}
+OPTIONS: dict[str, Field] = {option.name: option for option in fields(TrainConfig) if "section" in option.metadata}
+ALIASES: dict[str, str] = {alias: name for name, option in OPTIONS.items() for alias in option.metadata["aliases"]}
 PER_CALL = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "traceback")  # of one call, not of the run
 NULLABLE = ("save_total_limit",)  # null in a file is a value of these; elsewhere it means that nothing is given
 
@@ -178,13 +178,13 @@ def help_text() -> str:
         "Flags take - or _. Aliases stand in brackets.",
     ]
     section = None
-    for name, each in OPTIONS.items():
-        if each.metadata["section"] != section:
-            section = each.metadata["section"]
+    for name, option in OPTIONS.items():
+        if option.metadata["section"] != section:
+            section = option.metadata["section"]
             lines += ["", f"{section}:"]
-        aliases = f"[{', '.join(each.metadata['aliases'])}]" if each.metadata["aliases"] else ""
+        aliases = f"[{', '.join(option.metadata['aliases'])}]" if option.metadata["aliases"] else ""
         head = f"--{name} {shown(default(name))}".rstrip()
-        lines.append(f"  {head:<36}  {each.metadata['meaning']}  {aliases}".rstrip())
+        lines.append(f"  {head:<36}  {option.metadata['meaning']}  {aliases}".rstrip())
     lines += ["", "Exit codes: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted (a checkpoint was saved)."]
     return "\n".join(lines)
 

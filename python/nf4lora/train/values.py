@@ -158,8 +158,8 @@ def optimizer(value: Any) -> str:
         "paged_adamw_32bit": ("paged_adamw",),
         "paged_adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"),
     }
-    found = next((name for name, others in names.items() if value in (name, *others)), None)
-    return found or one_of("auto", *names)(value)
+    ours = next((name for name, others in names.items() if value in (name, *others)), None)
+    return ours or one_of("auto", *names)(value)
 
 
 def reports(value: Any) -> list[str]:

@@ -22,22 +22,22 @@ DECIDING = (  # options that every tool has a default of its own for
 
 
 @dataclass
-class Together:
-    """Keys whose meaning depends on one another, put into our words."""
+class Settled:
+    """The keys of a file or of flags, with those that depend on one another put into our words."""
 
     items: list[tuple[str, Any]]
     notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    wishes: set[str] = field(default_factory=set)  # options that nobody misses where they cannot be followed
+    wishes: set[str] = field(default_factory=set)  # options that are no error where they do not fit
 
 
-def together(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Together:
+def settle(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Settled:
     """Settle the keys that need others to be understood; the rest passes as it is.
 
     In a file max_steps decides over epochs, as it does for Trainer; two flags that say both are a contradiction.
     """
     given = dict(items)
-    result = Together([])
+    result = Settled([])
     model = next((given[name] for name in ("base_model", "model_name_or_path", "model") if given.get(name)), None)
     for name in ("tokenizer_config", "tokenizer_name_or_path", "tokenizer_name", "base_model_config"):
         if given.get(name) in (None, model):
@@ -95,18 +95,18 @@ def _true(value: Any) -> bool:
         return False
 
 
-def _share_batch(given: dict, result: Together) -> None:
+def _share_batch(given: dict, result: Settled) -> None:
     """Axolotl's batch_size counts the rows of a whole step."""
     try:
-        whole, micro = int(given["batch_size"]), int(given["micro_batch_size"])
+        batch, micro = int(given["batch_size"]), int(given["micro_batch_size"])
     except (TypeError, ValueError):
         return
-    if micro > 0 and whole % micro == 0:
-        given["gradient_accumulation_steps"] = whole // micro
+    if micro > 0 and batch % micro == 0:
+        given["gradient_accumulation_steps"] = batch // micro
         del given["batch_size"]
 
 
-def _per_epoch(given: dict, result: Together) -> None:
+def _per_epoch(given: dict, result: Settled) -> None:
     """Axolotl's evaluations and checkpoints per epoch, as shares of all steps."""
     otherwise = default("num_train_epochs") if given.get("max_steps") is None else 1.0
     for name, what in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
@@ -115,12 +115,12 @@ def _per_epoch(given: dict, result: Together) -> None:
             continue
         try:
             times = int(value)
-            epochs = float(next((given[each] for each in EPOCHS if given.get(each) is not None), otherwise))
+            epochs = float(next((given[key] for key in EPOCHS if given.get(key) is not None), otherwise))
         except (TypeError, ValueError):
             times, epochs = -1, 1.0
         if times < 0:
             result.errors.append(f"{name} must be a whole number, 0 or more, got {value!r}")
-        elif any(given.get(f"{what}_{each}") is not None for each in ("steps", "strategy")):
+        elif any(given.get(f"{what}_{ending}") is not None for ending in ("steps", "strategy")):
             result.errors.append(f"{name} and {what}_steps or {what}_strategy say the same thing twice; keep one")
         elif times in (0, 1) or times * epochs <= 1:
             given[f"{what}_strategy"] = "epoch" if times else "no"
@@ -129,13 +129,13 @@ def _per_epoch(given: dict, result: Together) -> None:
         result.wishes |= {f"{what}_steps", f"{what}_strategy"} if what == "eval" else set()
 
 
-def _data_set_of_llama_factory(given: dict, result: Together) -> None:
+def _data_set_of_llama_factory(given: dict, result: Settled) -> None:
     """`dataset: name` is an entry of dataset_info.json in `dataset_dir`, which names a file or a data set."""
     folder = given.pop("dataset_dir", None)
     if "dataset" not in given or given["dataset"] is None:
         return
     names = given["dataset"] if isinstance(given["dataset"], list) else str(given["dataset"]).split(",")
-    names = [str(each).strip() for each in names if str(each).strip()]
+    names = [str(item).strip() for item in names if str(item).strip()]
     if len(names) > 1 and not Path(str(given["dataset"])).exists():
         result.errors.append(f"dataset must name one data set (mixtures are not built yet), got {', '.join(names)}")
         del given["dataset"]
@@ -152,12 +152,12 @@ def _data_set_of_llama_factory(given: dict, result: Together) -> None:
         return
     if entry is None:
         return
-    found = _listed(entry, listing.parent)
-    if isinstance(found, str):
-        result.errors.append(f"dataset {names[0]}: {listing} has {found}")
+    options = _listed(entry, listing.parent)
+    if isinstance(options, str):
+        result.errors.append(f"dataset {names[0]}: {listing} has {options}")
     else:
         del given["dataset"]
-        given |= found
+        given |= options
 
 
 def _listed(entry: dict, folder: Path) -> dict | str:
@@ -185,12 +185,14 @@ def _listed(entry: dict, folder: Path) -> dict | str:
         return {"data": str(folder / entry["file_name"]), "dataset_format": kind}
     if not entry.get("hf_hub_url"):
         return "neither file_name nor hf_hub_url"
-    found = {"data": entry["hf_hub_url"], "dataset_format": kind}
-    return found | {ours: entry[name] for name, ours in (("subset", "dataset_config"), ("split", "dataset_train_split"))
-                    if entry.get(name)}  # fmt: skip
+    options = {"data": entry["hf_hub_url"], "dataset_format": kind}
+    for name, option in (("subset", "dataset_config"), ("split", "dataset_train_split")):
+        if entry.get(name):
+            options[option] = entry[name]
+    return options
 
 
-def _say_what_differs(given: dict, result: Together) -> None:
+def _say_what_differs(given: dict, result: Settled) -> None:
     """Where a file means something else to the tool that it was written for."""
     if given.get("finetuning_type") == "lora" and not {"quantization_bit", "load_in_4bit", "bits"} & set(given):
         result.notes.append(

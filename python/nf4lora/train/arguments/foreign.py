@@ -159,15 +159,15 @@ SPEED_PLUGINS = ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin",
 
 def _same(value: Any, wanted: tuple[Any, ...]) -> bool:
     """Whether a value, text mostly, means one of those that are wanted."""
-    for each in wanted:
+    for choice in wanted:
         try:
-            if isinstance(each, bool):
-                if boolean(value) is each:
+            if isinstance(choice, bool):
+                if boolean(value) is choice:
                     return True
-            elif isinstance(each, (int, float)):
-                if float(value) == each:
+            elif isinstance(choice, (int, float)):
+                if float(value) == choice:
                     return True
-            elif str(value) == each:
+            elif str(value) == choice:
                 return True
         except (TypeError, ValueError):
             continue
@@ -192,8 +192,8 @@ def only(name: str, value: Any) -> None:
 def aside(name: str) -> str:
     """Why a key is left aside; nothing where it is not."""
     for why, names in ASIDE.items():
-        for each in names.split():
-            if name == each or (each.endswith("*") and name.startswith(each[:-1])):
+        for pattern in names.split():
+            if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
                 return why
     return ""
 
@@ -230,18 +230,18 @@ def _lora_parameters(value: Any) -> dict:
     known = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "keys": "lora_target_modules"}
     if not isinstance(value, dict) or set(value) - {*known, "scale"}:
         raise ValueError(f"must hold {', '.join([*known, 'scale'])}")
-    found = {known[name]: item for name, item in value.items() if name in known}
+    options = {known[name]: item for name, item in value.items() if name in known}
     if "keys" in value:
-        found["lora_target_modules"] = [str(each).rpartition(".")[2] for each in value["keys"]]
+        options["lora_target_modules"] = [str(key).rpartition(".")[2] for key in value["keys"]]
     if "scale" in value:
-        found = {"lora_r": 8, **found}  # MLX's own
-        found["lora_alpha"] = real(0, above=True)(value["scale"]) * integer(1)(found["lora_r"])
-    return found
+        options = {"lora_r": 8, **options}  # MLX's own
+        options["lora_alpha"] = real(0, above=True)(value["scale"]) * integer(1)(options["lora_r"])
+    return options
 
 
 def _plugins(value: Any) -> dict:
     listed = value if isinstance(value, list) else [value]
-    others = [str(each) for each in listed if not str(each).endswith(SPEED_PLUGINS)]
+    others = [str(plugin) for plugin in listed if not str(plugin).endswith(SPEED_PLUGINS)]
     if others:
         raise ValueError(f"must hold plugins for speed only, which are not needed here, and not {', '.join(others)}")
     return {}
@@ -303,7 +303,7 @@ def _entry(value: Any) -> dict:
     entry = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or "path" not in entry:
         raise ValueError(f"must hold one entry with {', '.join(ENTRY)}")
-    found = {}
+    options = {}
     for name, item in entry.items():
         if item is None or item in ("", []):
             continue
@@ -312,14 +312,14 @@ def _entry(value: Any) -> dict:
             if len(files) != 1:
                 raise ValueError(f"must hold one file in data_files, got {len(files)}")
             here = str(Path(str(entry["path"])) / str(files[0]))
-            found["data"] = here if Path(here).is_file() else str(files[0])
+            options["data"] = here if Path(here).is_file() else str(files[0])
         elif name in ENTRY:
             if name == "type" and kinds.get(str(item), str(item)) not in FORMATS:
                 raise ValueError(f"must have a type of {', '.join(FORMATS)} (or chat_template, completion), got {item}")
-            found.setdefault(ENTRY[name], kinds.get(item, item) if name == "type" else item)
+            options.setdefault(ENTRY[name], kinds.get(item, item) if name == "type" else item)
         elif name == "message_property_mappings":
-            known_names = {"role": ("role", "from"), "content": ("content", "value")}
-            if not isinstance(item, dict) or any(each not in known_names.get(key, ()) for key, each in item.items()):
+            usual = {"role": ("role", "from"), "content": ("content", "value")}
+            if not isinstance(item, dict) or any(name not in usual.get(key, ()) for key, name in item.items()):
                 raise ValueError("must keep the keys role and content (or from and value) in message_property_mappings")
         elif name == "roles_to_train":
             if [*item] not in (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]):
@@ -333,9 +333,9 @@ def _entry(value: Any) -> dict:
             raise ValueError(f"must hold one entry with {', '.join(ENTRY)}; {name} cannot be honoured")
         elif not _same(item, ENTRY_ONLY[name]):
             raise ValueError(f"must have {' or '.join(map(_word, ENTRY_ONLY[name]))} as {name}, got {item}")
-    if entry.get("field_messages") and found.get("dataset_format", "messages") in COLUMN_OF.values():
-        found["dataset_format"] = COLUMN_OF[entry["field_messages"]]
-    return found
+    if entry.get("field_messages") and options.get("dataset_format", "messages") in COLUMN_OF.values():
+        options["dataset_format"] = COLUMN_OF[entry["field_messages"]]
+    return options
 
 
 TRANSLATED: dict[str, Callable[[Any], dict]] = {

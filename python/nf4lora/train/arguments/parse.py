@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nf4lora.train.arguments.dependent import left_unsaid, together
+from nf4lora.train.arguments.dependent import left_unsaid, settle
 from nf4lora.train.arguments.foreign import ONLY, TRANSLATED, aside, only
 from nf4lora.train.arguments.yaml_file import read_yaml
 from nf4lora.train.errors import UsageError
@@ -25,13 +25,13 @@ Values = dict[str, tuple[Any, str]]  # canonical name -> value, name under which
 
 
 @dataclass
-class Settings:
+class Given:
     """What a file or the flags say, and everything that is wrong with it."""
 
     values: Values = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    wishes: set[str] = field(default_factory=set)  # options that nobody misses where they cannot be followed
+    wishes: set[str] = field(default_factory=set)  # options that are no error where they do not fit
 
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
@@ -44,8 +44,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     if len(files) > 1:
         raise UsageError(f"one configuration file, got {', '.join(files)}")
     lines = read_yaml(Path(files[0]).expanduser()) if files else []
-    file = _settings(lines, files[0]) if files else Settings()
-    flags = _settings(given_flags, "")
+    file = _read(lines, files[0]) if files else Given()
+    flags = _read(given_flags, "")
     errors = [*file.errors, *flags.errors]
     if len(errors) > 1:
         raise UsageError(f"{len(errors)} settings cannot be used:\n    " + "\n    ".join(errors))
@@ -62,26 +62,26 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def _give_way(file: Values, flags: Values) -> None:
     """Drop what the file says where a flag rules it out, so that `--max_steps 3` works on a file with epochs."""
-    said = {name: value for name, (value, _) in flags.items()}
+    flag_values = {name: value for name, (value, _) in flags.items()}
     for group in (
         ("max_steps", "num_train_epochs"),
         ("data", "dataset_name", "train_file"),
         ("eval_file", "val_size", "dataset_test_split"),
     ):
-        if said.keys() & set(group):
+        if flag_values.keys() & set(group):
             for name in group:
                 file.pop(name, None)
     for strategy, interval in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
-        if said.get(strategy, "steps") != "steps":
+        if flag_values.get(strategy, "steps") != "steps":
             file.pop(interval, None)
-        if interval in said:
+        if interval in flag_values:
             file.pop(strategy, None)
     for one, other in (START, reversed(START)):
-        if said.get(one):
+        if flag_values.get(one):
             file.pop(other, None)
-    if said.get("lr_scheduler_type") == "constant":
+    if flag_values.get("lr_scheduler_type") == "constant":
         file.pop("warmup_steps", None)
-    if said.get("load_in_4bit") is False:
+    if flag_values.get("load_in_4bit") is False:
         for name in [name for name in file if name.startswith("bnb_4bit")]:
             file.pop(name)
 
@@ -122,8 +122,8 @@ def _read_flags(arguments: list[str]) -> tuple[list[tuple[str, Any]], list[str]]
 
 def _may_be_value(name: str, following: str) -> bool:
     """Whether the word behind a flag is its value, where the flag may stand alone."""
-    each = OPTIONS.get(ALIASES.get(name, name))
-    parse = each and each.metadata["parse"]
+    option = OPTIONS.get(ALIASES.get(name, name))
+    parse = option and option.metadata["parse"]
     if parse is resume:  # a checkpoint is a folder
         return not following.endswith((".yaml", ".yml")) or os.path.isdir(following)
     return parse not in (boolean, boolean_or_auto, checkpointing) or _is_boolean(following)
@@ -136,35 +136,35 @@ def _is_boolean(value: str) -> bool:
         return False
 
 
-def _settings(items: list[tuple[str, Any]], source: str) -> Settings:
+def _read(items: list[tuple[str, Any]], source: str) -> Given:
     """Canonical names and parsed values of a file, or of flags (without a source).
 
     Two names of one option must agree; of a flag given twice the last counts.
     """
-    settled = together(((name.replace("-", "_"), value) for name, value in items), in_file=bool(source))
-    settings = Settings(errors=settled.errors, notes=settled.notes, wishes=settled.wishes)
+    settled = settle(((name.replace("-", "_"), value) for name, value in items), in_file=bool(source))
+    given = Given(errors=settled.errors, notes=settled.notes, wishes=settled.wishes)
     left_aside: dict[str, list[str]] = {}
     for name, value in settled.items:
         shown = f"{source}: {name}" if source else f"--{name}"
         if value is None and name not in NULLABLE:
             continue
         try:
-            found = _meaning(name, value, left_aside)
+            options = _meaning(name, value, left_aside)
         except ValueError as error:
-            said = str(error)
-            if value is True and not source and not said.startswith("is not"):
-                settings.errors.append(f"{shown} needs a value behind it, which {said}")
+            rule = str(error)
+            if value is True and not source and not rule.startswith("is not"):
+                given.errors.append(f"{shown} needs a value behind it, which {rule}")
                 continue
-            got = "" if said.startswith("is not") or ", got" in said else f", got {value!r}"
-            settings.errors.append(f"{shown} {said}{got if len(got) < 120 else got[:117] + '...'}")
+            got = "" if rule.startswith("is not") or ", got" in rule else f", got {value!r}"
+            given.errors.append(f"{shown} {rule}{got if len(got) < 120 else got[:117] + '...'}")
             continue
-        for canonical, item in found.items():
-            earlier = settings.values.get(canonical)
+        for canonical, item in options.items():
+            earlier = given.values.get(canonical)
             if earlier is not None and earlier[0] != item and earlier[1] != shown:
-                settings.errors.append(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
-            settings.values[canonical] = (item, shown)
-    settings.notes += [f"not used: {', '.join(names)} ({why})" for why, names in left_aside.items()]
-    return settings
+                given.errors.append(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
+            given.values[canonical] = (item, shown)
+    given.notes += [f"not used: {', '.join(names)} ({why})" for why, names in left_aside.items()]
+    return given
 
 
 def _meaning(name: str, value: Any, left_aside: dict[str, list[str]]) -> dict[str, Any]:

@@ -66,5 +66,5 @@ def read_yaml(path: Path) -> list[tuple[str, Any]]:
         raise UsageError(f"{path}: not valid YAML{place} ({problem}){cure}") from None
     if node is None or not isinstance(content, dict):
         raise UsageError(f"{path}: must hold `option: value` lines")
-    templates = {key.value for key, value in node.value if any(value is each for each in merged)}
+    templates = {key.value for key, value in node.value if any(value is template for template in merged)}
     return [(name, value) for name, value in content.items() if name not in templates]

@@ -59,41 +59,41 @@ class Marker:
         marked["content"] = thought + closing + self.mark(index, answer)
         if message.get("tool_calls"):
             marked["tool_calls"] = [
-                {**call, "function": {**each, "name": self.mark(index, each["name"])}}
-                for call, each in zip(message["tool_calls"], functions(message), strict=True)
+                {**call, "function": {**function, "name": self.mark(index, function["name"])}}
+                for call, function in zip(message["tool_calls"], functions(message), strict=True)
             ]
         return marked
 
 
-def places(messages: Sequence[dict], render: Callable[..., str | None], whole: str) -> list[Place | None]:
+def places(messages: Sequence[dict], render: Callable[..., str | None], rendered: str) -> list[Place | None]:
     """Where each message went; None for one of which no mark is found, and for all where marks change the rendering."""
     nowhere: list[Place | None] = [None] * len(messages)
-    if OPEN in whole:
+    if OPEN in rendered:
         return nowhere
     marker = Marker()
-    pieces = MARK.split(render([marker.message(index, each) for index, each in enumerate(messages)]) or "")
-    if "".join(pieces[::2]) != whole:
+    pieces = MARK.split(render([marker.message(index, message) for index, message in enumerate(messages)]) or "")
+    if "".join(pieces[::2]) != rendered:
         return nowhere
-    at, found = 0, {}
+    at, positions = 0, {}
     for piece, name in zip(pieces[::2], pieces[1::2], strict=False):
         at += len(piece)
-        found[int(name)] = None if int(name) in found else at  # a text that is written twice has no one place
+        positions[int(name)] = None if int(name) in positions else at  # a text that is written twice has no one place
     result = list(nowhere)
-    for number, position in found.items():
+    for number, position in positions.items():
         if position is not None:
             index, before, behind = marker.parts[number]
-            place, earlier = _grown(whole, position, before, behind), result[index]
+            place, earlier = _grown(rendered, position, before, behind), result[index]
             if earlier is not None:
                 place = Place(min(place.start, earlier.start), max(place.end, earlier.end))
             result[index] = place
     return result
 
 
-def _grown(whole: str, at: int, before: str, behind: str) -> Place:
+def _grown(rendered: str, at: int, before: str, behind: str) -> Place:
     """The text around a mark, written as it is or as JSON writes it, with the white space around it or without; else
     the mark alone."""
     for left, right in ((before, behind), (before.lstrip(), behind.rstrip()), (_json(before), _json(behind))):
-        if whole.endswith(left, 0, at) and whole.startswith(right, at):
+        if rendered.endswith(left, 0, at) and rendered.startswith(right, at):
             return Place(at - len(left), at + len(right))
     return Place(at, at)
 
@@ -107,7 +107,7 @@ class Shortcuts:
     """Starts and ends of answers by the template's text before the next known place."""
 
     messages: Sequence[dict]
-    whole: str
+    rendered: str
     special: Sequence[str]
     places: list[Place | None]
     starts: dict[tuple, tuple[str, int]] = field(default_factory=dict)  # -> that text, how far before its end
@@ -141,24 +141,24 @@ class Shortcuts:
 
     def _holds_special(self, place: Place) -> bool:
         """An answer that quotes the template's own tokens tells nothing about others."""
-        return any(self.whole.find(token, place.start, place.end) >= 0 for token in self.special)
+        return any(self.rendered.find(token, place.start, place.end) >= 0 for token in self.special)
 
     def _key(self, index: int) -> tuple:
         """What the text between two messages can depend on: their roles, and which parts they have."""
         pair = self.messages[max(index, 0) : index + 2]
-        return tuple((each["role"], *(bool(each.get(name)) for name in ("content", "tool_calls", *REASONING)),
-                      "</think>" in (each.get("content") or "")) for each in pair)  # fmt: skip
+        return tuple((message["role"], *(bool(message.get(name)) for name in ("content", "tool_calls", *REASONING)),
+                      "</think>" in (message.get("content") or "")) for message in pair)  # fmt: skip
 
     def _text(self, low: int, at: int, high: int, otherwise: int | None = None) -> tuple[str, int]:
         """The template's text up to `high`, from the last special token before `at` on, and the distance of `at`.
 
         Without such a token it begins at `otherwise`, or at `low`.
         """
-        tokens = [self.whole.rfind(token, low, at) for token in self.special]
-        begin = max([found for found in tokens if found >= 0], default=low if otherwise is None else otherwise)
-        return self.whole[begin:high], high - at
+        tokens = [self.rendered.rfind(token, low, at) for token in self.special]
+        begin = max([position for position in tokens if position >= 0], default=low if otherwise is None else otherwise)
+        return self.rendered[begin:high], high - at
 
     def _recognised(self, known: tuple[str, int] | None, place: Place) -> int | None:
-        if known is None or not known[0] or not self.whole.endswith(known[0], 0, place.start):
+        if known is None or not known[0] or not self.rendered.endswith(known[0], 0, place.start):
             return None
         return place.start - known[1]

@@ -5,113 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nf4lora.train.chat.dropped import CALLS, ROLE, TOOLS, left_out, lost_from_last
 from nf4lora.train.chat.processor_template import in_parts, wants_parts
+from nf4lora.train.chat.template import source
 from nf4lora.train.chat.turns import MaskError, Render, Turn, answer_turns, common_prefix, find_ends
-from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.samples.formats import Sample
 from nf4lora.train.samples.keys import REASONING
 from nf4lora.train.samples.tools import functions, shown_as_python, with_arguments_as_text
 
 IGNORED = -100
-
-# `eos_token` ends each turn, so that generation stops there whichever token the model was made with; where it is
-# <|im_end|>, this is ChatML to the letter.
-CHATML = (
-    "{%- for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def install_chat_template(tokenizer: Any) -> str:
-    """Give the tokenizer a ChatML template where it has none; returns what to say about it, or nothing."""
-    if getattr(tokenizer, "chat_template", None):
-        return ""
-    if not tokenizer.eos_token:
-        raise RunError("the tokenizer has neither a chat template nor an end token; data with roles needs one of them")
-    starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
-    tokenizer.chat_template = ("{{- bos_token }}" if starts else "") + CHATML
-    return f"the tokenizer has no chat template; ChatML was installed, each turn ended by {tokenizer.eos_token}"
-
-
-def choose_chat_template(tokenizer: Any, wanted: str | None) -> str:
-    """Use another chat template than the tokenizer's: ChatML, or that of a file; returns what to say about it.
-
-    The name of a family (`llama3`), as configuration files of other tools have it, must describe the tokenizer's own.
-
-    Raises:
-        UsageError: no such file, or a family whose turns the tokenizer's template does not write.
-    """
-    own = getattr(tokenizer, "chat_template", None)
-    if wanted is None:
-        return ""
-    if wanted == "chatml":
-        before = _specimen(tokenizer) if own else None
-        tokenizer.chat_template = None
-        note = install_chat_template(tokenizer)
-        if before is not None and before == _specimen(tokenizer):
-            tokenizer.chat_template = own
-            return ""
-        return "chat_template chatml takes the place of the tokenizer's own" if own else note
-    if "{{" in wanted or "{%" in wanted:
-        tokenizer.chat_template = wanted
-        return "the chat template is the one written in the options"
-    if wanted.endswith((".jinja", ".jinja2", ".txt")) or "/" in wanted:
-        try:
-            tokenizer.chat_template = Path(wanted).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"chat_template: {wanted} cannot be read ({error})") from None
-        return f"the chat template is that of {wanted}"
-    written = _source(tokenizer)
-    sign = next((sign for family, sign in FAMILIES if re.match(family, wanted.lower())), None)
-    if sign is None:
-        raise UsageError(
-            f"chat_template must be chatml, a .jinja file or nothing (the tokenizer's own), got {wanted!r}"
-        )
-    if sign not in written:
-        what = "which has no chat template" if not own else f"whose chat template writes no {sign}"
-        raise UsageError(
-            f"chat_template {wanted} does not fit the tokenizer, {what}; name a .jinja file, "
-            "or drop the line to use what the tokenizer has"
-        )
-    return f"chat_template {wanted}: the tokenizer's own template, which writes the same turns, is used"
-
-
-def _specimen(tokenizer: Any) -> str | None:
-    """What the template makes of a short conversation."""
-    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise anything
-        return None
-
-
-FAMILIES = (  # names of templates in other tools' files, and what their turns are known by
-    ("llama-?4", "<|header_start|>"),
-    ("llama-?3", "<|start_header_id|>"),
-    ("(llama-?2|mistral|ministral)", "[INST]"),
-    ("(qwen|chatml|smollm|hermes|yi)", "<|im_start|>"),
-    ("gemma-?4", "<|turn>"),
-    ("gemma", "<start_of_turn>"),
-    ("phi-?4$", "<|im_sep|>"),
-    ("phi", "<|end|>"),
-    ("gpt[-_]?oss", "<|channel|>"),
-    ("(cohere|command)", "<|START_OF_TURN_TOKEN|>"),
-    ("deepseek", "<\uff5cAssistant\uff5c>"),  # with the wide bars that its tokens have
-    ("(glm|chatglm)", "<|assistant|>"),
-    ("(falcon)", "<|im_start|>"),
-    ("granite", "<|start_of_role|>"),
-)
-
-
-def _source(tokenizer: Any) -> str:
-    template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else "".join((template or {}).values())
 
 
 class RefusedError(MaskError):
@@ -135,7 +39,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.parts = wants_parts(self._render(None))
-        self.source = _source(self.tokenizer)
+        self.source = source(self.tokenizer)
         self.ends = find_ends(self.tokenizer, self.stop_tokens, self._render(None))
         self.eos = self.tokenizer.eos_token_id
         self.read = [name for name in REASONING if re.search(rf"[.'\"\[]{name}\b", self.source)]
@@ -192,15 +96,16 @@ class Encoder:
         """
         render = self._render(sample.tools, sample.template_kwargs)
         messages = [self._named(message) for message in sample.messages or []]
-        whole, refusal = render(messages), self._refusal
-        if any(functions(message) for message in messages) and (whole is None or shown_as_python(messages, whole)):
+        rendered, refusal = render(messages), self._refusal
+        calls_tools = any(functions(message) for message in messages)
+        if calls_tools and (rendered is None or shown_as_python(messages, rendered)):
             as_text = with_arguments_as_text(messages)
             other = render(as_text)
             if other is not None:
-                messages, whole = as_text, other
-        if whole is None:
+                messages, rendered = as_text, other
+        if rendered is None:
             raise RefusedError(f"the chat template refuses this conversation ({refusal})")
-        return messages, whole, render
+        return messages, rendered, render
 
     def _named(self, message: dict) -> dict:
         given = [name for name in REASONING if message.get(name)]
@@ -209,14 +114,14 @@ class Encoder:
         return {**{key: value for key, value in message.items() if key not in given}, self.read[0]: message[given[0]]}
 
     def _chat(self, sample: Sample) -> tuple[list[int], list[bool]]:
-        messages, whole, render = self._rendered(sample)
-        self._compare(sample, messages, whole)
+        messages, rendered, render = self._rendered(sample)
+        self._compare(sample, messages, rendered)
         untrained = {index for index in sample.untrained if messages[index]["role"] == "assistant"}
         turns: list[Turn] = []
         if self.answers_only or untrained:
             try:
                 turns = answer_turns(
-                    messages, render, self.ends, sample.trained_from if self.answers_only else 0, whole
+                    messages, render, self.ends, sample.trained_from if self.answers_only else 0, rendered
                 )
             except MaskError as error:
                 if {ROLE["assistant"], CALLS} & set(self.left_out):
@@ -225,28 +130,28 @@ class Encoder:
                     raise
                 return self._tagged(sample, messages)
         first = sample.trained_from if self.answers_only else 0
-        answers = [index for index, each in enumerate(messages) if each["role"] == "assistant" and index >= first]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
         silent = [turn for index, turn in zip(answers, turns, strict=False) if index in untrained]
-        ids, trained = self._tokens(whole, [turn for turn in turns if turn not in silent], specials=False)
+        ids, trained = self._tokens(rendered, [turn for turn in turns if turn not in silent], specials=False)
         if not self.answers_only:
-            trained = [not inside for inside in self._tokens(whole, silent, specials=False)[1]]
-        ends_open = not any(whole.rstrip().endswith(token) for token in self.ends.special)
+            trained = [not inside for inside in self._tokens(rendered, silent, specials=False)[1]]
+        ends_open = not any(rendered.rstrip().endswith(token) for token in self.ends.special)
         if messages[-1]["role"] == "assistant" and len(messages) - 1 not in untrained and ends_open:
             return self._ended(ids, trained)
         return ids, trained
 
-    def _compare(self, sample: Sample, messages: list[dict], whole: str) -> None:
+    def _compare(self, sample: Sample, messages: list[dict], rendered: str) -> None:
         """Note what the template leaves out; refuse where the last answer loses a part of its content.
 
         Raises:
             DroppedError: it does.
         """
-        self.left_out = left_out(messages, whole)
-        if sample.tools and whole == self._render(None, sample.template_kwargs)(messages):
+        self.left_out = left_out(messages, rendered)
+        if sample.tools and rendered == self._render(None, sample.template_kwargs)(messages):
             self.left_out.append(TOOLS)
         last = len(messages) - 1
         if messages[-1]["role"] == "assistant" and last not in sample.untrained:
-            lost = lost_from_last(messages, whole) if self.left_out else ""
+            lost = lost_from_last(messages, rendered) if self.left_out else ""
             if lost:
                 raise DroppedError(
                     f"message {last} (assistant), the last answer, loses its {lost} in the chat template; name a "

@@ -29,10 +29,10 @@ def processor_template(name: str, revision: str | None) -> tuple[str, str] | Non
         if path is None:
             continue
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            template = found.get("chat_template")
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            template = content.get("chat_template")
             if isinstance(template, list):
-                template = {each["name"]: each["template"] for each in template}
+                template = {named["name"]: named["template"] for named in template}
             template = template["default"] if isinstance(template, dict) else template
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _unusable(name, file, f"{type(error).__name__}: {error}") from None
@@ -53,15 +53,15 @@ def _unusable(name: str, file: str, why: str) -> RunError:
 def in_parts(messages: Sequence[dict]) -> list[dict]:
     """The same conversation with each text as the one part of its content."""
     return [
-        {**each, "content": [{"type": "text", "text": each["content"]}]}
-        if isinstance(each.get("content"), str)
-        else each
-        for each in messages
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
     ]
 
 
 def wants_parts(render: Callable[[list[dict]], str | None]) -> bool:
     """Whether a template shows texts only where they are parts of a content."""
     turns = [{"role": "user", "content": SPECIMEN}, {"role": "assistant", "content": SPECIMEN}]
-    shown, shown_in_parts = ((render(each) or "").count(SPECIMEN) for each in (turns, in_parts(turns)))
+    shown, shown_in_parts = ((render(conversation) or "").count(SPECIMEN) for conversation in (turns, in_parts(turns)))
     return shown < len(turns) == shown_in_parts

@@ -57,79 +57,79 @@ def find_ends(tokenizer: Any, stop_tokens: Sequence[str], render: Render) -> End
 
 
 def answer_turns(
-    messages: Sequence[dict], render: Render, ends: Ends, first: int = 0, whole: str | None = None
+    messages: Sequence[dict], render: Render, ends: Ends, first: int = 0, rendered: str | None = None
 ) -> list[Turn]:
     """The turns of the assistant in the rendered conversation, from message `first` on.
 
     Raises:
         MaskError: a turn cannot be found, or holds what a tool said.
     """
-    whole = render(messages) if whole is None else whole
-    if whole is None:
+    rendered = render(messages) if rendered is None else rendered
+    if rendered is None:
         raise MaskError("the chat template refuses this conversation")
     answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     known: list[Place | None] = [None] * len(messages)
     if len(answers) > FEW:
-        known = places(messages, render, whole)
-    shortcuts = Shortcuts(messages, whole, ends.special, known)
+        known = places(messages, render, rendered)
+    shortcuts = Shortcuts(messages, rendered, ends.special, known)
     turns: list[Turn] = []
     for index in answers:
         low = turns[-1].end if turns else 0
-        found = shortcuts.find(index)
-        if found is None or found[0] < low or not _holds(messages[index], whole[slice(*found)]):
-            turn = _turn(messages, index, whole, render, ends, low)
+        span = shortcuts.find(index)
+        if span is None or span[0] < low or not _holds(messages[index], rendered[slice(*span)]):
+            turn = _turn(messages, index, rendered, render, ends, low)
             shortcuts.learn(index, turn.start, turn.end)
         else:
-            turn = Turn(*found)
+            turn = Turn(*span)
         turns.append(turn)
     starts = [turn.start for turn in turns]
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             place = known[index]
-            start = place.start if place else _around_marker(messages, index, whole, render)[0]
+            start = place.start if place else _around_marker(messages, index, rendered, render)[0]
             before = -1 if start is None else bisect_right(starts, start) - 1
             if before >= 0 and (start or 0) < turns[before].end:
                 raise MaskError(f"the chat template puts message {index} (tool) into an answer")
     return turns
 
 
-def _turn(messages: Sequence[dict], index: int, whole: str, render: Render, ends: Ends, low: int) -> Turn:
+def _turn(messages: Sequence[dict], index: int, rendered: str, render: Render, ends: Ends, low: int) -> Turn:
     """The first way of reading the template that gives a span which holds the answer."""
-    for start, end in _readings(messages, index, whole, render, ends):
+    for start, end in _readings(messages, index, rendered, render, ends):
         if start is not None and end is not None and low <= start <= end:
-            end = _with_end_token(whole, start, end, ends)
-            if _holds(messages[index], whole[start:end]):
+            end = _with_end_token(rendered, start, end, ends)
+            if _holds(messages[index], rendered[start:end]):
                 return Turn(start, end)
     raise MaskError(f"message {index} (assistant) cannot be found in what the chat template renders")
 
 
 def _readings(
-    messages: Sequence[dict], index: int, whole: str, render: Render, ends: Ends
+    messages: Sequence[dict], index: int, rendered: str, render: Render, ends: Ends
 ) -> Iterator[tuple[int | None, int | None]]:
     """Starts and ends to try, the surest first; the rest is rendered only where it is needed."""
-    start = _start(messages, index, whole, render)
-    with_answer = whole if index + 1 == len(messages) else render(messages[: index + 1])
-    behind = len(with_answer) if with_answer is not None and whole.startswith(with_answer) else None
+    start = _start(messages, index, rendered, render)
+    with_answer = rendered if index + 1 == len(messages) else render(messages[: index + 1])
+    behind = len(with_answer) if with_answer is not None and rendered.startswith(with_answer) else None
     yield start, behind
-    marked_start, marked_end = _around_marker(messages, index, whole, render)
-    following = _around_marker(messages, index + 1, whole, render)[0] if index + 1 < len(messages) else len(whole)
+    marked_start, marked_end = _around_marker(messages, index, rendered, render)
+    following = _around_marker(messages, index + 1, rendered, render)[0] if index + 1 < len(messages) else len(rendered)
     for begin in (start, marked_start):
-        closed = _closed(whole, max(begin or 0, marked_end or 0), ends)
+        closed = _closed(rendered, max(begin or 0, marked_end or 0), ends)
         yield begin, closed if following is not None and (closed or 0) <= following else None
         yield begin, behind
         yield begin, marked_end
 
 
-def _start(messages: Sequence[dict], index: int, whole: str, render: Render) -> int | None:
+def _start(messages: Sequence[dict], index: int, rendered: str, render: Render) -> int | None:
     """Where the generation prompt ends; it may announce more than the finished conversation shows (`<think>`)."""
     if index == 0:
         return None  # nothing to render before it
     base, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
-    if prompt is not None and whole.startswith(prompt):
+    if prompt is not None and rendered.startswith(prompt):
         return len(prompt)
-    if base is None or prompt is None or not whole.startswith(base):
+    if base is None or prompt is None or not rendered.startswith(base):
         return None
-    shared = common_prefix(prompt, whole)
+    shared = common_prefix(prompt, rendered)
     return shared if shared >= len(base) else None
 
 
@@ -137,30 +137,32 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _around_marker(messages: Sequence[dict], index: int, whole: str, render: Render) -> tuple[int | None, int | None]:
+def _around_marker(
+    messages: Sequence[dict], index: int, rendered: str, render: Render
+) -> tuple[int | None, int | None]:
     """Where the text of a message starts and ends, by rendering a marker in its place."""
     marked = render([*messages[:index], {**messages[index], "content": MARKER}, *messages[index + 1 :]])
     if marked is None or marked.count(MARKER) != 1:
         return None, None
     head, tail = marked.split(MARKER)
-    start = len(head) if whole.startswith(head) else None
-    end = len(whole) - len(tail) if whole.endswith(tail) else None
+    start = len(head) if rendered.startswith(head) else None
+    end = len(rendered) - len(tail) if rendered.endswith(tail) else None
     return start, end
 
 
-def _closed(whole: str, start: int, ends: Ends) -> int | None:
+def _closed(rendered: str, start: int, ends: Ends) -> int | None:
     """Behind the first token from `start` on that closes a turn."""
-    found = [(at, -len(token)) for token in ends.closing if (at := whole.find(token, start)) >= 0]
-    return min(found)[0] - min(found)[1] if found else None
+    ends_at = [(at, -len(token)) for token in ends.closing if (at := rendered.find(token, start)) >= 0]
+    return min(ends_at)[0] - min(ends_at)[1] if ends_at else None
 
 
-def _with_end_token(whole: str, start: int, end: int, ends: Ends) -> int:
+def _with_end_token(rendered: str, start: int, end: int, ends: Ends) -> int:
     """Move the end to just behind the turn's end token; white space behind that is the template's, not the model's."""
-    body = whole[start:end].rstrip()
+    body = rendered[start:end].rstrip()
     if any(body.endswith(token) for token in ends.special):
         return start + len(body)
-    following = whole[end:].lstrip()
-    skipped = len(whole) - end - len(following)
+    following = rendered[end:].lstrip()
+    skipped = len(rendered) - end - len(following)
     token = max((token for token in ends.closing if following.startswith(token)), key=len, default="")
     return end + skipped + len(token) if token else end
 
@@ -168,4 +170,4 @@ def _with_end_token(whole: str, start: int, end: int, ends: Ends) -> int:
 def _holds(message: dict, text: str) -> bool:
     """Whether a span has the text of the message (reasoning aside) and the names of the tools that it calls."""
     answer = (message.get("content") or "").rpartition("</think>")[2].strip()
-    return answer in text and all(each.get("name", "") in text for each in functions(message))
+    return answer in text and all(function.get("name", "") in text for function in functions(message))

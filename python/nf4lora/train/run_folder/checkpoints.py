@@ -29,13 +29,13 @@ HARMLESS = {  # options that change nothing in the weights
     *PER_CALL, "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_strategy",
     "eval_steps", "report_to", "per_device_eval_batch_size", "eval_file", "page_to",
 }  # fmt: skip
-OF_DATA = tuple(name for name, each in OPTIONS.items() if each.metadata["section"] == "Data")
+OF_DATA = tuple(name for name, option in OPTIONS.items() if option.metadata["section"] == "Data")
 OF_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, oldest first."""
-    return [each for each in checkpoint_folders(folder).values() if is_whole(each)]
+    return [checkpoint for checkpoint in checkpoint_folders(folder).values() if is_whole(checkpoint)]
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -60,13 +60,13 @@ def _is_readable(path: Path) -> bool:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size)) if size < path.stat().st_size else {}
-            ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             return bool(ends) and path.stat().st_size == 8 + size + max(ends)
         if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "trainer_state.json":
-                return isinstance(found["global_step"], int) and isinstance(found["log_history"], list)
-            return isinstance(found, dict)
+                return isinstance(content["global_step"], int) and isinstance(content["log_history"], list)
+            return isinstance(content, dict)
         return zipfile.is_zipfile(path)  # as torch.save writes; the directory of a zip file is its end
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
@@ -100,9 +100,9 @@ def rows_per_step(config: TrainConfig) -> int:
 
 def data_identity(split: Split, config: TrainConfig) -> dict[str, Any]:
     """Number of training rows and a hash of their tokens, labels and packing, in order."""
-    found = split.fingerprint()
-    packed = f"{found['sha256']} packing {config.max_length if config.packing else False}"
-    return found | {"sha256": hashlib.sha256(packed.encode()).hexdigest()}
+    fingerprint = split.fingerprint()
+    packed = f"{fingerprint['sha256']} packing {config.max_length if config.packing else False}"
+    return fingerprint | {"sha256": hashlib.sha256(packed.encode()).hexdigest()}
 
 
 def base_identity(model: nn.Module) -> str:
@@ -115,8 +115,8 @@ def base_identity(model: nn.Module) -> str:
     for name, tensor in sorted(base_state_dict(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().flatten()
-        some = flat[:: max(len(flat) // 1000, 1)].cpu().contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
+        sample = flat[:: max(len(flat) // 1000, 1)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -141,14 +141,15 @@ def clock_of(checkpoint: Path) -> Clock:
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """The same, read; {} where another program wrote the checkpoint."""
     try:
-        found = json.loads((checkpoint / CHECKPOINT_RECORD).read_text(encoding="utf-8"))
+        content = json.loads((checkpoint / CHECKPOINT_RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"resume_from_checkpoint: {checkpoint / CHECKPOINT_RECORD} cannot be read ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in ("options", "data")):
+    parts = [content, content.get("options", {}), content.get("data", {})] if isinstance(content, dict) else [content]
+    if not all(isinstance(part, dict) for part in parts):
         raise UsageError(f"resume_from_checkpoint: {checkpoint / CHECKPOINT_RECORD} is not what nf4lora train writes")
-    return found
+    return content
 
 
 # ---- whether this run may go on from it ------------------------------------------------------------------------------

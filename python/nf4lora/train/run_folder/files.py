@@ -28,9 +28,9 @@ CHECKPOINT_RECORD = "nf4lora_resume.json"  # in a checkpoint: what a run that go
 def read_record(folder: Path) -> dict[str, Any]:
     """What runs have noted about their folder; {} where no run has been."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("files"), list):
-            return found
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("files"), list):
+            return content
     return {}
 
 
@@ -88,7 +88,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A folder beside for files that are being written; what is still in it at the end is removed."""
+    """A folder within this one, in which files are written before they get their names; it is removed at the end."""
     place = folder / STAGING
     remove(place)
     place.mkdir(parents=True)
@@ -119,7 +119,7 @@ def publish(place: Path, folder: Path, last: Iterable[str] = ()) -> list[str]:
     """Move the finished files of `place` into the folder, those named `last` at the end; returns their names."""
     finish(place)
     last = tuple(last)
-    names = sorted(each.name for each in place.iterdir())
+    names = sorted(file.name for file in place.iterdir())
     note_files(folder, names)
     for name in sorted(names, key=lambda name: (name in last, name)):
         if (folder / name).is_dir():
@@ -130,13 +130,13 @@ def publish(place: Path, folder: Path, last: Iterable[str] = ()) -> list[str]:
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
     """What is called checkpoint-<number>, by number."""
-    found = [each for each in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", each.name)]
-    return dict(sorted((int(each.name.partition("-")[2]), each) for each in found))
+    paths = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return dict(sorted((int(path.name.partition("-")[2]), path) for path in paths))
 
 
 def own_checkpoints(folder: Path) -> dict[int, Path]:
     """Those that a run has written here."""
-    return {step: each for step, each in checkpoint_folders(folder).items() if (each / CHECKPOINT_RECORD).is_file()}
+    return {step: path for step, path in checkpoint_folders(folder).items() if (path / CHECKPOINT_RECORD).is_file()}
 
 
 def remove(path: Path) -> None:
@@ -157,17 +157,17 @@ def remove(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a process that was killed was writing, or removing."""
     remove(folder / STAGING)
-    for each in [*folder.glob(".checkpoint-*.removed"), *folder.glob(".*.part")]:
-        if each.suffix == ".removed":
-            shutil.rmtree(each)
-        elif each.name.removeprefix(".").removesuffix(".part") in (RECORD, *own_files(folder)):
-            each.unlink()
+    for leftover in [*folder.glob(".checkpoint-*.removed"), *folder.glob(".*.part")]:
+        if leftover.suffix == ".removed":
+            shutil.rmtree(leftover)
+        elif leftover.name.removeprefix(".").removesuffix(".part") in (RECORD, *own_files(folder)):
+            leftover.unlink()
 
 
 def clear(folder: Path) -> None:
     """Remove what earlier runs have written, and nothing else."""
-    for each in own_checkpoints(folder).values():
-        remove(each)
+    for checkpoint in own_checkpoints(folder).values():
+        remove(checkpoint)
     for name in own_files(folder):
         if name != RECORD:  # last: it says what is ours
             remove(folder / name)
@@ -180,7 +180,7 @@ def set_aside(folder: Path, step: int) -> Path | None:
     A run that goes back to an earlier checkpoint would otherwise leave its new checkpoints among later ones of the old
     course, and replace these one by one. A damaged one may still hold the weights.
     """
-    later = [each for number, each in own_checkpoints(folder).items() if number > step]
+    later = [checkpoint for number, checkpoint in own_checkpoints(folder).items() if number > step]
     names = [name for name in own_files(folder) if name not in (RECORD, "config.yaml", "metrics.jsonl")]
     if not later:
         return None

@@ -76,13 +76,13 @@ class Output:
             check_options(config, checkpoint)
         if config.dry_run:
             return checkpoint
-        if not goes_on and not config.overwrite_output_dir and (found := results(folder, config)):
+        if not goes_on and not config.overwrite_output_dir and (result := results(folder, config)):
             go_on = "go on with --resume_from_checkpoint, "
             if config.resume_from_checkpoint == "auto":
                 go_on = "there is no checkpoint to go on from; "
             raise UsageError(
                 f"output_dir {folder} holds a run; {go_on}start anew with --overwrite_output_dir, or name another "
-                f"folder (found {found})"
+                f"folder (found {result})"
             )
         if others := foreign(folder, checkpoint if goes_on else None):
             where = f"output_dir {folder} holds {listed(others)}"
@@ -185,7 +185,7 @@ def check_place(config: TrainConfig) -> None:
             raise UsageError(f"output_dir must not be the folder of {name}, got {folder}; name another folder")
     if config.dry_run:
         return
-    existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UsageError(f"output_dir: {existing} is a file, so that {folder} cannot be made")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -196,8 +196,8 @@ def results(folder: Path, config: TrainConfig) -> str:
     """What the folder holds that a new run would destroy. A run that was broken off before it had anything to show is
     nothing: the same command may simply be given again."""
     own, resumes = files.own_files(folder), config.resume_from_checkpoint == "auto"
-    if (found := files.checkpoint_folders(folder)) and not resumes:  # where it resumes, none of them is whole
-        return next(reversed(found.values())).name
+    if (folders := files.checkpoint_folders(folder)) and not resumes:  # where it resumes, none of them is whole
+        return next(reversed(folders.values())).name
     if "adapter_model.safetensors" in own:
         return "adapter_model.safetensors"
     logged = folder / "metrics.jsonl"

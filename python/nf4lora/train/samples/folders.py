@@ -35,12 +35,12 @@ def read_directory(
     splits = _splits(_configuration(path, config))
 
     def pick(names: tuple[str, ...]) -> str | None:
-        found = [name for name in splits if name.lower() in names]
-        files = [file for name in found for file in splits[name]]
-        if len(found) > 1 or (len(files) > 1 and not all(SHARD.fullmatch(each.stem) for each in files)):
-            shown = " and ".join(str(each.relative_to(path)) for each in files[:4])
+        matching = [name for name in splits if name.lower() in names]
+        files = [file for name in matching for file in splits[name]]
+        if len(matching) > 1 or (len(files) > 1 and not all(SHARD.fullmatch(file.stem) for file in files)):
+            shown = " and ".join(str(file.relative_to(path)) for file in files[:4])
             raise RunError(f"{path}: {shown} could both be meant; keep one")
-        return found[0] if found else None
+        return matching[0] if matching else None
 
     for option, wanted in (("dataset_train_split", train), ("dataset_test_split", test)):
         if wanted and wanted not in splits:
@@ -75,14 +75,14 @@ def _shown(path: Path, files: list[Path]) -> str:
 
 def _data_files(path: Path) -> list[Path]:
     """Data files in a folder, its split folders and `data/`; hidden ones and descriptions aside."""
-    found = []
-    for each in sorted(path.rglob("*")):
-        parts = each.relative_to(path).parts
-        if len(parts) > 3 or any(part.startswith((".", "_")) for part in parts) or not each.is_file():
+    files = []
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        if len(parts) > 3 or any(part.startswith((".", "_")) for part in parts) or not file.is_file():
             continue
-        if each.suffix.lower() in ENDINGS and not ABOUT.fullmatch(each.name):
-            found.append(each)
-    return found
+        if file.suffix.lower() in ENDINGS and not ABOUT.fullmatch(file.name):
+            files.append(file)
+    return files
 
 
 def _configuration(path: Path, config: str | None) -> Path:
@@ -91,17 +91,16 @@ def _configuration(path: Path, config: str | None) -> Path:
         if not (path / config).is_dir():
             raise UsageError(f"dataset_config {config}: {path} has no folder of this name")
         return path / config
-    inner = [each for each in sorted(path.iterdir()) if each.is_dir() and _has_train(each)]
-    named = [each for each in inner if each.name.lower() not in ("data", *TRAIN, *EVAL, *TEST)]
-    if len(named) > 1 and not any(each.parent == path for each in _data_files(path)):
-        raise UsageError(
-            f"{path} holds several configurations, {', '.join(each.name for each in named)}: choose a dataset_config"
-        )
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _has_train(folder)]
+    named = [folder for folder in inner if folder.name.lower() not in ("data", *TRAIN, *EVAL, *TEST)]
+    if len(named) > 1 and not any(file.parent == path for file in _data_files(path)):
+        names = ", ".join(folder.name for folder in named)
+        raise UsageError(f"{path} holds several configurations, {names}: choose a dataset_config")
     return path
 
 
 def _has_train(path: Path) -> bool:
-    return any(_split(path, each).lower().startswith("train") for each in _data_files(path))
+    return any(_split(path, file).lower().startswith("train") for file in _data_files(path))
 
 
 def _split(path: Path, file: Path) -> str:
@@ -118,8 +117,8 @@ def _splits(path: Path) -> dict[str, list[Path]]:
     """Splits and their files. Where the folder itself holds train files, the folders in it are something else."""
     splits: dict[str, list[Path]] = {}
     files = _data_files(path)
-    here = [each for each in files if each.parent == path]
-    for file in here if any(_split(path, each).lower() in TRAIN for each in here) else files:
+    here = [file for file in files if file.parent == path]
+    for file in here if any(_split(path, file).lower() in TRAIN for file in here) else files:
         splits.setdefault(_split(path, file), []).append(file)
     return splits
 
@@ -130,7 +129,7 @@ def _joined(path: Path, split: str, files: list[Path], skip_bad: bool) -> Table:
     Raises:
         RunError: a shard is missing.
     """
-    shards = [SHARD.fullmatch(each.stem) for each in files]
+    shards = [SHARD.fullmatch(file.stem) for file in files]
     totals = {int(shard["total"]) for shard in shards if shard and shard["total"]}
     if len(totals) == 1:
         there = {int(shard["number"]) for shard in shards if shard}
@@ -141,7 +140,7 @@ def _joined(path: Path, split: str, files: list[Path], skip_bad: bool) -> Table:
                 + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + "; download it again"
             )
-    tables = [read_file(each, skip_bad) for each in files]
+    tables = [read_file(file, skip_bad) for file in files]
     if len(tables) == 1:
         return tables[0]
     return replace(
@@ -158,10 +157,10 @@ def _saved_to_disk(path: Path, train: str | None, test: str | None) -> tuple[Tab
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
+        data_set = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises its own errors and pyarrow's
         raise RunError(f"{path}: cannot be read as a folder of datasets.save_to_disk ({error})") from None
-    splits = dict(found) if isinstance(found, dict) else {train or "train": found}
+    splits = dict(data_set) if isinstance(data_set, dict) else {train or "train": data_set}
 
     def table(names: tuple[str, ...]) -> Table | None:
         name = next((name for name in splits if name in names), None)

@@ -76,25 +76,25 @@ def _recognise(table: Table, index: int, wanted: str) -> tuple[str, str]:
             columns["messages"] = ("conversations",)
         elif wanted == "auto" and _speaks_roles(row["conversations"]):
             columns["messages"], columns["sharegpt"] = ("conversations",), ("from and value in conversations",)
-    found = [name for name, needed in columns.items() if set(needed) <= first]
+    fitting = [name for name, needed in columns.items() if set(needed) <= first]
     if wanted != "auto":
-        if wanted not in found:
+        if wanted not in fitting:
             raise RunError(
                 f"{table.where(index)} has no {' and '.join(columns[wanted])}, which the format {wanted} needs; "
                 f"it has {_listed(first)}"
             )
         return wanted, ""
-    if not found:
+    if not fitting:
         raise RunError(f"{table.where(index)} has no usable field: {WANTED}; it has {_listed(first)}")
     why = ""
-    if len(found) > 1:
+    if len(fitting) > 1:
         kept = (
             "because it keeps the roles"
-            if found[0] in ("messages", "sharegpt")
+            if fitting[0] in ("messages", "sharegpt")
             else "because it parts prompt and answer"
         )
-        why = f"the rows could be {' or '.join(found)}; {found[0]} was taken {kept} (--dataset_format changes that)"
-    return found[0], why
+        why = f"the rows could be {' or '.join(fitting)}; {fitting[0]} was taken {kept} (--dataset_format changes that)"
+    return fitting[0], why
 
 
 def _listed(names: Iterable[Any]) -> str:
@@ -134,10 +134,10 @@ def convert(table: Table, kind: str) -> Converted:
 
 def samples(table: Table, kind: str) -> list[Sample]:
     """All rows as samples; rows that do not fit are an error that counts them and names the first ones."""
-    found = convert(table, kind)
-    if found.bad:
-        raise RunError(bad_rows(found.bad, len(table.rows)))
-    return found.samples
+    converted = convert(table, kind)
+    if converted.bad:
+        raise RunError(bad_rows(converted.bad, len(table.rows)))
+    return converted.samples
 
 
 def sample_of(row: dict, kind: str) -> Sample:
@@ -160,8 +160,8 @@ def _is_deep(value: Any) -> bool:
     for _ in range(DEEPEST):
         level = [
             child
-            for each in level
-            for child in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
         ]
         if not level:
             return False
@@ -170,11 +170,11 @@ def _is_deep(value: Any) -> bool:
 
 def _check_characters(sample: Sample) -> None:
     """Refuse half characters: JSON can write them (\\ud800), and no tokenizer takes them."""
-    whole = json.dumps([sample.messages, sample.tools, sample.prompt, sample.text], ensure_ascii=False, default=str)
+    text = json.dumps([sample.messages, sample.tools, sample.prompt, sample.text], ensure_ascii=False, default=str)
     try:
-        whole.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        code = f"\\u{ord(whole[error.start]):04x}"
+        code = f"\\u{ord(text[error.start]):04x}"
         raise ValueError(f"a text must be whole characters, got the lone surrogate {code} (half an emoji)") from None
 
 
@@ -192,13 +192,13 @@ def _kind(value: Any) -> str:
 
 
 def _kwargs(row: dict) -> dict[str, Any]:
-    found = without_nulls(parsed(row.get("chat_template_kwargs")) or {})
-    if not isinstance(found, dict):
-        raise ValueError(f"chat_template_kwargs must be an object, got {_kind(found)}")
-    reserved = {"messages", "tools", "conversation", "tokenize", "add_generation_prompt", "chat_template"} & set(found)
+    options = without_nulls(parsed(row.get("chat_template_kwargs")) or {})
+    if not isinstance(options, dict):
+        raise ValueError(f"chat_template_kwargs must be an object, got {_kind(options)}")
+    reserved = {"messages", "tools", "conversation", "tokenize", "add_generation_prompt", "chat_template"} & {*options}
     if reserved:
         raise ValueError(f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}")
-    return found
+    return options
 
 
 def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> Sample:
@@ -221,8 +221,8 @@ def _chat(row: dict, turns: list[tuple[dict, bool]], trained_from: int = 0) -> S
 
 
 def _says_nothing(message: dict) -> bool:
-    said = message["content"].strip() or message.get("tool_calls") or any(message.get(name) for name in REASONING)
-    return message["role"] == "assistant" and not said
+    words = message["content"].strip() or message.get("tool_calls") or any(message.get(name) for name in REASONING)
+    return message["role"] == "assistant" and not words
 
 
 def _nulls(row: dict) -> int:
@@ -243,9 +243,9 @@ def _messages(row: dict) -> Sample:
 def _listed_turns(value: Any) -> Any:
     """Turns as a list: some readers of data sets give an object of columns, {"role": [...], "content": [...]}."""
     turns = parsed(value)
-    if isinstance(turns, dict) and turns and all(isinstance(each, list) for each in turns.values()):
-        if len({len(each) for each in turns.values()}) == 1:
-            return [dict(zip(turns, each, strict=True)) for each in zip(*turns.values(), strict=True)]
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        if len({len(column) for column in turns.values()}) == 1:
+            return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
     return turns
 
 
@@ -331,8 +331,8 @@ def _alpaca(row: dict) -> Sample:
     for index, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError("history must be a list of [question, answer]")
-        for role, each in zip(("user", "assistant"), pair, strict=True):
-            turns.append(({"role": role, "content": _text_of(each, f"history[{index}]")}, True))
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(({"role": role, "content": _text_of(text, f"history[{index}]")}, True))
     question = "\n".join(part for part in (instruction, context) if part)
     turns += [({"role": "user", "content": question}, True), ({"role": "assistant", "content": output}, True)]
     return _chat(row, turns)

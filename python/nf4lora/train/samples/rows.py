@@ -54,7 +54,8 @@ def bad_rows(complaints: Sequence[str], total: int) -> str:
         return (
             f"{complaints[0]}\n(--skip_bad_rows trains on the other {total - 1} rows)" if total > 1 else complaints[0]
         )
-    lines = [f"{len(complaints)} of {total} rows cannot be used:", *(f"    {each}" for each in complaints[:SHOWN])]
+    lines = [f"{len(complaints)} of {total} rows cannot be used:"]
+    lines += [f"    {complaint}" for complaint in complaints[:SHOWN]]
     if len(complaints) > SHOWN:
         lines.append(f"    and {len(complaints) - SHOWN} more")
     if len(complaints) < total:
@@ -134,8 +135,8 @@ def _jsonl(path: Path) -> Table:
                 bad.append(f"{path}: line {number} is not valid JSON ({_json_error(error)})")
     if bad and not rows:
         with contextlib.suppress(ValueError, RecursionError):
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
-            if isinstance(whole, list) or len(bad) > 1:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            if isinstance(content, list) or len(bad) > 1:
                 return _json(path)  # one list, or one object over several lines, under the other name
     return Table(str(path), rows, numbers, "line", bad)
 
@@ -153,9 +154,9 @@ def _json(path: Path) -> Table:
     if not isinstance(value, list):
         raise RunError(f"{path}: must hold a list of objects, got {_short(value)}")
     rows, bad, numbers = [], [], []
-    for number, each in enumerate(value, 1):
+    for number, row in enumerate(value, 1):
         try:
-            rows.append(_object(str(path), "row", number, each))
+            rows.append(_object(str(path), "row", number, row))
             numbers.append(number)
         except RunError as error:
             bad.append(str(error))
@@ -171,28 +172,26 @@ def rows_of_json(value: Any) -> tuple[Any, str]:
     if not isinstance(value, dict):
         return value, ""
     columns, data = value.get("columns"), value.get("data")
-    if isinstance(columns, list) and isinstance(data, list) and all(isinstance(each, list) for each in data):
-        return [dict(zip(columns, each, strict=False)) for each in data], "read as a table of columns and data"
-    named = [name for name, each in value.items() if isinstance(each, list) and name not in COLUMNS]
-    lists = [name for name in named if value[name] and all(isinstance(each, dict) for each in value[name])]
+    if isinstance(columns, list) and isinstance(data, list) and all(isinstance(fields, list) for fields in data):
+        return [dict(zip(columns, fields, strict=False)) for fields in data], "read as a table of columns and data"
+    named = [name for name, column in value.items() if isinstance(column, list) and name not in COLUMNS]
+    lists = [name for name in named if value[name] and all(isinstance(row, dict) for row in value[name])]
     if isinstance(data, list) or (len(lists) == 1 and not COLUMNS & set(value)):
         name = "data" if isinstance(data, list) else lists[0]
         rows = value[name]
-        if all(isinstance(each, dict) and isinstance(each.get("row"), dict) for each in rows):
-            rows = [each["row"] for each in rows]  # what the Hub's viewer answers
+        if all(isinstance(entry, dict) and isinstance(entry.get("row"), dict) for entry in rows):
+            rows = [entry["row"] for entry in rows]  # what the Hub's viewer answers
         return rows, "" if name == "data" else f"the rows are those under {name!r}"
-    many = [each for name, each in value.items() if name in COLUMNS]
-    if many and all(isinstance(each, list) and each and not isinstance(each[0], dict) for each in many):
-        lengths = {len(each) for each in value.values() if isinstance(each, list)}
-        if len(lengths) == 1 and all(isinstance(each, list) for each in value.values()):
-            return [
-                dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)
-            ], "read by columns"
+    known = [column for name, column in value.items() if name in COLUMNS]
+    if known and all(isinstance(column, list) and column and not isinstance(column[0], dict) for column in known):
+        lengths = {len(column) for column in value.values() if isinstance(column, list)}
+        if len(lengths) == 1 and all(isinstance(column, list) for column in value.values()):
+            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)], "read by columns"
         if len(lengths) > 1:
             raise RunError(f"columns of a JSON file must be of one length, got {sorted(lengths)}")
-    if many and all(isinstance(each, dict) and each and all(key.isdigit() for key in each) for each in many):
-        keys = list(many[0])
-        return [{name: each.get(key) for name, each in value.items()} for key in keys], "read by columns"
+    if known and all(isinstance(column, dict) and column and all(key.isdigit() for key in column) for column in known):
+        keys = list(known[0])
+        return [{name: column.get(key) for name, column in value.items()} for key in keys], "read by columns"
     return [value], ""
 
 
@@ -260,8 +259,8 @@ def _parquet(path: Path) -> Table:
 
 def _txt(path: Path) -> Table:
     with path.open(encoding="utf-8-sig") as lines:
-        found = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
-    return Table(str(path), [{"text": line} for _, line in found], [number for number, _ in found], "line")
+        numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
+    return Table(str(path), [{"text": line} for _, line in numbered], [number for number, _ in numbered], "line")
 
 
 def read_hub(name: str, config: str | None, split: str) -> Table:

@@ -59,10 +59,10 @@ def _object(value: Any) -> Any:
     """The object that a string holds; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            found = json.loads(value)
+            content = json.loads(value)
         except (ValueError, RecursionError):
             return value  # the model wrote this text, and it is trained as it stands
-        return found if isinstance(found, dict) else value
+        return content if isinstance(content, dict) else value
     return value
 
 
@@ -77,15 +77,15 @@ def schemas(value: Any) -> list[dict] | None:
         return None
     if not isinstance(tools, list):
         raise ValueError("tools must be a list")
-    found = [without_nulls(parsed(tool)) for tool in tools]
-    for index, tool in enumerate(found):
+    tools = [without_nulls(parsed(tool)) for tool in tools]
+    for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
             raise ValueError(f"tools[{index}] must be an object with the schema of a function, got {tool!r}")
         holder = tool["function"] if isinstance(tool.get("function"), dict) else tool
         if "parameters" in holder:
             holder["parameters"] = without_nulls(_object(holder["parameters"]))
         check_json(tool, f"tools[{index}]")
-    return found
+    return tools
 
 
 def calls(value: Any, name: str) -> list[dict]:
@@ -94,11 +94,11 @@ def calls(value: Any, name: str) -> list[dict]:
     Raises:
         ValueError: something else.
     """
-    found = parsed(value)
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list):
-        raise ValueError(f"{name} must be a list of tool calls, got {found!r}")
-    return [_call(parsed(call), f"{name}[{index}]") for index, call in enumerate(found)]
+    called = parsed(value)
+    called = [called] if isinstance(called, dict) else called
+    if not isinstance(called, list):
+        raise ValueError(f"{name} must be a list of tool calls, got {called!r}")
+    return [_call(parsed(call), f"{name}[{index}]") for index, call in enumerate(called)]
 
 
 def _call(call: Any, name: str) -> dict:
