@@ -16,7 +16,7 @@ class Guarded(Protocol):
 
     began_at: int  # the step of the checkpoint that the run goes on from
     in_step: bool  # whether the weights are between two steps' values
-    _total_train_tokens: int
+    tokens_seen: int  # without padding
 
 
 class Guard(TrainerCallback):
