@@ -74,6 +74,13 @@ def run(base, data, folder, *more):
     return train(parse_arguments(options(base, data, folder, "--max_steps", "2", *more)), Console(file=io.StringIO()))
 
 
+def test_a_run_is_silent_of_names_that_others_have_replaced(base, data, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run(base, data, tmp_path / "out") == 0
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)] == []
+
+
 @pytest.fixture
 def table(tmp_path):
     """Rows in a csv file, whose reader has a limit that is one for the whole process."""

@@ -6,6 +6,7 @@ Tried with TRL 1.16 and transformers 5.17 to 5.24. `tests/test_compat.py` fails 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
+
+
+def recomputation(wanted: bool) -> dict[str, Any]:
+    """Whether activations are computed again in the backward pass, as options of SFTConfig under this release's names:
+    transformers 5.24 warns of those that all earlier ones have."""
+    names = {field.name for field in fields(SFTConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 class OneDeviceConfig(SFTConfig):

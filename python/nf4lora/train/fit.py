@@ -223,13 +223,12 @@ def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bo
     """The options as TRL's SFTConfig."""
     import torch
 
-    from nf4lora.compat.trl import OneDeviceConfig
+    from nf4lora.compat.trl import OneDeviceConfig, recomputation
 
     options: dict[str, Any] = {name: getattr(config, name) for name in (
         "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
         "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
-        "gradient_checkpointing", "seed", "save_strategy", "save_steps", "logging_steps", "eval_steps", "report_to",
-        "max_length", "packing",
+        "seed", "save_strategy", "save_steps", "logging_steps", "eval_steps", "report_to", "max_length", "packing",
     )}  # fmt: skip
     return OneDeviceConfig(
         **options,
@@ -238,7 +237,7 @@ def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bo
         eval_strategy=config.eval_strategy or "no",
         full_determinism=config.deterministic,
         optim="adamw_torch_fused",  # unless optimizer.keywords names another
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **recomputation(config.gradient_checkpointing),
         eval_on_start=evaluate,
         bf16=dtype is torch.bfloat16 and needs_autocast(config),
         use_cpu=device == "cpu",
