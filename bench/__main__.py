@@ -51,17 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:<12}{case(name).QUESTION}")
         return 0
     settings = Settings(options.quick, options.device, options.model)
-    about = environment(settings.device)
-    print(results.headline(about), flush=True)
+    machine = environment(settings.device)
+    print(results.headline(machine), flush=True)
     if not options.quick and (text := warning_before()):
         print(f"warning: {text}", file=sys.stderr, flush=True)
     failed = False
     for name in options.case or CASES:
-        failed |= not run(name, settings, about, options.json)
+        failed |= not run(name, settings, machine, options.json)
     return int(failed)
 
 
-def run(name: str, settings: Settings, about: dict, json: Path | None) -> bool:
+def run(name: str, settings: Settings, machine: dict, json: Path | None) -> bool:
     """One case: False where an answer was wrong."""
     print(f"\n{name}: {case(name).QUESTION}\n", flush=True)
     try:
@@ -78,7 +78,7 @@ def run(name: str, settings: Settings, about: dict, json: Path | None) -> bool:
         "case": name,
         "question": case(name).QUESTION,
         "quick": settings.quick,
-        "environment": about,
+        "environment": machine,
         **watch.record(),
         "tables": [table.to_dict() for table in tables],
     }

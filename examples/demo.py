@@ -69,23 +69,26 @@ def answers(model, tokenizer, conversations: list[list[dict]], tell: Callable[[s
     """Greedy answers to conversations that end with the customer's message; `tell` hears how far it is."""
     import torch
 
-    texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in conversations]
+    texts = [
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        for conversation in conversations
+    ]
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
-    found: list[str] = []
+    replies: list[str] = []
     for start in range(0, len(texts), BATCH):
         inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
         rows, prompt = inputs["input_ids"].shape
 
-        def progress(ids, scores, done=start, rows=rows, prompt=prompt, **kwargs):
+        def progress(ids, scores, finished=start, rows=rows, prompt=prompt, **kwargs):
             """generate() asks after each token whether a row shall stop; this one only listens."""
-            done += int(torch.isin(ids[:, prompt:], ends).any(1).sum())
-            tell(f"{done} of {len(texts)} are done, token {ids.shape[1] - prompt} of at most {ANSWER}")
+            finished += int(torch.isin(ids[:, prompt:], ends).any(1).sum())
+            tell(f"{finished} of {len(texts)} are done, token {ids.shape[1] - prompt} of at most {ANSWER}")
             return ids.new_zeros(rows, dtype=torch.bool)
 
         tell(f"{start} of {len(texts)} are done, reading the next {rows}")
         output = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False, stopping_criteria=[progress])
-        found += tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
-    return [each.strip() for each in found]
+        replies += tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
 
 
 def paragraph(label: str, text: str, width: int = 78) -> str:
@@ -101,7 +104,7 @@ def paragraph(label: str, text: str, width: int = 78) -> str:
     )
 
 
-def show(rows: list[list[dict]], before: list[str], after: list[str]) -> None:
+def show_examples(rows: list[list[dict]], before: list[str], after: list[str]) -> None:
     """The first three held-out messages of different categories, with both answers."""
     print("\nThree messages that were held out\n")
     shown: list[str] = []
@@ -121,8 +124,10 @@ def summary(rows: list[list[dict]], before: list[str], after: list[str], output:
     loss = json.loads((output / "eval_results.json").read_text())
     run = json.loads((output / "train_results.json").read_text())
     wanted = [json.loads(row[-1]["content"])["category"] for row in rows]
-    old, new = [parse(each) for each in before], [parse(each) for each in after]
-    right = sum(ticket is not None and ticket["category"] == each for ticket, each in zip(new, wanted, strict=True))
+    old, new = [parse(answer) for answer in before], [parse(answer) for answer in after]
+    right = sum(
+        ticket is not None and ticket["category"] == category for ticket, category in zip(new, wanted, strict=True)
+    )
     minutes, seconds = divmod(round(run["train_runtime"]), 60)
     for name, text in (
         ("held-out loss", f"{loss['eval_loss_before']:.3f} before, {loss['eval_loss']:.3f} after"),
@@ -147,10 +152,10 @@ def main() -> int:
     command = ["train", str(CONFIG.relative_to(ROOT)), "--overwrite_output_dir"]
     print(f"$ nf4lora {' '.join(command)}\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # the training says itself what it saved
-        done = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
-        done.wait()
-    if done.wait():
-        return done.returncode
+        training = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
+        training.wait()
+    if training.wait():
+        return training.returncode
 
     rows = [json.loads(line)["messages"] for line in (ROOT / config["eval_file"]).read_text("utf-8").splitlines()]
     prompts = [row[:-1] for row in rows]
@@ -162,7 +167,7 @@ def main() -> int:
             before = answers(model, tokenizer, prompts, status)
     with Status(f"Answering {len(rows)} held-out messages with the adapter", sys.stdout) as status:
         after = answers(model, tokenizer, prompts, status)
-    show(rows, before, after)
+    show_examples(rows, before, after)
     summary(rows, before, after, output)
     return 0
 

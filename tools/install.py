@@ -54,27 +54,27 @@ class Reader:
 
 def run(title: str, command: Sequence[str], every: float = EVERY_S) -> int:
     """Run pip under a status; returns its exit code, after printing all that it said where that is not 0."""
-    said: list[str] = []
+    output: list[str] = []
     with Status(title, every=every) as status:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1
         ) as child:
             assert child.stdout is not None
-            read = Reader(status, status.note)
+            reader = Reader(status, status.note)
             for line in child.stdout:
-                said.append(line)
-                read(line)
+                output.append(line)
+                reader(line)
             code = child.wait()
         if code:
             status.fail(f"failed with exit code {code}")
     if code:
-        sys.stderr.write("".join(said))
+        sys.stderr.write("".join(output))
     return code
 
 
 def main(arguments: Sequence[str]) -> int:
-    title, verb, *rest = arguments
-    return run(title, [*PIP, verb, "--progress-bar", "off", *rest])
+    title, verb, *options = arguments
+    return run(title, [*PIP, verb, "--progress-bar", "off", *options])
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ def disassembler() -> tuple[str, dict[str, str]] | None:
 def listing(option: str, compiled: list[Path]) -> str:
     """What cuobjdump says of each file: `-sass` are instructions, `-res-usage` registers and memory."""
     cuobjdump, environment = disassembler()
-    said = ""
+    text = ""
     for path in compiled:
         result = subprocess.run([cuobjdump, option, str(path)], capture_output=True, text=True, env=environment)
         if result.returncode:
             raise SystemExit(f"machine_code: {path.name} must hold machine code of CUDA, got\n{result.stderr}")
-        said += result.stdout
-    return said
+        text += result.stdout
+    return text
 
 
 def listing_of_wheel(option: str, wheel: Path) -> str:

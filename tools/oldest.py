@@ -28,11 +28,11 @@ def bounds(pyproject: Path = PYPROJECT) -> dict[str, str]:
         from pip._vendor import tomli as tomllib
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    found = {}
+    versions = {}
     for requirement in [*project["dependencies"], *extras["train"], *extras["test"]]:
         if match := re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement):
-            found[match[1].lower()] = match[2]
-    return found
+            versions[match[1].lower()] = match[2]
+    return versions
 
 
 def can_be_installed(name: str, version: str) -> bool:
@@ -42,15 +42,15 @@ def can_be_installed(name: str, version: str) -> bool:
 
 
 def write_constraints(path: Path) -> int:
-    kept = []
+    constraints = []
     for name, version in bounds().items():
         if can_be_installed(name, version):
-            kept.append(f"{name}=={version}")
+            constraints.append(f"{name}=={version}")
             print(f"oldest: {name} {version}", flush=True)
         else:
             print(f"oldest: {name} {version} cannot be installed here, and is NOT tested", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in constraints), encoding="utf-8")
     return 0
 
 
@@ -70,10 +70,10 @@ def show_installed() -> int:
 def is_same(version: str, bound: str) -> bool:
     """Whether a version is the bound: 2.11.0+cpu is 2.11."""
 
-    def numbers(text: str) -> str:
+    def release(text: str) -> str:
         return re.sub(r"(\.0)*$", "", text.split("+")[0])
 
-    return numbers(version) == numbers(bound)
+    return release(version) == release(bound)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -66,10 +66,10 @@ def compile_log(wanted: list[str]) -> str:
 
 def nvcc_version() -> str:
     try:
-        said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         raise SystemExit("ptxas_gate: nvcc must be on PATH, found none; install the CUDA toolkit") from None
-    return re.search(r"V([\d.]+)", said)[1]
+    return re.search(r"V([\d.]+)", output)[1]
 
 
 def read_log(log: str) -> Costs:

@@ -74,8 +74,8 @@ def compare(counts: Counts, demands: dict[str, dict[str, str]], architectures: l
             where = f"{kernel} on {architecture}"
             wrong += [f"{where}: {count[name]} {name}, must be 0: local memory" for name in LOCAL_MEMORY if count[name]]
             wrong += [f"{where}: no {name}, but {why}" for name, why in needed.items() if not count[name]]
-    there = {kernel.split("<")[0] for kernel in counts}
-    return wrong + [f"{kernel}: demanded, but not in the sources" for kernel in sorted(demands.keys() - there)]
+    kernels = {kernel.split("<")[0] for kernel in counts}
+    return wrong + [f"{kernel}: demanded, but not in the sources" for kernel in sorted(demands.keys() - kernels)]
 
 
 def main(arguments: list[str] | None = None) -> int:

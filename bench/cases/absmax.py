@@ -18,8 +18,8 @@ QUESTION = "What do the scales of a weight cost in time and in bits?"
 def run(settings: Settings) -> list[Table]:
     shapes = QUICK if settings.quick else SHAPES
     rows = [row(shape, settings) for shape in shapes]
-    large = [each["bits per weight"] for shape, each in zip(shapes, rows, strict=True) if shape.weights >= 1 << 22]
-    differing = [each["codes unlike bitsandbytes', %"] for each in rows]
+    large = [cells["bits per weight"] for shape, cells in zip(shapes, rows, strict=True) if shape.weights >= 1 << 22]
+    differing = [cells["codes unlike bitsandbytes', %"] for cells in rows]
     targets = []
     if large:
         worst = max(large)
@@ -66,8 +66,8 @@ def row(shape: Shape, settings: Settings) -> dict:
             offset = values.mean()
             return *bnb.quantize_blockwise(values - offset, blocksize=256), offset
 
-        theirs, state, offset = encode()
-        differing = 100 * (theirs.flatten() != absmax_q.flatten()).double().mean().item()
+        rival_codes, state, offset = encode()
+        differing = 100 * (rival_codes.flatten() != absmax_q.flatten()).double().mean().item()
         encoders["bitsandbytes"] = encode
         decoders["bitsandbytes"] = lambda: bnb.dequantize_blockwise(next(codes), state).add_(offset)
     encoded = alternate(encoders, seconds=limit, device=device)

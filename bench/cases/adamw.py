@@ -40,14 +40,14 @@ def run(settings: Settings) -> list[Table]:
 
 def cpu_targets(rows: list[dict]) -> list[tuple[str, bool]]:
     """What the case holds a CPU to."""
-    found = []
-    for each in rows:
+    targets = []
+    for cells in rows:
         for bits, most in ((32, 1.0), (8, 1.2)):
-            ratio = 1 / each[f"{bits} bits, fused / ours"]["median"]
-            claim = f"{each['dtype']}, {bits} bits: at most {most} of the time of torch's fused, got {ratio:.2f}"
-            found.append((claim, ratio <= most))
-    most = max(each["8 bits, state"] for each in rows)
-    return [*found, (f"8 bits: at most 2.05 bytes of state per value, got {most:.2f}", most <= 2.05)]
+            ratio = 1 / cells[f"{bits} bits, fused / ours"]["median"]
+            claim = f"{cells['dtype']}, {bits} bits: at most {most} of the time of torch's fused, got {ratio:.2f}"
+            targets.append((claim, ratio <= most))
+    most = max(cells["8 bits, state"] for cells in rows)
+    return [*targets, (f"8 bits: at most 2.05 bytes of state per value, got {most:.2f}", most <= 2.05)]
 
 
 def card_targets(rows: list[dict]) -> list[tuple[str, bool]]:
@@ -55,13 +55,13 @@ def card_targets(rows: list[dict]) -> list[tuple[str, bool]]:
     peak = peak_bandwidth(torch.cuda.get_device_properties(torch.cuda.current_device()))
     if peak is None:
         return []
-    found = []
-    for each in rows:
+    targets = []
+    for cells in rows:
         for bits in (32, 8):
-            share = each[f"{bits} bits, GB/s"] * 1e9 / peak
-            claim = f"{each['dtype']}, {bits} bits: at least 85 % of {peak / 1e12:.2f} TB/s, got {share:.1%}"
-            found.append((claim, share >= 0.85))
-    return found
+            share = cells[f"{bits} bits, GB/s"] * 1e9 / peak
+            claim = f"{cells['dtype']}, {bits} bits: at least 85 % of {peak / 1e12:.2f} TB/s, got {share:.1%}"
+            targets.append((claim, share >= 0.85))
+    return targets
 
 
 class Contenders:
@@ -69,38 +69,40 @@ class Contenders:
 
     def __init__(self, count: int, dtype: torch.dtype, device: str) -> None:
         param, grad = torch.randn(count).to(device, dtype), torch.randn(count).to(device, dtype)
-        check(param, grad)
+        check_step(param, grad)
         skipped = torch.zeros(1, dtype=torch.int64, device=device)
         wide = [torch.zeros(count, device=device) for _ in range(2)]
         narrow = [torch.full((count,), zero, dtype=torch.uint8, device=device) for zero in (127, 0)]
         absmax = torch.zeros(-(-count // 256), 2, device=device)
-        mine = torch.nn.Parameter(param.clone())
-        mine.grad = grad
+        trained = torch.nn.Parameter(param.clone())
+        trained.grad = grad
         self.state = {"32": 8.0, "8": sum(t.nbytes for t in (*narrow, absmax)) / count}
-        self.moved = {bits: count * (3 * param.element_size() + 2 * held) for bits, held in self.state.items()}
+        self.moved = {
+            bits: count * (3 * param.element_size() + 2 * state_bytes) for bits, state_bytes in self.state.items()
+        }
         self.calls = {
             "32": lambda: ops.adamw_step_([param], [grad], [wide[0]], [wide[1]], [], skipped, **NUMBERS),
             "8": lambda: ops.adamw_step_([param], [grad], [narrow[0]], [narrow[1]], [absmax], skipped, **NUMBERS),
-            "fused": torch.optim.AdamW([mine], lr=1e-3, fused=True).step,
+            "fused": torch.optim.AdamW([trained], lr=1e-3, fused=True).step,
         }
         if device == "cuda":  # on a CPU one thread does it
             self.calls["copy"] = lambda: wide[0].copy_(wide[1])
         if installed("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
 
-            self.calls["bitsandbytes"] = AdamW8bit([mine], lr=1e-3).step
+            self.calls["bitsandbytes"] = AdamW8bit([trained], lr=1e-3).step
 
 
 def row(count: int, dtype: torch.dtype, settings: Settings) -> dict:
     contenders = Contenders(count, dtype, settings.device)
     times = alternate(contenders.calls, seconds=0.1 if settings.quick else 4.0, device=settings.device)
     result: dict = {"dtype": str(dtype).removeprefix("torch."), "fused, ms": times["fused"].spread()}
-    for bits, held in contenders.state.items():
+    for bits, state_bytes in contenders.state.items():
         result |= {
             f"{bits} bits, ms": times[bits].spread(),
             f"{bits} bits, fused / ours": times["fused"].over(times[bits]),
             f"{bits} bits, GB/s": contenders.moved[bits] / times[bits].median / 1e9,
-            f"{bits} bits, state": held,
+            f"{bits} bits, state": state_bytes,
         }
     if "copy" in times:
         result["copy_, GB/s"] = 8 * count / times["copy"].median / 1e9
@@ -115,15 +117,15 @@ def by_instruction_set(count: int, settings: Settings) -> Table:
     for name in _C.cpu_instruction_sets():
         _C.force_cpu_instruction_set(name)
         try:
-            mine = {bits: calls[bits] for bits in ("32", "8", "fused")}
-            times = alternate(mine, seconds=0.1 if settings.quick else 1.0)
+            timed_calls = {bits: calls[bits] for bits in ("32", "8", "fused")}
+            times = alternate(timed_calls, seconds=0.1 if settings.quick else 1.0)
         finally:
             _C.force_cpu_instruction_set("")
-        found: dict = {"instruction set": name}
+        cells: dict = {"instruction set": name}
         for bits in ("32", "8"):
-            found[f"{bits} bits, ms"] = times[bits].spread()
-            found[f"{bits} bits, fused / ours"] = times["fused"].over(times[bits])
-        rows.append(found)
+            cells[f"{bits} bits, ms"] = times[bits].spread()
+            cells[f"{bits} bits, fused / ours"] = times["fused"].over(times[bits])
+        rows.append(cells)
     return Table(
         "The same in float32, held to an instruction set",
         rows,
@@ -141,11 +143,11 @@ def small_tensors(settings: Settings) -> Table:
         params = [torch.nn.Parameter(torch.randn(64, device=settings.device)) for _ in range(count)]
         for p in params:
             p.grad = torch.randn_like(p)
-        ours = PagedAdamW(params, bits=8)
-        ours.step()
+        paged = PagedAdamW(params, bits=8)
+        paged.step()
         calls = {
-            "ours": ours.step,
-            "op": paging.unpaged(ours),
+            "ours": paged.step,
+            "op": paging.unpaged(paged),
             "fused": torch.optim.AdamW(params, fused=True).step,
             "foreach": torch.optim.AdamW(params, foreach=True).step,
         }
@@ -167,17 +169,17 @@ def small_tensors(settings: Settings) -> Table:
     )
 
 
-def check(param: torch.Tensor, grad: torch.Tensor) -> None:
+def check_step(param: torch.Tensor, grad: torch.Tensor) -> None:
     """A step of the first values is that of the reference, in 32 and in 8 bits."""
     g, device = grad[:5000], param.device
     zeros, blocks = torch.zeros(5000), torch.zeros(20, 2)
     codes = [torch.full((5000,), zero, dtype=torch.uint8) for zero in (127, 0)]
     for moments in ([zeros, zeros.clone()], [*codes, blocks]):
         want = reference.adamw_step(param[:5000].cpu(), g.cpu(), *(t.clone() for t in moments), **NUMBERS)
-        some, state = param[:5000].clone(), [t.to(device, copy=True) for t in moments]
+        values, state = param[:5000].clone(), [t.to(device, copy=True) for t in moments]
         skipped = torch.zeros(1, dtype=torch.int64, device=device)
-        ops.adamw_step_([some], [g], [state[0]], [state[1]], state[2:], skipped, **NUMBERS)
-        for name, got, expected in zip(
-            ("param", "exp_avg", "exp_avg_sq", "absmax"), (some, *state), want, strict=False
+        ops.adamw_step_([values], [g], [state[0]], [state[1]], state[2:], skipped, **NUMBERS)
+        for name, result, expected in zip(
+            ("param", "exp_avg", "exp_avg_sq", "absmax"), (values, *state), want, strict=False
         ):
-            check_equal(f"adamw_step_, {name}", got.cpu(), expected)
+            check_equal(f"adamw_step_, {name}", result.cpu(), expected)

@@ -66,9 +66,9 @@ def one_token(settings: Settings) -> Table:
             made = layer(shape, double_quant)
             nbytes = sum(t.nbytes for t in made.values() if isinstance(t, Tensor))
             layers = rotation(lambda _, shape=shape, kind=double_quant: layer(shape, kind), nbytes)
-            read = rotation(lambda _, words=nbytes // 8: torch.ones(words, dtype=torch.int64), nbytes)
+            plain = rotation(lambda _, words=nbytes // 8: torch.ones(words, dtype=torch.int64), nbytes)
             calls[name] = lambda x=x, layers=layers: call(next(layers), x)
-            calls[f"sum, {name}"] = lambda read=read: next(read).sum()
+            calls[f"sum, {name}"] = lambda plain=plain: next(plain).sum()
             sizes[name] = nbytes
         took = alternate(calls, seconds=0.1 if settings.quick else 3.0)
         row: dict = {"layer": shape.name}

@@ -38,18 +38,18 @@ def run(settings: Settings) -> list[Table]:
         raise Absent(f"no data in {DATA}: run this in the root of the repository")
     evaluated = [0, 1] if settings.quick else EVALUATED
     arguments = {"folder": folder.resolve(), "data": DATA.resolve(), "device": settings.device, "evaluated": evaluated}
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name in [OURS, *([] if without("bitsandbytes") else [RIVAL]), EXACT, SIXTEEN]:
-        found[name] = trained(name=name, **arguments)
-    last = {name: each["held_out"][-1] for name, each in found.items()}
+        results[name] = trained(name=name, **arguments)
+    last = {name: result["held_out"][-1] for name, result in results.items()}
     rows = []
-    for name, each in found.items():
+    for name, result in results.items():
         row: dict = {"contender": name}
         row |= {
-            f"held-out loss at {step}": f"{loss:.4f}" for step, loss in zip(evaluated, each["held_out"], strict=True)
+            f"held-out loss at {step}": f"{loss:.4f}" for step, loss in zip(evaluated, result["held_out"], strict=True)
         }
         row["beside bitsandbytes, %"] = 100 * (last[name] / last[RIVAL] - 1) if RIVAL in last else None
-        row["training loss, last 10 steps"] = mean(each["losses"][-10:])
+        row["training loss, last 10 steps"] = mean(result["losses"][-10:])
         rows.append(row)
     targets = []
     if RIVAL in last and not settings.quick:
@@ -86,7 +86,7 @@ def contender(name: str, folder: str, data: str, device: str, evaluated: list[in
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train, valid = (encoded(Path(data) / f"{part}.jsonl", tokenizer) for part in ("train", "valid"))
     model = adapted(name, folder, device=device)
-    weights = [each for each in model.parameters() if each.requires_grad]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stepper = OPTIMIZERS[optimizer](weights, lr=RATE, weight_decay=0.0)
     steps = evaluated[-1]
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: rate(step, steps))
@@ -121,9 +121,9 @@ def encoded(path: Path, tokenizer) -> list[tuple[list[int], list[int]]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        conversation = tokenizer.apply_chat_template(messages, tokenize=False)
         start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        ids = tokenizer(conversation, add_special_tokens=False).input_ids
         rows.append((ids, [-100] * start + ids[start:]))
     return rows
 
@@ -133,7 +133,7 @@ def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, Te
     length = max(len(ids) for ids, _ in rows)
 
     def filled(values: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([each + [filler] * (length - len(each)) for each in values], device=device)
+        return torch.tensor([row + [filler] * (length - len(row)) for row in values], device=device)
 
     return {
         "input_ids": filled([ids for ids, _ in rows], 0),

@@ -32,7 +32,8 @@ def table(settings: Settings) -> Table:
     for changing in (False, True):
         for spread in (0.0, 2.0):
             moved = {
-                name: drift(each, seeds, steps, changing, spread, settings.device) for name, each in optimizers.items()
+                name: drift(stepper, seeds, steps, changing, spread, settings.device)
+                for name, stepper in optimizers.items()
             }
             before = f"{'change' if changing else 'stand still'}, {'sizes differ' if spread else 'of one size'}"
             row: dict = {"gradients before": before}
@@ -40,8 +41,8 @@ def table(settings: Settings) -> Table:
                 row |= {f"{name}, most": most, f"{name}, mean": mean}
             rows.append(row)
             if "bitsandbytes" in moved and not settings.quick:
-                held = all(ours <= theirs for ours, theirs in zip(moved["8 bits"], moved["bitsandbytes"]))
-                targets.append((f"gradients that {before}: no more drift than bitsandbytes", held))
+                met = all(ours <= rival for ours, rival in zip(moved["8 bits"], moved["bitsandbytes"]))
+                targets.append((f"gradients that {before}: no more drift than bitsandbytes", met))
     return Table(
         "Drift of parameters whose gradient has ended, in learning rates a step",
         rows,

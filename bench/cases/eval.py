@@ -33,7 +33,7 @@ def run(settings: Settings) -> list[Table]:
         "a random Llama of 2 layers in bf16, r = 16 on every linear layer, no dropout; two steps of AdamW, a backward "
         "pass, evaluations of " + ", ".join(EVALUATIONS) + " without gradients, model.train(), the same backward pass",
         "repacked: layers whose weight is laid out anew for evaluation",
-        *said_of_rival(rows),
+        *notes_on_rival(rows),
         *without("bitsandbytes"),
     ]
     claim = f"no gradient of ours changes, got {changed} of {ours['adapter tensors']}"
@@ -45,17 +45,17 @@ def row(name: str, folder: str, device: str) -> dict:
         return {"contender": name, **next(process)}
 
 
-def said_of_rival(rows: list[dict]) -> list[str]:
+def notes_on_rival(rows: list[dict]) -> list[str]:
     """What the rival's row means on this processor."""
-    theirs = next((each for each in rows if each["contender"] == RIVAL), None)
-    if theirs is None:
+    rival = next((cells for cells in rows if cells["contender"] == RIVAL), None)
+    if rival is None:
         return []
     who = f"bitsandbytes {metadata.version('bitsandbytes')}"
     if NEEDED not in _C.cpu_instruction_sets():
         return [
             f"this processor has no {NEEDED}: {who} repacks nothing here, so what that does to gradients cannot show"
         ]
-    if theirs["layers repacked"]:
+    if rival["layers repacked"]:
         return [
             f"{who} repacks a layer at the first forward pass in evaluation mode, and from then on its backward pass "
             f"gives a gradient of zero to the layer's input, so to everything below: load the model again after an "
@@ -66,14 +66,14 @@ def said_of_rival(rows: list[dict]) -> list[str]:
 
 def contender(name: str, folder: str, device: str):
     model = adapted(name, folder, device=device)
-    trained = {key: each for key, each in model.named_parameters() if each.requires_grad}
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     ids = torch.arange(64, device=device).reshape(2, 32) + 1
 
     def gradients() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        return {key: each.grad.clone() for key, each in trained.items()}
+        return {key: parameter.grad.clone() for key, parameter in trained.items()}
 
     for _ in range(2):
         gradients()
@@ -85,7 +85,7 @@ def contender(name: str, folder: str, device: str):
             model(input_ids=torch.ones(1, tokens, dtype=torch.long, device=device))
     model.train()
     after = gradients()
-    states = [getattr(each, "quant_state", None) for each in model.parameters()]
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     yield {
         "adapter tensors": len(trained),
         "gradients that changed": sum(not torch.equal(before[key], after[key]) for key in before),

@@ -35,11 +35,11 @@ def run(settings: Settings) -> list[Table]:
             turn = list(zip(names, open_, strict=True))
             for batch in BATCHES:  # every contender yields its batches in this order
                 for name, process in turn if number % 2 else reversed(turn):
-                    found = next(process)
-                    if found["batch"] != batch or found["tokens"] != batch * answer:
-                        raise WrongAnswer(f"{name} wrote {found['tokens']} tokens, not {batch} times {answer}")
+                    result = next(process)
+                    if result["batch"] != batch or result["tokens"] != batch * answer:
+                        raise WrongAnswer(f"{name} wrote {result['tokens']} tokens, not {batch} times {answer}")
                     if number >= 0:
-                        took[(*name, batch)].append(found["seconds"])
+                        took[(*name, batch)].append(result["seconds"])
     finally:
         for process in open_:
             process.__exit__()
@@ -95,6 +95,6 @@ def contender(name: str, adapter: bool, folder: str, device: str, answer: int):
         for batch in BATCHES:
             ids = prompts[:batch]
             start = time.perf_counter()
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
             seconds = time.perf_counter() - start
-            yield {"seconds": seconds, "tokens": found[:, PROMPT:].numel(), "batch": batch}
+            yield {"seconds": seconds, "tokens": output[:, PROMPT:].numel(), "batch": batch}

@@ -38,16 +38,16 @@ def run(settings: Settings) -> list[Table]:
     if settings.device != "cpu":
         raise Absent("a GPU has one instruction set")
     rows, targets = [], []
-    for name, (held, dtype, limit) in HELD.items():
-        if held["NF4LORA_CPU"] not in build_info()["cpu_available"]:
+    for name, (environment, dtype, limit) in HELD.items():
+        if environment["NF4LORA_CPU"] not in build_info()["cpu_available"]:
             continue
-        with Process("isa", held, dtype=dtype, quick=settings.quick) as process:
-            for found in next(process)["rows"]:
-                rows.append({"held to": name, **found})
-                timed = not settings.quick and found["M"] == TOKENS[-1] and found["pass"] == "forward"
+        with Process("isa", environment, dtype=dtype, quick=settings.quick) as process:
+            for cells in next(process)["rows"]:
+                rows.append({"held to": name, **cells})
+                timed = not settings.quick and cells["M"] == TOKENS[-1] and cells["pass"] == "forward"
                 if timed and limit is not None:
-                    ratio = found["ours / torch"]["median"]
-                    claim = f"{name}, {found['M']} tokens: at most {limit} of torch's time, got {ratio:.2f}"
+                    ratio = cells["ours / torch"]["median"]
+                    claim = f"{name}, {cells['M']} tokens: at most {limit} of torch's time, got {ratio:.2f}"
                     targets.append((claim, ratio <= limit))
     shape = QUICK[0] if settings.quick else SHAPE
     notes = [
@@ -62,7 +62,7 @@ def contender(dtype: str, quick: bool):
     weight = torch.randn(shape.N, shape.K).mul_(0.02).to(kind)
     layer, frozen = with_lora(NF4Linear.from_linear(linear(weight))), linear(weight)
     x = torch.randn(8, shape.K, dtype=kind)
-    A, B = (each["default"].weight.data for each in (layer.lora_A, layer.lora_B))
+    A, B = (adapter["default"].weight.data for adapter in (layer.lora_A, layer.lora_B))
     arguments = layer.base_layer.op_arguments()
     expected, _ = reference.lora_linear(x, **arguments, lora_A=A, lora_B=B, scaling=ALPHA / RANK)
     # float32: sums of 4,096 terms in another order; bfloat16: a last place, 2^-7 of a value just above a power of two.
@@ -70,12 +70,12 @@ def contender(dtype: str, quick: bool):
     rows: list[dict[str, Any]] = []
     for M in (1, 16) if quick else TOKENS:
         x, dy = torch.randn(M, shape.K, dtype=kind), torch.randn(M, shape.N, dtype=kind)
-        for what, call in CALLS.items():
+        for direction, call in CALLS.items():
             turns = {"ours": partial(call, lambda: layer, x, dy), "torch": partial(call, lambda: frozen, x, dy)}
             took = alternate(turns, seconds=0.1 if quick else 3.0, most=100)
             rows.append(
                 {
-                    "pass": what,
+                    "pass": direction,
                     "M": M,
                     "ours, ms": took["ours"].spread(),
                     "torch, ms": took["torch"].spread(),

@@ -32,7 +32,7 @@ def run(settings: Settings) -> list[Table]:
             for name in names:
                 runs[name].append(measured(name, folder, settings.device))
     limit = largest + ALLOWED
-    rows = [row(name, found) for name, found in runs.items()]
+    rows = [row(name, results) for name, results in runs.items()]
     over = rows[0]["peak - final, MB"] * MB
     claim = f"peak - final at most the largest tensor in 16 bits + 64 MiB = {limit / MB:.0f} MB, got {over / MB:.0f} MB"
     notes = [
@@ -46,19 +46,19 @@ def run(settings: Settings) -> list[Table]:
     return [Table(title, rows, notes, [(claim, over <= limit)])]
 
 
-def row(name: str, found: list[dict]) -> dict:
+def row(name: str, results: list[dict]) -> dict:
     def middle(key: str) -> float:
-        return median(each[key] for each in found) / MB
+        return median(result[key] for result in results) / MB
 
     return {
         "contender": name,
-        "load, s": spread([each["seconds"] for each in found]),
+        "load, s": spread([result["seconds"] for result in results]),
         "model, MB": middle("bytes"),
         "before, MB": middle("before"),
-        "peak, MB": max(each["peak"] for each in found) / MB,
+        "peak, MB": max(result["peak"] for result in results) / MB,
         "final, MB": middle("final"),
-        "peak - final, MB": max(each["peak"] - each["final"] for each in found) / MB,
-        "peak resident, MB": max(each["resident"] for each in found) / MB,
+        "peak - final, MB": max(result["peak"] - result["final"] for result in results) / MB,
+        "peak resident, MB": max(result["resident"] for result in results) / MB,
     }
 
 

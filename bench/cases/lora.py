@@ -39,7 +39,7 @@ def run(settings: Settings) -> list[Table]:
     if settings.device == "cuda" and not settings.quick:
         tokens += MANY_TOKENS
     rows = [row for shape in shapes for row in rows_of(shape, tokens, settings)]
-    read = bandwidth(settings.device, 16 if settings.quick else 256)["read"] / 1e9
+    read_rate = bandwidth(settings.device, 16 if settings.quick else 256)["read"] / 1e9
     notes = [
         "LoRA of rank 16 on bf16 input, layers made by PEFT; torch is F.linear in bf16 without any LoRA, its weight "
         "frozen as ours is",
@@ -54,9 +54,9 @@ def run(settings: Settings) -> list[Table]:
         ),
         *without("bitsandbytes"),
     ]
-    packed = f"packed GB/s: codes and scales over time; torch's sum over int64 reads {read:.1f} GB/s here"
-    held = build_info()["cpu"] == "avx512bf16" and settings.device == "cpu" and not settings.quick
-    share = rows[0]["forward"]["packed GB/s"] / read
+    packed = f"packed GB/s: codes and scales over time; torch's sum over int64 reads {read_rate:.1f} GB/s here"
+    has_targets = build_info()["cpu"] == "avx512bf16" and settings.device == "cpu" and not settings.quick
+    share = rows[0]["forward"]["packed GB/s"] / read_rate
     bandwidth_target = (
         f"1 token: {OF_BANDWIDTH:.0%} of torch's read bandwidth, got {share:.0%}",
         share >= OF_BANDWIDTH,
@@ -67,13 +67,13 @@ def run(settings: Settings) -> list[Table]:
             "Forward, no gradients",
             [row["forward"] for row in rows],
             [*notes, packed],
-            [bandwidth_target, *targets(rows[: len(tokens)], "forward", FORWARD)] if held else [],
+            [bandwidth_target, *targets(rows[: len(tokens)], "forward", FORWARD)] if has_targets else [],
         ),
         Table(
             "Forward and backward",
             [row["both"] for row in rows],
             [*notes, in_training],
-            targets(rows, "both", BOTH) if held else [],
+            targets(rows, "both", BOTH) if has_targets else [],
         ),
         small_adapters(settings),
         overhead(settings),
@@ -82,13 +82,13 @@ def run(settings: Settings) -> list[Table]:
 
 def targets(rows: list[dict[str, dict]], kind: str, allowed: dict[int, float]) -> list[tuple[str, bool]]:
     """One for each row whose number of tokens has a limit."""
-    found = []
-    for row in (each[kind] for each in rows):
+    claims = []
+    for row in (by_kind[kind] for by_kind in rows):
         if (limit := allowed.get(row["M"])) is not None:
             ratio = 1 / row["torch / ours"]["median"]
             claim = f"{row['layer']}, {row['M']} tokens: at most {limit} of torch's time, got {ratio:.2f}"
-            found.append((claim, ratio <= limit))
-    return found
+            claims.append((claim, ratio <= limit))
+    return claims
 
 
 def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[dict[str, dict]]:
@@ -112,11 +112,11 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
         contenders |= {name: contenders["nf4lora"] for name in OTHER_WAYS}
     if installed("bitsandbytes"):
         contenders["bitsandbytes"] = (lambda: with_lora(of_bitsandbytes(weight)), nbytes)
-    found: list[dict[str, dict]] = [{} for _ in tokens]
+    rows: list[dict[str, dict]] = [{} for _ in tokens]
     for kind in ("forward", "both"):  # layers of their own: bitsandbytes repacks one for good when it is evaluated
         turns = {name: rotated(make, size, kind) for name, (make, size) in contenders.items()}
-        check(shape, turns, kind, settings.device)
-        for row, M in zip(found, tokens, strict=True):
+        check_answers(shape, turns, kind, settings.device)
+        for row, M in zip(rows, tokens, strict=True):
             x = torch.randn(M, shape.K, device=settings.device).bfloat16()
             dy = torch.randn(M, shape.N, device=settings.device).bfloat16()
             calls = {
@@ -129,7 +129,7 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
             if settings.device == "cuda":
                 took = alternate(calls, seconds=seconds, most=20, device="cuda", clock=CLOCKS["cuda"]["saturated"])
                 row[kind] |= saturated(took)
-    return found
+    return rows
 
 
 def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: int) -> dict:
@@ -202,7 +202,7 @@ def arrives(layer: Any, x: Tensor, share: float) -> float:
     return ((y - y0).flatten() @ delta.flatten() / delta.norm() ** 2).item()
 
 
-def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
+def check_answers(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
     """Ours against the reference, the rivals against ours: they must at least do the same work."""
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(M, size, generator=generator).bfloat16() for size in (shape.K, shape.N))
@@ -218,11 +218,11 @@ def check(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: i
         expected = reference.lora_linear_backward(dy, x, S, **packed, lora_A=A, lora_B=B, scaling=ALPHA / RANK)
 
     def answer(name: str) -> tuple[Tensor, ...]:
-        found = CALLS[kind](turns[name], x.to(device), dy.to(device))
-        return tuple(each.cpu() for each in (found if isinstance(found, tuple) else (found,)))
+        result = CALLS[kind](turns[name], x.to(device), dy.to(device))
+        return tuple(tensor.cpu() for tensor in (result if isinstance(result, tuple) else (result,)))
 
-    for number, (found, wanted) in enumerate(zip(answer("nf4lora"), expected, strict=True)):
-        check_close(f"lora_linear {shape.name}, {kind} {number}", found, wanted, 2**-7)  # bf16: a last place of 2**-8
+    for number, (result, wanted) in enumerate(zip(answer("nf4lora"), expected, strict=True)):
+        check_close(f"lora_linear {shape.name}, {kind} {number}", result, wanted, 2**-7)  # bf16: a last place of 2**-8
     if "bitsandbytes" in turns:
-        for number, (found, wanted) in enumerate(zip(answer("bitsandbytes"), expected, strict=True)):
-            check_close(f"bitsandbytes {shape.name}, {kind} {number}", found, wanted, 0.02)
+        for number, (result, wanted) in enumerate(zip(answer("bitsandbytes"), expected, strict=True)):
+            check_close(f"bitsandbytes {shape.name}, {kind} {number}", result, wanted, 0.02)

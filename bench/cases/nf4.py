@@ -40,7 +40,7 @@ def speed(settings: Settings) -> Table:
     targets = []
     if settings.device == "cpu" and not settings.quick:  # of the largest layer
         rate, share = (
-            max(zip(shapes, rows, strict=True), key=lambda each: each[0].weights)[1][key]
+            max(zip(shapes, rows, strict=True), key=lambda pair: pair[0].weights)[1][key]
             for key in ("Gweights/s, both", "of fill_")
         )
         targets = [
@@ -65,7 +65,7 @@ def speed_of(shape: Shape, settings: Settings) -> dict:
     device, limit = settings.device, 0.1 if settings.quick else 1.0
     weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
     qweight, absmax = ops.nf4_quantize(weight)
-    same = check(weight, qweight, absmax)
+    same = check_packing(weight, qweight, absmax)
     weights = rotation(lambda _: weight.clone(), weight.nbytes, device)
     packed = rotation(lambda _: (qweight.clone(), absmax.clone()), qweight.nbytes + absmax.nbytes, device)
     outs = rotation(lambda _: torch.empty_like(weight), weight.nbytes, device)
@@ -113,7 +113,7 @@ def speed_of(shape: Shape, settings: Settings) -> dict:
     }
 
 
-def check(weight: torch.Tensor, qweight: torch.Tensor, absmax: torch.Tensor) -> bool | None:
+def check_packing(weight: torch.Tensor, qweight: torch.Tensor, absmax: torch.Tensor) -> bool | None:
     """Against the reference, on as many rows as it can do in a moment; then whether bitsandbytes agrees on them all."""
     rows = max(1, (1 << 20) // weight.shape[1])
     q, a = reference.nf4_quantize(weight[:rows].cpu())

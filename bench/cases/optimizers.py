@@ -18,15 +18,15 @@ def run(settings: Settings) -> list[Table]:
         raise Absent(f"no data in {DATA}: run this in the root of the repository")
     evaluated = [0, 1] if settings.quick else EVALUATED
     arguments = {"folder": folder.resolve(), "data": DATA.resolve(), "device": settings.device, "evaluated": evaluated}
-    found = {name: trained(name=OURS, optimizer=name, **arguments) for name in OPTIMIZERS}
+    results = {name: trained(name=OURS, optimizer=name, **arguments) for name in OPTIMIZERS}
     rows, targets = [], []
-    for name, each in found.items():
-        off = 100 * (each["held_out"][-1] / found[TORCH]["held_out"][-1] - 1)
-        losses = zip(evaluated, each["held_out"], strict=True)
+    for name, result in results.items():
+        off = 100 * (result["held_out"][-1] / results[TORCH]["held_out"][-1] - 1)
+        losses = zip(evaluated, result["held_out"], strict=True)
         rows.append(
             {"optimizer": name}
             | {f"held-out loss at {step}": f"{loss:.4f}" for step, loss in losses}
-            | {"beside torch's, %": off, "training loss, last 10 steps": mean(each["losses"][-10:])}
+            | {"beside torch's, %": off, "training loss, last 10 steps": mean(result["losses"][-10:])}
         )
         if name != TORCH and not settings.quick:
             targets.append(

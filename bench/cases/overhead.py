@@ -22,7 +22,7 @@ def overhead(settings: Settings) -> Table:
     qweight, absmax = ops.nf4_quantize(torch.randn(64, 64, device=settings.device))
     arguments = (x, qweight, absmax, None, None, A, B, 1.0, 0.0, None, 64)
     weight = torch.randn(64, 64, device=settings.device)
-    ways = {
+    calls = {
         "ops.lora_linear": lambda: ops.lora_linear(*arguments),
         "torch.ops.nf4lora.lora_linear": lambda: torch.ops.nf4lora.lora_linear(*arguments)[0],
         "F.linear, without LoRA": lambda: torch.nn.functional.linear(x, weight),
@@ -30,26 +30,26 @@ def overhead(settings: Settings) -> Table:
     ones = torch.ones(1, 64, device=settings.device)
     inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
 
-    def without_gradient(way: Callable[[], Tensor]) -> None:
+    def without_gradient(call: Callable[[], Tensor]) -> None:
         with torch.no_grad():
             for _ in range(repeats):
-                way()
+                call()
 
-    def with_gradient(way: Callable[[], Tensor]) -> None:
+    def with_gradient(call: Callable[[], Tensor]) -> None:
         for _ in range(repeats):
-            way()
+            call()
 
-    def differentiated(way: Callable[[], Tensor]) -> None:
+    def differentiated(call: Callable[[], Tensor]) -> None:
         for _ in range(repeats):
-            torch.autograd.grad(way(), inputs, ones, allow_unused=True)
+            torch.autograd.grad(call(), inputs, ones, allow_unused=True)
 
-    rows: list[dict] = [{"way": name} for name in ways]
+    rows: list[dict] = [{"way": name} for name in calls]
     for label, measured in (
         ("without gradients, us", without_gradient),
         ("forward, us", with_gradient),
         ("forward and backward, us", differentiated),
     ):
-        took = alternate({name: partial(measured, way) for name, way in ways.items()}, device=settings.device)
+        took = alternate({name: partial(measured, call) for name, call in calls.items()}, device=settings.device)
         for row in rows:
             row[label] = took[row["way"]].spread(1e6 / repeats)
     return Table(

@@ -136,7 +136,7 @@ def behind_work(count: int, settings: Settings) -> Table:
 def unpaged(optimizer: PagedAdamW) -> Callable[[], object]:
     """The op on the same parameters, with moments in torch's own memory."""
     params = optimizer.param_groups[0]["params"]
-    states = [{name: each.clone() for name, each in optimizer.state[p].items()} for p in params]
+    states = [{name: tensor.clone() for name, tensor in optimizer.state[p].items()} for p in params]
     moments = [[state[name] for state in states if name in state] for name in ("exp_avg", "exp_avg_sq", "absmax")]
     lists = [[p.detach() for p in params], [p.grad for p in params], *moments]
     skipped = torch.zeros(1, dtype=torch.int64, device=params[0].device)

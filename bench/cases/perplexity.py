@@ -23,17 +23,17 @@ DTYPES = (torch.bfloat16, torch.float32)
 def run(settings: Settings) -> list[Table]:
     folder = settings.folder()
     contenders = [SIXTEEN, OURS, *([] if without("bitsandbytes") else [RIVAL, REPACKED])]
-    found: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     for name in contenders:
         with Process("perplexity", name=name, folder=folder, device=settings.device, quick=settings.quick) as process:
-            found[name] = next(process)
-    rows, targets = [row(name, found) for name in found], []
-    if RIVAL in found and not settings.quick:
-        off = abs(beside(found[OURS]["float32"], found[RIVAL]["float32"])[0])
+            results[name] = next(process)
+    rows, targets = [row(name, results) for name in results], []
+    if RIVAL in results and not settings.quick:
+        off = abs(beside(results[OURS]["float32"], results[RIVAL]["float32"])[0])
         targets.append((f"within 0.1 % of bitsandbytes in float32 arithmetic, got {off:.4f} %", off <= 0.1))
     return [
         Table(
-            f"{settings.model.name} on bench/harness/text.txt, {len(found[OURS]['float32'])} predictions",
+            f"{settings.model.name} on bench/harness/text.txt, {len(results[OURS]['float32'])} predictions",
             rows,
             [
                 f"windows of {length(settings.quick)} tokens that do not overlap; NF4 with double quantisation in "
@@ -50,22 +50,22 @@ def run(settings: Settings) -> list[Table]:
     ]
 
 
-def row(name: str, found: dict[str, dict[str, list[float]]]) -> dict:
+def row(name: str, results: dict[str, dict[str, list[float]]]) -> dict:
     def difference(other: str, dtype: str) -> str | None:
-        if other not in found or other == name:
+        if other not in results or other == name:
             return None
-        return "{:+.3f} +- {:.3f}".format(*beside(found[name][dtype], found[other][dtype]))
+        return "{:+.3f} +- {:.3f}".format(*beside(results[name][dtype], results[other][dtype]))
 
     cells: dict = {"contender": name.replace(" + PEFT", "").replace(SIXTEEN, "not quantised")}
-    for dtype, losses in found[name].items():
+    for dtype, losses in results[name].items():
         cells[f"perplexity, {dtype}"] = f"{math.exp(mean(losses)):.4f}"
         cells[f"beside bitsandbytes, {dtype}, %"] = difference(RIVAL, dtype)
     return cells | {"beside 16 bits, bfloat16, %": difference(SIXTEEN, "bfloat16")}
 
 
-def beside(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+def beside(first: list[float], second: list[float]) -> tuple[float, float]:
     """How far one perplexity lies from another, and the standard error of that, in per cent."""
-    differences = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     return 100 * math.expm1(mean(differences)), 100 * stdev(differences) / math.sqrt(len(differences))
 
 
@@ -82,8 +82,8 @@ def contender(name: str, folder: str, device: str, quick: bool):
 def losses(name: str, folder: str, device: str, quick: bool, dtype: torch.dtype) -> list[float]:
     model = load(RIVAL if name == REPACKED else name, folder, device, dtype)
     model.train(name != REPACKED)  # no dropout in these models: it decides on bitsandbytes' path alone
-    found = []
+    values = []
     for ids in windows(folder, length(quick))[: 2 if quick else None].to(device):
         logits = model(ids[None]).logits[0, :-1].float()
-        found += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
-    return found
+        values += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
+    return values

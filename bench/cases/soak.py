@@ -18,7 +18,7 @@ QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its
 
 BATCH, SHORTEST, LONGEST = 4, 60, 170
 STEPS, OTHERS = 1000, 100  # steps of ours; of the others, which grow in the first ones
-EACH, SETTLED = 50, 200  # a row for so many steps; from here on nothing may grow
+PERIOD, SETTLED = 50, 200  # a row for so many steps; from here on nothing may grow
 FEW = 10  # steps of the longest batch alone, all alike
 ALONE = "the longest batch alone"
 LEFT_ALONE = "nf4lora, nothing returned"  # what the cures are measured against: heap.py and onednn.py
@@ -30,57 +30,57 @@ MOST_GROWTH, MOST_SLOWDOWN, MOST_PEAK = 0.02, 0.03, 1.15
 
 def run(settings: Settings) -> list[Table]:
     folder = settings.folder().resolve()
-    steps, others, each, few = (4, 2, 2, 2) if settings.quick else (STEPS, OTHERS, EACH, FEW)
+    steps, others, period, few = (4, 2, 2, 2) if settings.quick else (STEPS, OTHERS, PERIOD, FEW)
     names = [OURS, LEFT_ALONE, *([] if without("bitsandbytes") else [RIVAL])]
-    options = {"folder": folder, "device": settings.device, "steps": each}
+    options = {"folder": folder, "device": settings.device, "steps": period}
     alone = {}
     for name in names:  # one after another: they would disturb each other's peaks
         with Process("soak", HELD.get(name), name=name, shortest=LONGEST, **options | {"steps": few}) as process:
             alone[name] = next(process)["peak"]
     open_ = [Process("soak", HELD.get(name), name=name, shortest=SHORTEST, **options) for name in names]
-    found: dict[str, list[dict]] = {name: [] for name in names}
+    records: dict[str, list[dict]] = {name: [] for name in names}
     try:
-        for number in range(steps // each):
-            going_on = number * each < others
+        for number in range(steps // period):
+            going_on = number * period < others
             turn = [both for both in zip(names, open_, strict=True) if both[0] == OURS or going_on]
             for name, process in turn if number % 2 else reversed(turn):
-                found[name].append(next(process))
+                records[name].append(next(process))
     finally:
         for process in open_:
             process.__exit__()
-    return [course(settings, found, each), summary(settings, found, alone, each)]
+    return [course(settings, records, period), summary(settings, records, alone, period)]
 
 
-def course(settings: Settings, found: dict[str, list[dict]], each: int) -> Table:
+def course(settings: Settings, records: dict[str, list[dict]], period: int) -> Table:
     """Memory and speed as the steps go by."""
     rows = []
-    for number in range(len(next(iter(found.values())))):
-        row: dict = {"steps": (number + 1) * each}
-        for name, parts in found.items():
+    for number in range(len(next(iter(records.values())))):
+        row: dict = {"steps": (number + 1) * period}
+        for name, parts in records.items():
             part = parts[number] if number < len(parts) else None
             row[f"{name}, MB"] = part and part["resident"] / MB
             row[f"{name}, tokens/s"] = part and part["tokens"] / part["seconds"]
         rows.append(row)
     notes = [
         f"{settings.model.name}, LoRA of rank 16 on every linear layer, torch.optim.AdamW, a plain loop",
-        f"batches of {BATCH} x {SHORTEST} to {LONGEST} tokens, the same for all; {each} steps each in turn",
+        f"batches of {BATCH} x {SHORTEST} to {LONGEST} tokens, the same for all; {period} steps each in turn",
         "MB: largest resident memory between the steps of a row, Python and its libraries included",
         *without("bitsandbytes"),
     ]
     return Table("Memory between steps, and speed", rows, notes)
 
 
-def summary(settings: Settings, found: dict[str, list[dict]], alone: dict[str, int], each: int) -> Table:
+def summary(settings: Settings, records: dict[str, list[dict]], alone: dict[str, int], period: int) -> Table:
     """What has changed since the steps after which a run has settled."""
     rows = []
-    for name, parts in found.items():
-        settled = parts[max(SETTLED // each - 1, 0) :]  # of the others none
+    for name, parts in records.items():
+        settled = parts[max(SETTLED // period - 1, 0) :]  # of the others none
         pace = [part["tokens"] / part["seconds"] for part in settled]
         half = max(len(pace) // 2, 1)
         rows.append(
             {
                 "contender": name,
-                "steps": len(parts) * each,
+                "steps": len(parts) * period,
                 "memory, growth, %": 100 * (settled[-1]["resident"] / settled[0]["resident"] - 1) if pace else None,
                 "speed, loss, %": 100 * (1 - median(pace[-half:]) / median(pace[:half])) if pace else None,
                 "highest peak, MB": max(part["peak"] for part in parts) / MB,
@@ -121,7 +121,7 @@ def contender(name: str, folder: str, device: str, shortest: int, steps: int):
     model = adapted(RIVAL if name == RIVAL else OURS, folder, device=device)
     if name == LEFT_ALONE:
         heap.enabled = False
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     text, draw = tokens(folder), random.Random(0)
     forget_peak(device)
     while True:

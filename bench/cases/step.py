@@ -33,18 +33,20 @@ def run(settings: Settings) -> list[Table]:
     batch, length = (2, 32) if settings.quick else (BATCH, LENGTH)
     options = {"folder": settings.folder().resolve(), "device": settings.device, "batch": batch, "length": length}
     with Process("step", **options) as process:
-        found = next(process)
-    whole = found["seconds"]
-    rows = [{"what": what, "ms": 1e3 * seconds, "share, %": 100 * seconds / whole} for what, seconds in found["groups"]]
+        result = next(process)
+    total = result["seconds"]
+    rows = [
+        {"what": group, "ms": 1e3 * seconds, "share, %": 100 * seconds / total} for group, seconds in result["groups"]
+    ]
     return [
         Table(
             f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, by operator",
             rows,
             [
-                f"one step of {1e3 * whole:.0f} ms under torch.profiler, which slows it a little, after two to warm up",
+                f"one step of {1e3 * total:.0f} ms under torch.profiler, which slows it a little, after two to warm up",
                 "each operator's own time",
-                f"resident memory: {found['before'] / MB:.0f} MB when the model is loaded, Python and its libraries "
-                f"included, {found['peak'] / MB:.0f} MB at the peak of the step",
+                f"resident memory: {result['before'] / MB:.0f} MB when the model is loaded, Python and its libraries "
+                f"included, {result['peak'] / MB:.0f} MB at the peak of the step",
             ],
         )
     ]
@@ -63,7 +65,7 @@ def contender(folder: str, device: str, batch: int, length: int):
     from torch.profiler import ProfilerActivity, profile
 
     model = adapted(OURS, folder, device=device)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     forget_peak(device)
     before = peak_bytes(device)
     steps = cycle(batches(folder, batch, length))
@@ -80,10 +82,10 @@ def contender(folder: str, device: str, batch: int, length: int):
     with profile(activities=[ProfilerActivity.CPU]) as profiled, torch.profiler.record_function("a step"):
         step()
     events = profiled.key_averages()
-    whole = next(event for event in events if event.key == "a step").cpu_time_total / 1e6
+    total = next(event for event in events if event.key == "a step").cpu_time_total / 1e6
     groups = dict.fromkeys([*GROUPS, REST], 0.0)
     for event in events:
         groups[group_of(event.key)] += event.self_cpu_time_total / 1e6
     # The backward pass runs in a thread of its own, so "a step" waits for it: that time is not its own.
-    groups[REST] = max(0.0, whole - sum(seconds for group, seconds in groups.items() if group != REST))
-    yield {"seconds": whole, "groups": list(groups.items()), "before": before, "peak": peak}
+    groups[REST] = max(0.0, total - sum(seconds for group, seconds in groups.items() if group != REST))
+    yield {"seconds": total, "groups": list(groups.items()), "before": before, "peak": peak}

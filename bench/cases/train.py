@@ -30,8 +30,8 @@ def run(settings: Settings) -> list[Table]:
         rows = []
         for rival in rivals:
             options = (settings, checkpointing, batch, length)
-            with process(OURS, *options) as ours, process(rival, *options) as theirs:
-                rows.append(row(rival, *taking_turns(ours, theirs, steps), tokens=batch * length))
+            with process(OURS, *options) as ours, process(rival, *options) as other:
+                rows.append(row(rival, *taking_turns(ours, other, steps), tokens=batch * length))
         tables.append(table(settings, rows, checkpointing, batch, length, steps))
     return tables
 
@@ -42,31 +42,31 @@ def process(name: str, settings: Settings, checkpointing: bool, batch: int, leng
     return Process("train", name=name, folder=folder, checkpointing=checkpointing, device=settings.device, **sizes)
 
 
-def taking_turns(ours: Process, theirs: Process, steps: int) -> tuple[list[dict], list[dict]]:
+def taking_turns(ours: Process, rival: Process, steps: int) -> tuple[list[dict], list[dict]]:
     """What each said of each step; the first, which warms up, is checked and dropped."""
-    first = next(ours), next(theirs)
+    first = next(ours), next(rival)
     if not abs(first[0]["loss"] / first[1]["loss"] - 1) < 0.2:  # 4 bits are not 16, but it is the same batch
-        raise WrongAnswer(f"loss of the first step: {ours.name} {first[0]['loss']}, {theirs.name} {first[1]['loss']}")
-    found: tuple[list[dict], list[dict]] = [], []
+        raise WrongAnswer(f"loss of the first step: {ours.name} {first[0]['loss']}, {rival.name} {first[1]['loss']}")
+    answers: tuple[list[dict], list[dict]] = [], []
     for number in range(steps):
         for index in (0, 1) if number % 2 == 0 else (1, 0):
-            found[index].append(next((ours, theirs)[index]))
-    return found
+            answers[index].append(next((ours, rival)[index]))
+    return answers
 
 
-def row(rival: str, ours: list[dict], theirs: list[dict], tokens: int) -> dict:
-    mine, other = (Timing([step["seconds"] for step in each]) for each in (ours, theirs))
-    peak, rivals_peak = (max(step["peak"] for step in each) for each in (ours, theirs))
+def row(rival: str, our_steps: list[dict], rivals_steps: list[dict], tokens: int) -> dict:
+    ours, other = (Timing([step["seconds"] for step in steps]) for steps in (our_steps, rivals_steps))
+    peak, rivals_peak = (max(step["peak"] for step in steps) for steps in (our_steps, rivals_steps))
     return {
         "rival": rival,
         "rival, s": other.spread(1),
-        "ours, s": mine.spread(1),
-        "time, ours / rival": mine.over(other),
+        "ours, s": ours.spread(1),
+        "time, ours / rival": ours.over(other),
         "rival's peak, MB": rivals_peak / MB,
         "our peak, MB": peak / MB,
         "peak, ours / rival": peak / rivals_peak,
         "rival, tokens/s": tokens / other.median,
-        "ours, tokens/s": tokens / mine.median,
+        "ours, tokens/s": tokens / ours.median,
     }
 
 
@@ -74,7 +74,9 @@ def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int,
     targets = []
     if rows[0]["rival"] == RIVAL and not settings.quick:
         most = (1.0, 1.0) if checkpointing else (0.5, 0.4)
-        targets = [limit(rows, RIVAL, f"{what}, ours / rival", each) for what, each in zip(("time", "peak"), most)]
+        targets = [
+            limit(rows, RIVAL, f"{quantity}, ours / rival", share) for quantity, share in zip(("time", "peak"), most)
+        ]
         targets.append(limit(rows, SIXTEEN, "time, ours / rival", 1.0))
     return Table(
         f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, "
@@ -95,13 +97,13 @@ def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int,
 def limit(rows: list[dict], rival: str, key: str, most: float) -> tuple[str, bool]:
     """A target: the most that we may take of what a rival takes."""
     cell = next(row for row in rows if row["rival"] == rival)[key]
-    found = cell["median"] if isinstance(cell, dict) else cell
-    return f"{key.partition(',')[0]} at most {most} of {rival}'s, got {found:.2f}", found <= most
+    value = cell["median"] if isinstance(cell, dict) else cell
+    return f"{key.partition(',')[0]} at most {most} of {rival}'s, got {value:.2f}", value <= most
 
 
 def contender(name: str, folder: str, checkpointing: bool, device: str, batch: int, length: int):
     model = adapted(name, folder, checkpointing, device)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     forget_peak(device)
     for ids in cycle(batches(folder, batch, length)):
         ids = ids.to(device)

@@ -90,8 +90,8 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
     weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
     qweight, scales = ops.nf4_quantize(weight)
     packed = (qweight, *ops.absmax_quantize(scales))
-    nbytes = sum(each.nbytes for each in packed)
-    turn = rotation(lambda _: tuple(each.clone() for each in packed), nbytes, device)
+    nbytes = sum(tensor.nbytes for tensor in packed)
+    turn = rotation(lambda _: tuple(tensor.clone() for tensor in packed), nbytes, device)
     A, B = (torch.randn(size, device=device).mul_(0.02) for size in ((RANK, shape.K), (shape.N, RANK)))
 
     def forward(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
@@ -102,34 +102,36 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
             dy, x, S, *packed, A, B, ALPHA / RANK, 0.0, None, ops.BLOCKSIZE, True
         )
 
-    found = []
+    times = []
     for M in tokens:
         x, dy = (torch.randn(M, size, device=device).bfloat16() for size in (shape.K, shape.N))
         S = taking("unfused", forward)(x, packed)[1]
         for direction, call in (("forward", partial(forward, x)), ("backward", partial(backward, dy, x, S))):
             able = [name for name in dispatch.KERNELS if dispatch.fits(name, direction, M, x.dtype, shape.N)]
-            ways = {name: taking(name, call) for name in able}
-            check(f"{shape.name}, {M} tokens, {direction}", {name: way(packed) for name, way in ways.items()})
-            turns = {name: partial(_on_next, way, turn) for name, way in ways.items()}
+            kernels = {name: taking(name, call) for name in able}
+            check_kernels(
+                f"{shape.name}, {M} tokens, {direction}", {name: kernel(packed) for name, kernel in kernels.items()}
+            )
+            turns = {name: partial(_on_next, kernel, turn) for name, kernel in kernels.items()}
 
             def medians(clock: str) -> dict[str, float]:
                 seconds, most = (0.05, 5) if settings.quick else (0.3, 30)
                 took = alternate(turns, seconds=seconds, most=most, device=device, clock=CLOCKS[device][clock])  # noqa: B023
                 return {name: timing.median for name, timing in took.items()}
 
-            found.append(Time(direction, shape.N, shape.K, M, medians("in_a_row"), medians("saturated")))
-    return found
+            times.append(Time(direction, shape.N, shape.K, M, medians("in_a_row"), medians("saturated")))
+    return times
 
 
-def _on_next(way: Callable[[Packed], object], turn: Iterator[Packed]) -> object:
-    return way(next(turn))
+def _on_next(kernel: Callable[[Packed], object], turn: Iterator[Packed]) -> object:
+    return kernel(next(turn))
 
 
-def check(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
+def check_kernels(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
     """All ways against unfused, which torch multiplies."""
     for name, answer in answers.items():
-        for number, (found, wanted) in enumerate(zip(answer, answers["unfused"], strict=True)):
-            check_close(f"{name}, {what}, result {number}", found, wanted, TOLERANCE)
+        for number, (result, wanted) in enumerate(zip(answer, answers["unfused"], strict=True)):
+            check_close(f"{name}, {what}, result {number}", result, wanted, TOLERANCE)
 
 
 def table_of(direction: str, times: Iterable[Time], rules: Iterable[dispatch.Rule]) -> Table:
@@ -185,14 +187,14 @@ def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> li
     rules = []
     times = list(times)
     for direction in dispatch.CHOICES:
-        here = [time for time in times if time.direction == direction]
-        small, large = ([t for t in here if (t.N * t.K <= SMALL) is wanted] for wanted in (True, False))
+        timed = [time for time in times if time.direction == direction]
+        small, large = ([t for t in timed if (t.N * t.K <= SMALL) is wanted] for wanted in (True, False))
         of_small, of_all = (ranges(means(group), dispatch.CHOICES[direction]) for group in (small, large or small))
         groups: list[tuple[int | None, dict[str, list[int]], Means]] = [(None, of_all, means(large or small))]
         if small and limits(of_small) != limits(of_all):
             groups.insert(0, (SMALL, of_small, means(small)))
-        for most_weights, found, took in groups:
-            for (kernel, most_tokens), tokens in zip(limits(found), found.values(), strict=True):
+        for most_weights, by_kernel, took in groups:
+            for (kernel, most_tokens), tokens in zip(limits(by_kernel), by_kernel.values(), strict=True):
                 why = f"measured: {reason(kernel, tokens, took, dispatch.CHOICES[direction])}; {measured_on}"
                 rules.append(dispatch.Rule(architecture, direction, kernel, most_tokens, most_weights, why))
     return rules
@@ -206,13 +208,13 @@ def means(times: Iterable[Time]) -> Means:
     >>> means([Time("forward", 64, 64, 1, {"fused": 1.0}), Time("forward", 64, 128, 1, {"fused": 4.0})])
     {1: {'fused': 2.0}}
     """
-    found: dict[int, dict[str, list[float]]] = {}
+    logs: dict[int, dict[str, list[float]]] = {}
     for time in times:
         for name, seconds in time.seconds.items():
-            found.setdefault(time.tokens, {}).setdefault(name, []).append(math.log(seconds))
+            logs.setdefault(time.tokens, {}).setdefault(name, []).append(math.log(seconds))
     return {
-        tokens: {name: math.exp(math.fsum(logs) / len(logs)) for name, logs in kernels.items()}
-        for tokens, kernels in sorted(found.items())
+        tokens: {name: math.exp(math.fsum(logarithms) / len(logarithms)) for name, logarithms in kernels.items()}
+        for tokens, kernels in sorted(logs.items())
     }
 
 
@@ -238,10 +240,10 @@ def ranges(took: Means, kernels: Sequence[str]) -> dict[str, list[int]]:
     return {kernel: part for kernel, part in cut(best).items() if part}
 
 
-def limits(found: dict[str, list[int]]) -> list[tuple[str, int | None]]:
+def limits(by_kernel: dict[str, list[int]]) -> list[tuple[str, int | None]]:
     """Each kernel with its largest number of tokens; the last one takes any."""
-    last = list(found)[-1:]
-    return [(kernel, None if kernel in last else tokens[-1]) for kernel, tokens in found.items()]
+    last = list(by_kernel)[-1:]
+    return [(kernel, None if kernel in last else tokens[-1]) for kernel, tokens in by_kernel.items()]
 
 
 def reason(kernel: str, tokens: Sequence[int], took: Means, kernels: Sequence[str]) -> str:

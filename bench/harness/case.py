@@ -52,14 +52,14 @@ def without(package: str) -> list[str]:
     return [] if installed(package) else [f"{package} is absent: not compared with"]
 
 
-def check_equal(who: str, found: Tensor, expected: Tensor) -> None:
+def check_equal(who: str, result: Tensor, expected: Tensor) -> None:
     """Bit for bit."""
-    if not torch.equal(found, expected):
-        raise WrongAnswer(f"{who}: {int((found != expected).sum())} of {found.numel()} values differ")
+    if not torch.equal(result, expected):
+        raise WrongAnswer(f"{who}: {int((result != expected).sum())} of {result.numel()} values differ")
 
 
-def check_close(who: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def check_close(who: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
     """The largest difference, as a share of the largest value."""
-    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    error = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
     if not error <= tolerance:
         raise WrongAnswer(f"{who}: off by {error:.2g} of the largest value, {tolerance:.2g} is allowed")

@@ -13,7 +13,7 @@ from nf4lora.ops.kernels import dispatch
 from nf4lora.ops.kernels.dispatch import CHOICES, OTHERS, Rule, by_direction
 
 
-def read(path: Path) -> list[Rule]:
+def read_rules(path: Path) -> list[Rule]:
     """The rules of a file.
 
     Raises:
@@ -24,7 +24,7 @@ def read(path: Path) -> list[Rule]:
     if not isinstance(lines, list):
         raise _wrong("the table", "be a list of rules", type(lines).__name__)
     rules = [_rule(line) for line in lines]
-    check(rules)
+    check_rules(rules)
     return rules
 
 
@@ -32,16 +32,16 @@ def rewrite(path: Path, architecture: str, rules: Iterable[Rule]) -> None:
     """Replace one architecture's rules and keep the others.
 
     Raises:
-        ValueError: as in read, or a rule of another architecture; the file is then left as it was.
+        ValueError: as in read_rules, or a rule of another architecture; the file is then left as it was.
     """
     rules = list(rules)
     for rule in rules:
         if rule.architecture != architecture:
             raise _wrong("architecture", f"be {architecture} in its own rules", repr(rule.architecture))
-    others = [rule for rule in read(path) if rule.architecture != architecture]
+    others = [rule for rule in read_rules(path) if rule.architecture != architecture]
     # "*" comes last, as it is asked last.
     every = sorted([*others, *rules], key=lambda rule: _order(rule.architecture))
-    check(every)
+    check_rules(every)
     path.write_text(text(every))
     dispatch._table.cache_clear()
 
@@ -51,17 +51,17 @@ def text(rules: Iterable[Rule]) -> str:
     return "[\n" + ",\n".join(f"  {json.dumps(asdict(rule))}" for rule in rules) + "\n]\n"
 
 
-def check(rules: Iterable[Rule]) -> None:
-    """Refuse what cannot be a table; raises ValueError as read says."""
+def check_rules(rules: Iterable[Rule]) -> None:
+    """Refuse what cannot be a table; raises ValueError as read_rules says."""
     rules = list(rules)
     for rule in rules:
         _check_rule(rule)
     table = by_direction(rules)
     for architecture in [*dict.fromkeys(rule.architecture for rule in rules if rule.architecture != OTHERS), OTHERS]:
         for direction in CHOICES:
-            found = table.get((architecture, direction), [])
-            if [_always(rule) for rule in found] != [False] * (len(found) - 1) + [True]:
-                limits = [f"{rule.most_tokens} tokens, {rule.most_weights} weights" for rule in found]
+            entries = table.get((architecture, direction), [])
+            if [_always(rule) for rule in entries] != [False] * (len(entries) - 1) + [True]:
+                limits = [f"{rule.most_tokens} tokens, {rule.most_weights} weights" for rule in entries]
                 raise _wrong(
                     f"the last rule of {architecture} {direction}, and no other,",
                     "hold for any tokens and weights",

@@ -47,10 +47,10 @@ def version(package: str) -> str | None:
 def cpu_model() -> str:
     """The name that the processor gives itself."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else "unknown CPU"
+        match = None
+    return match[1].strip() if match else "unknown CPU"
 
 
 def commit() -> str | None:
@@ -58,10 +58,10 @@ def commit() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(TOP), *words], capture_output=True, text=True, check=True)
+            result = subprocess.run(["git", "-C", str(TOP), *words], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     if git("rev-parse", "--show-toplevel") != str(TOP):
         return None  # installed in a folder that happens to lie in somebody's repository
@@ -69,13 +69,15 @@ def commit() -> str | None:
     return f"{git('rev-parse', '--short', 'HEAD')}{'+' if changed else ''}"
 
 
-def file_name(about: dict) -> str:
+def file_name(machine: dict) -> str:
     """Of the results: device and, on a CPU, what decides its speed.
 
     >>> file_name({"device": "AMD EPYC", "cuda": None, "instruction_set": "avx512bf16", "threads": 2})
     'amd-epyc-avx512bf16-2-threads.json'
     """
-    parts = [about["device"]] + ([] if about["cuda"] else [about["instruction_set"], f"{about['threads']} threads"])
+    parts = [machine["device"]] + (
+        [] if machine["cuda"] else [machine["instruction_set"], f"{machine['threads']} threads"]
+    )
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-") + ".json"
 
 

@@ -21,13 +21,13 @@ TOP = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]  # th
 
 
 class Process:
-    """A contender in a fresh Python process, with `held` in its environment.
+    """A contender in a fresh Python process, with these variables added to its environment.
 
     Raises:
         RuntimeError: it died; with the end of what it had to say.
     """
 
-    def __init__(self, module: str, held: dict[str, str] | None = None, /, **arguments: object) -> None:
+    def __init__(self, module: str, environment: dict[str, str] | None = None, /, **arguments: object) -> None:
         self.name = f"{module}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
         self.log = tempfile.TemporaryFile("w+")
         path = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -42,7 +42,7 @@ class Process:
                 "PYTHONPATH": path,
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                **(held or {}),
+                **(environment or {}),
             },
         )
 

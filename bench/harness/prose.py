@@ -25,5 +25,5 @@ def windows(folder: Path | str, length: int) -> Tensor:
 
 def batches(folder: Path | str, batch: int, length: int) -> list[Tensor]:
     """As many whole batches as the text has: [batch, length] int64 each."""
-    found = windows(folder, length)
-    return list(found[: len(found) // batch * batch].split(batch))
+    pieces = windows(folder, length)
+    return list(pieces[: len(pieces) // batch * batch].split(batch))

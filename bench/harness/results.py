@@ -30,9 +30,9 @@ def keep(record: dict, folder: Path = FOLDER) -> Path:
     """Put the record into its device's file, in place of the one of that case."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(record["environment"])
-    kept = json.loads(path.read_text())["cases"] if path.is_file() else {}
-    kept[record["case"]] = record
-    path.write_text(json.dumps({"device": record["environment"]["device"], "cases": kept}, indent=1) + "\n")
+    cases = json.loads(path.read_text())["cases"] if path.is_file() else {}
+    cases[record["case"]] = record
+    path.write_text(json.dumps({"device": record["environment"]["device"], "cases": cases}, indent=1) + "\n")
     return path
 
 
@@ -76,33 +76,33 @@ def device_page(cases: dict[str, dict]) -> str:
     return "\n\n".join([*head, *(case_text(record, last) for record in cases.values())]) + "\n"
 
 
-def short_name(about: dict) -> str:
+def short_name(machine: dict) -> str:
     """
     >>> short_name({"device": "AMD EPYC", "cuda": None, "instruction_set": "avx2"})
     'AMD EPYC, avx2'
     """
-    return about["device"] if about["cuda"] else f"{about['device']}, {about['instruction_set']}"
+    return machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['instruction_set']}"
 
 
 def case_text(record: dict, shown: dict) -> str:
     lines = [f"## {record['case']}: {record['question']}", ""]
-    about, load = record["environment"], record["load_average"]
+    machine, load = record["environment"], record["load_average"]
     lines += [f"{record['seconds']:.0f} s; load average {load[0]} at the start, {load[-1]} at the end."]
-    if about != shown:
-        lines += ["", f"Run on its own: {headline(about)}."]
+    if machine != shown:
+        lines += ["", f"Run on its own: {headline(machine)}."]
     if record["case"] not in UNTIMED and (text := warning(record)):
         lines += ["", f"**Warning**: {text}."]
     lines += ["", "\n\n".join(Table(**table).markdown() for table in record["tables"])]
     return "\n".join(lines)
 
 
-def headline(about: dict) -> str:
+def headline(machine: dict) -> str:
     """Device, versions and commit in one line."""
-    packages = [name for name in ("torch", "transformers", "peft", "bitsandbytes") if about[name]]
+    packages = [name for name in ("torch", "transformers", "peft", "bitsandbytes") if machine[name]]
     return ", ".join(
         [
-            f"{short_name(about)}, {about['threads']} threads",
-            f"nf4lora {about['nf4lora']} ({about['commit'] or 'no commit'})",
-            *(f"{name} {about[name]}" for name in packages),
+            f"{short_name(machine)}, {machine['threads']} threads",
+            f"nf4lora {machine['nf4lora']} ({machine['commit'] or 'no commit'})",
+            *(f"{name} {machine[name]}" for name in packages),
         ]
     )

@@ -59,7 +59,7 @@ class Timing:
 
     def over(self, other: Timing) -> Spread:
         """How many times as long as the other this one took, round by round."""
-        return spread([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
+        return spread([this / that for this, that in zip(self.seconds, other.seconds, strict=True)])
 
 
 def alternate(
@@ -80,12 +80,12 @@ def alternate(
         clock(call)
     once = sum(clock(call) for call in calls.values())
     rounds = min(most, max(least, math.ceil(seconds / once)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         order = list(calls.items())
         for name, call in order if number % 2 == 0 else reversed(order):
-            found[name].append(clock(call))
-    return {name: Timing(values) for name, values in found.items()}
+            samples[name].append(clock(call))
+    return {name: Timing(values) for name, values in samples.items()}
 
 
 def timed(call: Callable[[], object]) -> float:
