@@ -5,10 +5,10 @@
 >>> qweight.shape, absmax.shape
 (torch.Size([16, 32]), torch.Size([16, 1]))
 
-Importing this package loads the library at once, and lets transformers know it, so that a checkpoint in NF4 loads.
-There are two exceptions. The command line (`nf4lora`, `python -m nf4lora`) loads the library when a command needs it,
-because `--version` must not take seconds. And where the library cannot be loaded, not the import says why, but the
-first use of it: `nf4lora doctor` must be there to say what mends it.
+Importing this package loads the library at once and registers its quantizer with transformers, so that a checkpoint
+in NF4 loads. There are two exceptions. The command line (`nf4lora`, `python -m nf4lora`) loads the library when a
+command needs it, because `--version` must not take seconds. Where the library cannot be loaded, the import succeeds
+and the first use of a public name raises the error, so that `nf4lora doctor` can still run and say how to repair it.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ __all__ = [
     "report",
     "save_adapter",
 ]
-# Where each public name is. The quantizer too is loaded: transformers must know "nf4lora" to load our checkpoints.
+# The module of each public name. `_load` also imports the quantizer, which registers "nf4lora" with transformers.
 _MODULES = {
     "NF4Config": "quantization.config",
     "NF4Linear": "nn.linear",
@@ -62,7 +62,7 @@ def _load() -> None:
     """Load the library and bind its public names.
 
     Raises:
-        ImportError: as `compat.library.load` says; asked again, it gives the same answer.
+        ImportError: as `compat.library.load` says; a second call raises the same text.
     """
     global _failure
     if "__version__" in globals():

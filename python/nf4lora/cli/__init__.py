@@ -1,1 +1,1 @@
-"""The command line, a module a command. Here alone the process itself is changed: what it prints, warns and obeys."""
+"""The command line, one module for each command. Only here is the process changed: its output, warnings and signals."""

@@ -1,7 +1,7 @@
-"""`nf4lora doctor`: what this installation is, what it lacks, and the line that mends it.
+"""`nf4lora doctor`: what is installed, what is missing, and the command that repairs each problem.
 
-The doctor is called when something does not work, so nothing is imported here before it is needed, and each import that
-fails is a finding.
+Users call the doctor when something does not work. So this file imports a package only when it checks that package, and
+an import that fails becomes a finding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from nf4lora.compat.library import build_info, module_cure, requirement, torch_cure
 
-# What needs it, and the line that brings it.
+# Package -> the part of nf4lora that needs it, and the command that installs it.
 PACKAGES = {
     "transformers": ("models", f"pip install -U '{requirement('transformers')}'"),
     "peft": ("adapters", f"pip install -U '{requirement('peft')}'"),
@@ -37,7 +37,11 @@ class Finding:
 
 
 def findings(info: dict[str, Any] | None = None) -> Iterator[Finding]:
-    """What build_info() says, in words, with one line of cure for each problem; None: asked here, part by part."""
+    """The findings about this installation, with one line of cure for each problem.
+
+    Args:
+        info: what build_info() returned; None: it is called here, if torch and the compiled module can be imported
+    """
     if (system := platform.system()) != "Linux":
         yield Finding(
             f"{system or 'this system'} is not supported: nf4lora is built and tested on Linux only",
@@ -62,13 +66,13 @@ def findings(info: dict[str, Any] | None = None) -> Iterator[Finding]:
             yield Finding(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             yield Finding(f"{name} is missing; {need} needs it", cure, broken=name in ("transformers", "peft"))
-    with contextlib.suppress(Exception):  # a transformers that cannot be imported is told by the next
+    with contextlib.suppress(Exception):  # `_library` reports a transformers that cannot be imported
         yield from _peft()
     yield from _library()
 
 
 def _broken_imports() -> Iterator[Finding]:
-    """torch and the compiled module, without which there is nothing else to ask."""
+    """torch or the compiled module, where it cannot be imported: build_info() needs both."""
     try:
         import torch
     except Exception as error:
@@ -85,14 +89,14 @@ def _broken_imports() -> Iterator[Finding]:
 
 
 def _library() -> Iterator[Finding]:
-    """Packages that are installed, and cannot be imported."""
+    """Packages that are installed but cannot be imported."""
     for name in ("transformers", "peft"):
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
         try:
-            # of transformers, which imports late, what we are built upon
+            # `import transformers` loads little: modeling_utils is the part that nf4lora uses
             import_module("transformers.modeling_utils" if name == "transformers" else name)
         except Exception as error:
             cure = f"{PACKAGES[name][1]}; if that is the newest: pip install --force-reinstall {name}"
@@ -104,12 +108,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _peft() -> Iterator[Finding]:
-    """A new transformers may want a PEFT that its other users have not yet got."""
+    """A PEFT that is too old for transformers' own methods, as it may be where transformers is new."""
     from packaging.version import Version
-    from transformers.integrations import peft as own
+    from transformers.integrations import peft as integration
 
     with contextlib.suppress(metadata.PackageNotFoundError):
-        installed, wanted = metadata.version("peft"), getattr(own, "MIN_PEFT_VERSION", "0")
+        installed, wanted = metadata.version("peft"), getattr(integration, "MIN_PEFT_VERSION", "0")
         if Version(installed) < Version(wanted):
             yield Finding(
                 f"transformers' own add_adapter and load_adapter refuse peft {installed}; prepare and PEFT itself work",
@@ -175,7 +179,7 @@ def _cuda(info: dict[str, Any]) -> Iterator[Finding]:
 
 
 def code_for(major: int, minor: int, archs: str) -> str:
-    """How a card runs a binary that was built for these architectures: "real" code, "virtual" (PTX), or not at all: "".
+    """How a card runs a binary built for these architectures: by its machine code ("real"), by PTX ("virtual"), or "".
 
     Machine code of `86` runs on every 8.x from 8.6 on, that of `90a` on 9.0 alone, that of `100f` on every 10.x from
     10.0 on; PTX of `80` on every card from 8.0 on. An entry without an end, such as `90`, holds both.
@@ -199,7 +203,7 @@ def code_for(major: int, minor: int, archs: str) -> str:
 
 
 def main() -> int:
-    """Print the findings; 1 if something that is there cannot be used."""
+    """Print the findings; returns 1 if something that is installed cannot be used, else 0."""
     broken = False
     for finding in findings():
         broken |= finding.broken

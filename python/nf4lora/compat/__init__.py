@@ -1,1 +1,1 @@
-"""What is built on: whether it is there, and what of other libraries is used beyond their public interface."""
+"""The libraries that nf4lora builds on: whether they load, and every use of their private names."""

@@ -1,4 +1,4 @@
-"""The library as it was built and as it loads: torch, the compiled module, and the packages on which it stands."""
+"""Loading the library: torch, the compiled module and the packages that it needs; and how it was built."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ PROJECT = Path(__file__).parents[3] / "pyproject.toml"  # of a source tree on PY
 
 
 def version() -> str:
-    """What is installed; asked of the metadata, since the library takes seconds to load."""
+    """The installed version, read from the package's metadata, because loading the library takes seconds."""
     try:
         return metadata.version("nf4lora")
     except metadata.PackageNotFoundError:
-        found = re.search(r'^version = "(.+)"', PROJECT.read_text(), re.MULTILINE) if PROJECT.is_file() else None
-        return f"{found[1]} (source tree)" if found else "of unknown version: it is not installed"
+        match = re.search(r'^version = "(.+)"', PROJECT.read_text(), re.MULTILINE) if PROJECT.is_file() else None
+        return f"{match[1]} (source tree)" if match else "of unknown version: it is not installed"
 
 
 def requirement(package: str) -> str:
-    """What pyproject.toml asks of a package, as pip takes it: `torch>=2.11`; its name alone where that asks nothing."""
+    """The requirement of a package in pyproject.toml, such as `torch>=2.11`; its name alone where there is none."""
     try:
         asked = metadata.requires("nf4lora") or []
     except metadata.PackageNotFoundError:
         asked = re.findall(r'"([^"\n]+)"', PROJECT.read_text()) if PROJECT.is_file() else []
-    found = (line.partition(";")[0].strip() for line in asked if re.match(r"[\w.-]*", line)[0] == package)  # type: ignore[index]
-    return next(found, package)
+    requirements = (line.partition(";")[0].strip() for line in asked if re.match(r"[\w.-]*", line)[0] == package)  # type: ignore[index]
+    return next(requirements, package)
 
 
 def torch_cure() -> str:
-    """What brings a torch that can be imported."""
+    """The command that installs a torch that works with nf4lora."""
     return f"pip install '{requirement('torch')}'"
 
 
 def module_cure() -> str:
-    """What brings a compiled module that loads."""
+    """What to do about a compiled module that does not load."""
     lowest = requirement("torch").rpartition(">=")[2]
     return (
         f"it needs torch {lowest} or later and this Python; rebuild it where it runs: "
@@ -46,10 +46,10 @@ def module_cure() -> str:
 
 
 def load(*names: str) -> list[ModuleType]:
-    """Modules of this package, imported; nothing else imports torch before.
+    """Import modules of this package, torch first.
 
     Raises:
-        ImportError: torch, the compiled module, or a package that they need, cannot be imported. It says what mends it.
+        ImportError: torch, the compiled module, or a package that they need, cannot be imported. The text names a cure.
     """
     what, cure = "torch cannot be imported", torch_cure()
     try:
@@ -65,7 +65,7 @@ def load(*names: str) -> list[ModuleType]:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built and what runs: a dict of plain values, safe to log.
+    """How nf4lora was built, and what it runs on: a dict of plain values, safe to log.
 
     Keys: version, format_version, torch, built_with_torch, python, compiler, cpu (instruction set in use),
     cpu_available (those this processor has), threads, cuda_built (toolkit version or None), cuda_archs, cuda_torch

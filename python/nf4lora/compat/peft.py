@@ -1,6 +1,6 @@
-"""What is used of PEFT beyond its public interface, each thing in one place.
+"""The private names of PEFT that nf4lora uses, each in one place.
 
-Tried with PEFT 0.21 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names has gone.
+Tested with PEFT 0.21 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Create = Callable[..., Any]  # (lora_config, adapter_name, target, **more) -> th
 
 
 def get_peft_model(model: nn.Module, config: PeftConfig, **options: Any) -> Any:
-    """`peft.get_peft_model`, which asks transformers for an attribute by its former name, and is warned of that."""
+    """`peft.get_peft_model` without transformers' warning that PEFT reads an attribute by its former name."""
     import peft
 
     with warnings.catch_warnings():
@@ -30,15 +30,15 @@ def get_peft_model(model: nn.Module, config: PeftConfig, **options: Any) -> Any:
 
 
 def is_target(tuner: Any, config: Any, name: str) -> bool:
-    """Whether a method of PEFT puts an adapter on the module of this name, as its configuration names targets."""
+    """Whether a method of PEFT with this configuration puts an adapter on the module of this name."""
     return bool(tuner._check_target_module_exists(config, name))
 
 
 def check_target(config: Any, base: nn.Module, name: str) -> None:
-    """Ask PEFT whether it allows an adapter on a module of a base model, by the last part of its name.
+    """Ask PEFT whether it allows an adapter on a module, whose name is the last part of its full name.
 
     Raises:
-        ValueError: it does not.
+        ValueError: PEFT does not allow one.
     """
     from peft.tuners.lora import LoraModel
 
@@ -48,8 +48,8 @@ def check_target(config: Any, base: nn.Module, name: str) -> None:
 
 
 def build_lora_layers(make: Callable[[Create], Create], check: Callable[[Any, nn.Module, str], None]) -> None:
-    """Make the layers of LoRA by `make(create)`, where `create` is PEFT's own way, and have `check(tuner, model,
-    adapter_name)` called before any method of PEFT is put on a model. A second call does nothing.
+    """Replace PEFT's function that creates LoRA layers by `make(create)`, where `create` is that function, and call
+    `check(tuner, model, adapter_name)` before any method of PEFT is put on a model. A second call does nothing.
 
     Raises:
         ImportError: this release of PEFT builds its layers in another way.
@@ -82,10 +82,10 @@ def build_lora_layers(make: Callable[[Create], Create], check: Callable[[Any, nn
 
 
 class AdapterDtype:
-    """Mixin of a LoRA layer, before PEFT's class: `adapter_dtype` decides on the dtype of its adapters."""
+    """Mixin that stands before PEFT's class of a LoRA layer: `adapter_dtype` chooses the dtype of its adapters."""
 
     def adapter_dtype(self, base_layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype that adapters over this base are rounded to, where PEFT would take `dtype`; None: as they are."""
+        """The dtype that adapters over this base get, where PEFT would take `dtype`; None: they keep their own."""
         raise NotImplementedError
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -1,6 +1,6 @@
-"""What is used of torch beyond its public interface, each thing in one place.
+"""The private names of torch that nf4lora uses, each in one place.
 
-Tried with torch 2.11 to 2.14. `tests/test_compat.py` fails where one of these names has gone.
+Tested with torch 2.11 to 2.14. `tests/test_compat.py` fails where one of these names is gone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["tree_leaves", "tree_map_only"]
 OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 
 
-# ---- modules: their dictionaries, which an attribute takes half a microsecond to search
+# ---- modules: direct access to their dictionaries; getattr takes half a microsecond for each name
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:
-    """The module's own modules by name, also under each of several names."""
+    """The module's children by name; a child with several names appears under each of them."""
     return module._modules
 
 
@@ -40,12 +40,12 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes by name, its parameters' and hooks' dictionaries among them; its modules left out."""
+    """The module's attributes by name, with its dictionaries of parameters and hooks and without its children."""
     return {name: value for name, value in vars(module).items() if name != "_modules"}
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module calls anything else besides its forward."""
+    """Whether a call of the module runs any hook."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
@@ -56,29 +56,30 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def forward_pre_hooks_of(module: nn.Module) -> dict[int, Any]:
-    """What is called before the module, by the number of its handle."""
+    """The hooks that run before the module's forward, by the number of their handle."""
     return module._forward_pre_hooks
 
 
 def forward_hooks_of(module: nn.Module) -> dict[int, Any]:
-    """What is called after the module, by the number of its handle."""
+    """The hooks that run after the module's forward, by the number of their handle."""
     return module._forward_hooks
 
 
 def bare_copy(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> Any:
-    """A module of the same class and attributes with these tensors; no modules, no hooks, no forward of its own."""
+    """A module of the same class and attributes with these tensors, without children, hooks or a replaced forward."""
     new: Any = type(module).__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", HOOK)}
+    attributes = {name: value for name, value in module.__dict__.items() if name not in ("forward", HOOK)}
     hooks: dict[str, Any] = {name: OrderedDict() for name in (*OF_CALLS, "_state_dict_hooks")}
-    new.__dict__.update({**own, **hooks, "_parameters": parameters, "_buffers": buffers, "_modules": {}})
+    new.__dict__.update({**attributes, **hooks, "_parameters": parameters, "_buffers": buffers, "_modules": {}})
     return new
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module's hooks for calls to the one in its place, in their own dictionaries: a user's handle removes one.
+    """Move a module's hooks to the module that replaces it, in the same dictionaries, so that a user's handle still
+    removes a hook.
 
-    Those by which torch.nn.utils makes the weight from others (weight_norm, spectral_norm, prune) stay behind: what
-    they make is in the new weight, and the others are not there.
+    The hooks by which torch.nn.utils computes a weight from other tensors (weight_norm, spectral_norm, prune) are
+    dropped: the new weight holds their result, and the new module does not have the other tensors.
     """
     pre_hooks = old._forward_pre_hooks
     for key in [key for key, hook in pre_hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]:
@@ -88,7 +89,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 class Unreplicated:
-    """Mixin of a module that torch.nn.DataParallel must not copy: `refuse_replica` says what to do instead."""
+    """Mixin of a module that torch.nn.DataParallel must not copy: `refuse_replica` raises an error instead."""
 
     def refuse_replica(self) -> NoReturn:
         raise NotImplementedError
@@ -106,32 +107,32 @@ def uncompiled(model: Any) -> Any:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Counts what has been written into a tensor in place."""
+    """A number that grows with every write into a tensor in place."""
     return tensor._version
 
 
 def storage_address(tensor: Tensor) -> int:
-    """The same for tensors that share their memory, however it is moved."""
+    """A number that is equal for tensors that share their memory, even after that memory has moved."""
     return tensor.untyped_storage()._cdata
 
 
 def as_subclass(cls: Any, tensor: Tensor) -> Any:
-    """The tensor as one of this class, without a gradient."""
+    """The tensor as an instance of this subclass, without a gradient."""
     return Tensor._make_subclass(cls, tensor, False)
 
 
 def without_memory(cls: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of this class that has a shape and no values."""
+    """A tensor of this subclass that has a shape but no memory."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 def dtensor_like(tensor: Tensor, dtensor: Any) -> Any:
-    """A DTensor over this very tensor, which lies as the other one does."""
+    """A DTensor over this tensor (not a copy), sharded as the other DTensor is."""
     return type(dtensor)(tensor, dtensor._spec, requires_grad=False)
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each, in float32, in one call."""
+    """The 2-norm of each tensor, in float32, computed in one call."""
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
 
 
@@ -139,12 +140,12 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def below_autograd() -> AbstractContextManager[None]:
-    """Call ops without noting a gradient: the way through Python that notes one costs 10 microseconds."""
+    """Call ops without recording a gradient: recording one from Python costs 10 microseconds a call."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def below_subclasses() -> AbstractContextManager[None]:
-    """Call functions of tensors without `__torch_function__` of their classes being asked again."""
+    """Call functions of tensors without calling `__torch_function__` of their classes again."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
@@ -159,6 +160,6 @@ def is_forward_mode() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> None:
-    """Multiply as torch.compile's code does; nothing where torch was built without it."""
+    """Compute a linear layer with the op that torch.compile uses; does nothing where torch was built without it."""
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

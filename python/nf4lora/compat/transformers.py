@@ -1,6 +1,6 @@
-"""What is used of transformers beyond its public interface, each thing in one place.
+"""The private names of transformers that nf4lora uses, each in one place.
 
-Tried with transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names has gone.
+Tested with transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names is gone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 
 def was_loaded(parameter: torch.Tensor) -> bool:
-    """Whether a parameter was set from a file; what is on meta is offloaded, and accelerate has it."""
+    """Whether a parameter was set from a file. A parameter on meta was: accelerate keeps its values elsewhere."""
     return getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta
 
 
 def is_initialized(module: nn.Module) -> bool:
-    """Whether transformers has loaded or initialised a module, and will leave it as it is."""
+    """Whether transformers has loaded or initialised a module, and so will not initialise it again."""
     return bool(vars(module).get("_is_hf_initialized", False))
 
 
@@ -33,9 +33,9 @@ def mark_initialized(part: nn.Module | nn.Parameter) -> None:
 
 
 def before_missing_are_drawn(note: Callable[[Any], None]) -> None:
-    """Have transformers call `note(model)` while it loads one: what the file held is set and has its mark, and what it
-    did not hold is still to be drawn at random. A second call with the same function does nothing, nor does a first one
-    where a release of transformers has no such place."""
+    """Have transformers call `note(model)` during each load, after it has set and marked the parameters that the file
+    holds and before it draws the others at random. A second call with the same function does nothing, and neither does
+    a first one where a release of transformers has no such step."""
     original: Any = getattr(PreTrainedModel, "_initialize_missing_keys", None)
     if original is None or getattr(original, "noted_by", None) is note:
         return
@@ -50,8 +50,8 @@ def before_missing_are_drawn(note: Callable[[Any], None]) -> None:
 
 
 def computed_by_model(model: nn.Module) -> Callable[[str], bool]:
-    """Whether a parameter of this name may be in no checkpoint because the model computes it itself."""
-    patterns = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    """Whether a checkpoint may lack a parameter because the model computes it: a function of the parameter's name."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
@@ -64,13 +64,12 @@ def kept_in_float32(model: nn.Module) -> list[str]:
 
 
 def mark_config_quantized(config: Any) -> None:
-    """Have the configuration say that the model is quantised already, as a loaded one does."""
+    """Mark the configuration as that of a quantised model, as transformers does when it loads one."""
     config._is_quantized = True
 
 
 def save_under_own_names(model: Any) -> None:
-    """Leave the parameters their own names when the model is saved: no way back to the names of the file it was loaded
-    from."""
+    """Save the model's parameters under their own names, not under the names in the file that it was loaded from."""
     model._weight_conversions = []
 
 
@@ -90,7 +89,7 @@ def path_of(config: Any) -> str | None:
 
 
 def cached_file(name: str, file: str, revision: str | None) -> str | None:
-    """Where a file of a checkpoint is on this disk, fetched if need be; None where it has none or cannot be asked."""
+    """The local path of a checkpoint's file, downloaded if needed; None where it does not exist or cannot be had."""
     from transformers.utils import cached_file as fetch
 
     return fetch(

@@ -1,6 +1,6 @@
-"""What is used of TRL's and transformers' trainers beyond their public interface, each thing in one place.
+"""The private names of TRL's and transformers' trainers that nf4lora uses, each in one place.
 
-Tried with TRL 1.16 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names has gone.
+Tested with TRL 1.16 and transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of these names is gone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def recomputation(wanted: bool) -> dict[str, Any]:
 
 
 class OneDeviceConfig(SFTConfig):
-    """TRL's options for one process on one card: by themselves they take card 0, and spread batches over all cards."""
+    """TRL's options for one process on the current card; TRL itself takes card 0 and spreads batches over all cards."""
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -38,10 +38,10 @@ class OneDeviceConfig(SFTConfig):
 
 
 class OpenTrainer(SFTTrainer):
-    """SFTTrainer whose inner steps have public names, for a subclass to call and to override.
+    """SFTTrainer whose inner steps have public names, which a subclass may call and override.
 
-    What is overridden calls `super()` for what TRL and transformers do. A checkpoint is always that of the whole run:
-    there is no search for hyperparameters.
+    An override calls `super()` for what TRL and transformers do. A checkpoint always belongs to the whole run, because
+    there is no hyperparameter search.
 
     Attributes:
         checkpoint_parent: the folder that a checkpoint is written into; None: output_dir
@@ -50,13 +50,13 @@ class OpenTrainer(SFTTrainer):
     checkpoint_parent: Path | None = None
 
     def _send_telemetry(self) -> None:
-        """TRL reports each run to huggingface.co; this does not."""
+        """Send nothing: TRL's own method reports each run to huggingface.co."""
 
     # ---- counts
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens that were trained on, without padding, which SFTTrainer logs as num_tokens."""
+        """The number of tokens trained on so far, without padding; SFTTrainer logs it as num_tokens."""
         return int(self._total_train_tokens)
 
     @tokens_seen.setter
@@ -65,21 +65,21 @@ class OpenTrainer(SFTTrainer):
 
     @property
     def metrics(self) -> Mapping[str, dict[str, list[Any]]]:
-        """What has been measured since the last log, by "train" or "eval" and by name."""
+        """The values collected since the last log, by "train" or "eval" and by name."""
         return self._metrics
 
     # ---- one step
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of the collator where the model is."""
+        """A batch of the collator, moved to the model's device."""
         return self._prepare_inputs(batch)
 
     def gradient_norm(self, model: Any) -> Tensor:
-        """The norm of all gradients before the optimizer's step, once a step."""
+        """The norm of all gradients; called once a step, before the optimizer's."""
         raise NotImplementedError
 
     def clip_gradients(self, model: Any, norm: Tensor) -> None:
-        """Scale the gradients, whose norm this is, to max_grad_norm."""
+        """Scale the gradients, which have this norm, to max_grad_norm."""
         raise NotImplementedError
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
@@ -93,7 +93,7 @@ class OpenTrainer(SFTTrainer):
     # ---- evaluation between steps
 
     def evaluate_between_steps(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """An evaluation during training, done by `evaluate`, before the checkpoint of the step."""
+        """Run `evaluate` during training, before the checkpoint of the same step."""
         return evaluate()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -113,18 +113,18 @@ class OpenTrainer(SFTTrainer):
         return str(self.checkpoint_parent or super()._get_output_dir(trial))
 
     def load_weights(self, checkpoint: Path) -> None:
-        """The weights of a checkpoint, and nothing else of it."""
+        """Load the weights of a checkpoint, and nothing else of it."""
         self._load_from_checkpoint(str(checkpoint))
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Moments and the position in the schedule of a checkpoint; nothing where there is none."""
+        """Load the optimizer's and the scheduler's state of a checkpoint; nothing where there is none."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
 
     def on_state(self, max_steps: int) -> None:
-        """The state of the run is there, new or from a checkpoint, before the first step."""
+        """Called before the first step, when the state of the run is set, new or from a checkpoint."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
@@ -134,7 +134,7 @@ class OpenTrainer(SFTTrainer):
 
 
 def set_rates(scheduler: Any) -> None:
-    """Give the optimizer the rates that its schedule has for the step it stands at."""
+    """Set the optimizer's learning rates to those of its schedule at the current step."""
     rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -1,1 +1,1 @@
-"""What a process holds beyond its tensors, kept small: the C heap, oneDNN's compiled products, pages of weights."""
+"""Memory of a process beyond its tensors: the C heap, oneDNN's compiled products, the pages of packed weights."""

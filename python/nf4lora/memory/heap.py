@@ -1,9 +1,9 @@
-"""The C heap between training steps: what batches of changing length leave there in pieces goes back to the system.
+"""Returns free memory of the C heap to the system between training steps.
 
-glibc keeps freed memory for itself. Tensors whose sizes change from step to step leave holes that the next ones do
-not fit into, so that the heap grows for hundreds of steps. `malloc_trim` returns the pages of all holes; touching them
-again costs time. So it is called between steps when the process has grown, and as rarely as keeps its cost a small
-share of the run. On a machine without glibc nothing happens.
+glibc keeps freed memory for itself. Tensors whose sizes change from step to step leave holes that later tensors do
+not fit into, so that the heap grows for hundreds of steps. `malloc_trim` returns the pages of all holes, but touching
+them again costs time. So this file calls it between steps, only when the process has grown, and so rarely that its
+cost stays a small share of the run. On a machine without glibc nothing happens.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import nn
 from nf4lora.compat.torch import forward_pre_hooks_of
 
 SHARE = 0.02  # of the run's time that returning memory may cost
-GROWTH = 1.1  # times the smallest size that was seen after returning memory: less is not worth a call
+GROWTH = 1.1  # a call is worth its cost only above this multiple of the smallest size seen after returning memory
 PAGE = mmap.PAGESIZE
 
 enabled = True  # False: the heap is left alone
-seconds = 0.0  # that calls of malloc_trim took so far
+seconds = 0.0  # spent in malloc_trim so far
 
-_next = 0.0  # time.monotonic() before which nothing is returned again
-_smallest = 0.0  # bytes that the process held after memory was returned
+_next = 0.0  # time.monotonic() before which no memory is returned again
+_smallest = 0.0  # the fewest bytes that the process held after memory was returned
 _per_byte: float | None = None  # seconds to touch a byte of fresh memory
 
 
 def trim() -> float:
-    """Give every free page of the heap back to the system; returns the seconds that took."""
+    """Return every free page of the heap to the system; the result is the seconds that this took."""
     global seconds
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     start = time.perf_counter()
     if give_back is not None:
         give_back(0)
@@ -43,13 +43,13 @@ def trim() -> float:
 
 
 def keep_small(model: nn.Module) -> None:
-    """Return free memory between the training steps of this model, whoever runs them; a second call does nothing."""
+    """Return free memory between the training steps of this model, in any training loop. A second call does nothing."""
     if between_steps not in forward_pre_hooks_of(model).values():
         model.register_forward_pre_hook(between_steps)
 
 
 def between_steps(model: nn.Module, _: Any) -> None:
-    """At the start of a step, when the one before has freed what it needed: return memory if it is time to."""
+    """Return memory if it is time to. Called at the start of a step, when the one before has freed its tensors."""
     global _next, _smallest
     if torch.compiler.is_compiling() or not (enabled and model.training and torch.is_grad_enabled()):
         return
@@ -66,7 +66,7 @@ def between_steps(model: nn.Module, _: Any) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
+    """Bytes of resident memory of this process; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * PAGE
@@ -75,7 +75,7 @@ def resident() -> int:
 
 
 def seconds_per_byte() -> float:
-    """What the system takes to hand out a byte of fresh memory, measured once on 8 MB."""
+    """Seconds that the system takes to provide a byte of fresh memory, measured once on 8 MB."""
     global _per_byte
     if _per_byte is None:
         size = 8 << 20

@@ -1,11 +1,11 @@
-"""oneDNN's caches of compiled products, which batches of changing lengths fill.
+"""Bounds oneDNN's caches of compiled matrix products, which batches of changing lengths fill.
 
-On an x86 processor torch hands products of bfloat16 matrices, and convolutions, to oneDNN, which compiles code for the
-shapes it meets and keeps it: up to 1,024 products, in each of two caches. Every new length of a batch adds some ten of
-them, each of 0.7 MB and more, between tensors of the heap, which then cannot join its holes. A run of batches of 60 to
-170 tokens grows by two gigabytes in 100 steps (`python -m bench soak`); compiling a product again takes a third of a
-millisecond. The caches read their size from two environment variables when they are used for the first time; it cannot
-be changed later, or asked.
+On an x86 processor torch passes products of bfloat16 matrices, and convolutions, to oneDNN. oneDNN compiles code for
+each shape that it meets and keeps it, up to 1,024 products in each of two caches. Every new batch length adds about ten
+products of 0.7 MB and more. They lie between the tensors on the heap, so that free pieces there cannot join. A run of
+batches of 60 to 170 tokens grows by two gigabytes in 100 steps (`python -m bench soak`), while compiling a product
+again takes a third of a millisecond. The caches read their size from two environment variables at their first use; the
+size can be neither changed nor read later.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 from nf4lora.compat.torch import onednn_linear
 
-CAPACITY = 16  # products: more than the layers of one length need, each layer the same ones
+CAPACITY = 16  # products; the layers share them, and need fewer for batches of one length
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own cache, and torch's in front of it
 
 _bounded = False
 
 
 def bound_caches() -> None:
-    """Keep oneDNN's caches small in this process, where nothing has used them yet; a second call does nothing.
+    """Keep oneDNN's caches small in this process, unless they are in use already. A second call does nothing.
 
-    What the user's environment says about them stands. The environment is afterwards as it was.
+    A variable that the user has set keeps its value. The environment is unchanged afterwards.
     """
     global _bounded
     if _bounded or not torch.backends.mkldnn.is_available():
@@ -41,10 +41,10 @@ def bound_caches() -> None:
 
 
 def _use_caches() -> None:
-    """Products too small to wake another thread, so that a fork is still safe.
+    """Compute products that are too small to wake another thread, so that the process can still be forked safely.
 
-    torch has a cache for each kind of product and each thread; those of training steps are of the second kind here,
-    in the thread that calls backward().
+    torch has a cache for each kind of product and each thread; training steps use the second kind here, in the thread
+    that calls backward().
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         vector, matrix = torch.zeros(1, 1), torch.zeros(64, 64, dtype=torch.bfloat16)
