@@ -110,7 +110,7 @@ def test_a_missing_companion_is_an_error_that_names_it(lost, strict):
     state = random_packed().state_dict()
     del state[lost]
     model = nn.ModuleDict({"proj": random_packed()})
-    with pytest.raises(RuntimeError, match=rf"proj\.{lost} must stand beside proj\.weight"):
+    with pytest.raises(RuntimeError, match=rf"proj\.{lost} must come with proj\.weight"):
         model.load_state_dict({f"proj.{key}": value for key, value in state.items()}, strict=strict)
 
 

@@ -1,6 +1,6 @@
-"""The loss of a language model without all of its logits.
+"""The loss of a language model, computed without holding all logits at once.
 
-`chunk_loss` puts it behind a model's own `model(input_ids, labels=labels)`; `score` gives it token by token.
+`chunk_loss` installs it in a model, so that `model(input_ids, labels=labels)` uses it; `score` returns it by token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
     Args:
         base: a model for which `has_plain_head` holds
-        inputs: input_ids, labels [B, T] with -100 where a token is not trained, and what else the model takes
+        inputs: input_ids; labels [B, T] with -100 where a token is not trained; other arguments of the model
     """
     inputs = dict(inputs)
     targets = inputs.pop("labels")[:, 1:]
@@ -35,7 +35,7 @@ def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def score_hidden(base: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from last hidden states [B, T, H] and the tokens they predict [B, T], -100 where none is asked for."""
+    """As `score`, from the last hidden states [B, T, H] and the tokens to predict [B, T], -100 where there is none."""
     asked = targets != -100
     head: Any = output_head(base)
     return CrossEntropy.apply(hidden[asked], head.weight, head.bias, targets[asked])
@@ -44,8 +44,8 @@ def score_hidden(base: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
 def has_plain_head(base: nn.Module, device: torch.device) -> bool:
     """Whether the logits are one frozen linear layer on the last hidden states: no scale, no cap, nothing trained.
 
-    It is tried, not looked up: every architecture has its own name for what it does to logits. The trial leaves no
-    trace: the mode of each module, the random state and the buffers are as before.
+    The function runs the model and compares, because every architecture has its own name for what it does to logits.
+    The mode of each module, the random state and the buffers are the same afterwards.
     """
     head = linear_head(base)
     if head is None or not head.weight.is_floating_point() or head.weight.requires_grad:
@@ -83,16 +83,15 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def chunk_loss(base: nn.Module) -> bool:
-    """Let `base(input_ids, labels=labels)` compute its loss without all logits; says whether that was changed.
+    """Make `base(input_ids, labels=labels)` compute its loss in chunks; returns whether the model was changed.
 
-    The model's own forward runs, with its own loss function and outputs; its head, where it is a frozen linear layer
-    at the time of a call, returns logits that are computed when somebody looks at them, and of which the loss takes a
-    chunk at a time (deferred_logits.py). Compiled models stay as they are. So do calls without labels, but that
-    their head multiplies hidden states as one matrix. On transformers' side this is an instance's `forward`, as TRL's
-    fused head is, which wraps it; where that one would hold many logits, on a CPU, it is given the same numbers
-    (trl_head.py).
+    The model's own forward still runs, with its own loss function and outputs. Where its head is a frozen linear layer
+    at the time of a call, the head returns logits that are computed only when they are read, and the loss computes them
+    a chunk at a time (deferred_logits.py). A compiled model stays as it is. In a call without labels the head only
+    multiplies the hidden states as one matrix. The change is an attribute `forward` of this one model, as TRL's fused
+    head is, which wraps it; on a CPU, where TRL's head would hold many logits, trl_head.py computes the same numbers.
     """
-    if "forward" in vars(base) or linear_head(base) is None:  # accelerate's hooks, or ourselves
+    if "forward" in vars(base) or linear_head(base) is None:  # accelerate's hooks, or this function's own
         return False
     base.forward = InChunks(base)
     base.register_forward_pre_hook(trl_head.take_over, with_kwargs=True)
@@ -100,7 +99,7 @@ def chunk_loss(base: nn.Module) -> bool:
 
 
 def has_chunked_loss(base: nn.Module) -> bool:
-    """Whether a call with labels would compute its loss in chunks: `chunk_loss` was there, and the head is frozen."""
+    """Whether a call with labels computes its loss in chunks: `chunk_loss` was called, and the head is frozen."""
     return getattr(vars(base).get("forward"), "in_chunks", False) and is_deferrable(linear_head(base))
 
 
@@ -111,16 +110,16 @@ def linear_head(base: nn.Module) -> nn.Linear | None:
 
 
 class InChunks:
-    """A model's forward, with logits that are deferred where its loss can take them so.
+    """A model's forward, with deferred logits where the head allows it.
 
-    No method of the model's, since a pickled model would come back with that of its class in place of it.
+    A bound method would not do: a pickled model would come back with the forward of its class instead.
     """
 
     in_chunks = True
 
     def __init__(self, base: nn.Module) -> None:
         functools.update_wrapper(self, type(base).forward)
-        self.base, self.__wrapped__ = base, types.MethodType(type(base).forward, base)  # whose signature is asked for
+        self.base, self.__wrapped__ = base, types.MethodType(type(base).forward, base)  # for its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         base, original = self.base, type(self.base).forward

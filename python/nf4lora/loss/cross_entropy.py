@@ -1,7 +1,7 @@
-"""Cross-entropy of chosen tokens from hidden states: no logits of other tokens, never all logits at once.
+"""Cross-entropy of selected tokens from their hidden states, without logits of other tokens or all logits at once.
 
-TRL has the same idea with Triton kernels; without Triton it scores every token and multiplies in float32, which on a
-CPU costs a fifth of a training step.
+TRL has the same idea in Triton kernels. Without Triton it scores every token and multiplies in float32, which on a CPU
+costs a fifth of a training step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from nf4lora.loss.processor import times, times_transposed
 
-CHUNK = 1 << 23  # logits at a time: 32 MB of float32, which a last cache level may hold
+CHUNK = 1 << 23  # logits at a time: 32 MB of float32, which may fit into the last cache level
 
-Steps = tuple[Callable[[Tensor], Tensor], ...]  # what happens to logits behind the head, element by element
+Steps = tuple[Callable[[Tensor], Tensor], ...]  # element-wise functions that the model applies to its logits
 
 
 class CrossEntropy(torch.autograd.Function):
-    """log p(target), and whether no token is likelier; the gradient is made in the forward pass, where one is wanted.
+    """log p(target), and whether no token is likelier. The forward pass computes the gradient too, where it is needed.
 
-    `d log p(target) / d hidden = W[target] - sum over v of p(v) W[v]`, and through `steps` by autograd, chunk by chunk.
+    `d log p(target) / d hidden = W[target] - sum over v of p(v) W[v]`; autograd differentiates `steps`, chunk by chunk.
     """
 
     @staticmethod
@@ -37,9 +37,15 @@ class CrossEntropy(torch.autograd.Function):
         dtype: torch.dtype | None = None,
         entropy: bool = False,
     ) -> tuple[Tensor, ...]:
-        """hidden: [M, H]; weight: [V, H], frozen; bias: [V] or None; targets: [M] int64; dtype: of the product, that of
-        autocast where it is on, else hidden's -> [M] float32, [M] bool, and where it is asked for the entropy of p, [M]
-        float32, which has no gradient."""
+        """
+        Args:
+            hidden: [M, H];  weight: [V, H], frozen;  bias: [V] or None;  targets: [M] int64
+            dtype: of the product hidden W^T; None: that of autocast where it is on, else hidden's
+            entropy: whether to return the entropy too
+
+        Returns:
+            log p [M] float32; whether no token is likelier [M] bool; entropy of p [M] float32, without a gradient
+        """
         kind = hidden.device.type
         dtype = dtype or product_dtype(hidden)
         rows = max(CHUNK // len(weight), 16)
@@ -62,12 +68,12 @@ class CrossEntropy(torch.autograd.Function):
                 fixed = logits.detach()
                 largest, of_target = fixed.amax(1, keepdim=True).float(), fixed.gather(1, target).float()
                 correct[part] = (of_target == largest)[:, 0]
-                if steps:  # autograd may have kept them
+                if steps:  # autograd may need these logits: they must not be overwritten
                     p = torch.softmax(fixed.float(), 1)
                 else:
                     p = fixed.float()  # softmax with dtype= makes two copies, and takes twice the time
                     torch.softmax(p, 1, out=p)
-                # The likeliest token's p is 1 / sum(exp(logit - largest)): its logarithm completes that of the target.
+                # log p(target) = target - largest - log Z, and the likeliest token, whose p is the largest, has 1 / Z.
                 log_p[part] = (of_target - largest + p.amax(1, keepdim=True).log())[:, 0]
                 if entropy:
                     entropies[part] = torch.special.entr(p).sum(1)
@@ -95,6 +101,6 @@ def through(steps: Steps, logits: Tensor) -> Tensor:
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer multiplies these: autocast's where it is on."""
+    """The dtype in which a linear layer multiplies these hidden states: that of autocast where it is on."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -1,13 +1,14 @@
-"""Logits that are not computed before somebody looks at them, and of which a cross-entropy needs a chunk at a time.
+"""Logits that are computed only when their values are read, and in chunks where a cross-entropy reads them.
 
 `deferred(head)` lets a model's own forward run unchanged while its output head, a frozen linear layer, returns a
-`DeferredLogits`: a tensor with the shape, dtype and gradient of the logits and no memory. What a model does with logits
-on the way to its loss (float32, a scale, a cap, slices of tokens, one row a token) is noted; `F.cross_entropy` of them
-is computed in chunks; any other function gets the real ones. So every model keeps its own output class, its own loss
-function, and whatever else it does, and no list of architectures is needed.
+`DeferredLogits`: a tensor with the shape, dtype and gradient of the logits, but without memory. What the model does
+with its logits before the loss (a cast to float32, a scale, a cap, slices of tokens, a reshape to one row a token) is
+recorded. `F.cross_entropy` then computes the logits in chunks; any other function gets the real logits. So every model
+keeps its own output class and loss function, and no list of architectures is needed.
 
-A loss in chunks has no gradient at the logits, which are not in its graph: who asks for it (retain_grad, register_hook,
-torch.autograd.grad) gets an error. A call without labels gives ordinary logits, to compute a loss from that has one.
+The graph of a loss in chunks does not contain the logits, so it has no gradient for them: retain_grad, register_hook
+and torch.autograd.grad on these logits raise an error. A call without labels returns ordinary logits, and a loss that
+is computed from those has a gradient for them.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from nf4lora.loss.cross_entropy import CrossEntropy, Steps, product_dtype, throu
 
 @dataclass
 class Use:
-    """What has become of the logits of one call of the head, whichever steps and tokens of them."""
+    """How the logits of one call of the head were used; shared by all tensors that derive from them."""
 
     loss_in_chunks: bool = False
 
 
 class DeferredLogits(Tensor):
-    """`steps(head(hidden))`, computed by the first function that needs the values, and then kept."""
+    """`steps(head(hidden))`, computed for the first function that needs the values, and then kept."""
 
     hidden: Tensor  # [..., H]
     head: nn.Linear
@@ -60,15 +61,15 @@ class DeferredLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with below_subclasses():
-            if func in ASKS:
+            if func in METADATA:
                 return func(*args, **kwargs)
-            way = WAYS.get(func)
+            handler = HANDLERS.get(func)
             if kwargs and func not in TAKE_KEYWORDS:
-                way = None
-            if way is not None and isinstance(args[0] if args else None, cls) and args[0].computed is None:
-                found = way(*args, **kwargs)
-                if found is not None:
-                    return found
+                handler = None
+            if handler is not None and isinstance(args[0] if args else None, cls) and args[0].computed is None:
+                result = handler(*args, **kwargs)
+                if result is not None:
+                    return result
             if func in ASK_FOR_GRADIENT:
                 _refuse_gradient(func, args, kwargs)
             args, kwargs = tree_map_only(cls, compute, (args, kwargs))
@@ -78,13 +79,13 @@ class DeferredLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Below autograd, where an autograd.Function has brought it past __torch_function__.
+        # Reached below autograd, where an autograd.Function has passed the logits on without __torch_function__.
         args, kwargs = tree_map_only(cls, lambda logits: compute(logits).detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Defer(torch.autograd.Function):
-    """Gives deferred logits their place in the graph, for functions that autograd sees and Python does not."""
+    """Puts deferred logits into autograd's graph, for functions that reach autograd without __torch_function__."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *how: Any) -> Tensor:
@@ -107,13 +108,13 @@ def defer(
     hidden: Tensor, head: nn.Linear, product: torch.dtype, steps: Steps, dtype: torch.dtype, use: Use
 ) -> DeferredLogits:
     logits = _Defer.apply(hidden, head, product, steps, dtype)
-    logits.hidden = hidden  # with its own place in the graph, which a Function's forward does not see
+    logits.hidden = hidden  # the tensor with its graph: forward() of an autograd.Function gets one without
     logits.use = use
     return logits
 
 
 def compute(logits: DeferredLogits) -> Tensor:
-    """The values, once: with their gradient, whoever asks first."""
+    """The values of the logits, computed at the first call, always with their gradient."""
     if logits.computed is None:
         with torch.enable_grad():
             logits.computed = _logits(logits.hidden, logits.head, logits.product, logits.steps)
@@ -121,7 +122,7 @@ def compute(logits: DeferredLogits) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: nn.Linear, product: torch.dtype, steps: Steps) -> Tensor:
-    """What the head gives where it was called, whatever the dtypes and the autocast of where it is needed."""
+    """What the head would have returned when it was called, independent of the autocast that is on now."""
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.to(product)
         return through(steps, _product(hidden.to(product), head.weight.to(product), bias))
@@ -153,7 +154,7 @@ _PROPERTIES = (
     "is_cuda",
     "is_meta",
 )
-ASKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
+METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.__len__, Tensor.ndimension, Tensor.element_size, torch.is_floating_point, torch.is_complex, torch.numel),
 }
@@ -161,7 +162,7 @@ ASKS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
 
 @dataclass(frozen=True)
 class Step:
-    """One function of logits, element by element."""
+    """One element-wise function that the model applies to its logits."""
 
     function: Callable
     arguments: tuple
@@ -179,7 +180,7 @@ def _then(logits: DeferredLogits, function: Callable, *arguments: Any, dtype: to
 
 
 def _of(logits: DeferredLogits, hidden: Tensor) -> Tensor:
-    """The logits of these tokens of them."""
+    """The logits of some of the tokens, whose hidden states are given."""
     return defer(hidden, logits.head, logits.product, logits.steps, logits.dtype, logits.use)
 
 
@@ -194,7 +195,7 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _scaled(function: Callable, logits: DeferredLogits, *args: Any) -> Tensor | None:
-    """A function that scales or caps logits, with nothing but numbers beside them."""
+    """A function that scales or caps logits, if its other arguments are all numbers."""
     if not all(type(number) in (int, float) for number in args):
         return None
     return _then(logits, function, *args)
@@ -212,7 +213,7 @@ def _reshaped(logits: DeferredLogits, *shape: Any) -> Tensor | None:
 
 
 def _indexed(logits: DeferredLogits, index: Any) -> Tensor | None:
-    """Rows of tokens: the index must leave the vocabulary alone."""
+    """Select tokens by an index, if it does not select from the vocabulary."""
     if type(index) is Tensor and index.dtype == torch.bool and index.dim() < logits.dim():
         return _of(logits, logits.hidden[index])
     parts = index if isinstance(index, tuple) else (index,)
@@ -222,7 +223,7 @@ def _indexed(logits: DeferredLogits, index: Any) -> Tensor | None:
     if (last and last[-1] != slice(None)) or len(parts) > logits.dim() + (... in parts):
         return None
     if ... in parts and not last and len(parts) > logits.dim():
-        return None  # the ellipsis stands for nothing, and an index before it for the vocabulary
+        return None  # the ellipsis covers no dimension, so an index before it selects from the vocabulary
     return _of(logits, logits.hidden[index])
 
 
@@ -236,7 +237,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """As F.cross_entropy, of one row a token, in chunks."""
+    """F.cross_entropy in chunks, for logits with one row a token; None for any other call."""
     ordinary = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
     one_target_a_row = logits.dim() == 2 and target.dim() == 1 and len(target) == len(logits)
     known = reduction in ("mean", "sum", "none") and target.dtype == torch.int64 and target.device == logits.device
@@ -245,7 +246,7 @@ def _cross_entropy(
     asked = target != ignore_index
     head, chosen = logits.head, target[asked]
     if chosen.device.type == "cpu" and len(chosen) and not 0 <= chosen.min() <= chosen.max() < logits.shape[-1]:
-        return None  # torch says which one is out of bounds
+        return None  # torch raises an error that names the index
     # The loss is computed in float32 whatever the logits are: a cast to it changes nothing.
     steps = () if set(logits.steps) <= {TO_FLOAT} else logits.steps
     logits.use.loss_in_chunks = True
@@ -259,7 +260,7 @@ def _cross_entropy(
 
 
 SCALES = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div)
-WAYS: dict[Callable, Callable[..., Tensor | None]] = {
+HANDLERS: dict[Callable, Callable[..., Tensor | None]] = {
     Tensor.float: lambda logits: _cast(logits, torch.float32),
     Tensor.half: lambda logits: _cast(logits, torch.float16),
     Tensor.bfloat16: lambda logits: _cast(logits, torch.bfloat16),
@@ -273,14 +274,14 @@ WAYS: dict[Callable, Callable[..., Tensor | None]] = {
     Tensor.__getitem__: _indexed,
     F.cross_entropy: _cross_entropy,
 }
-TAKE_KEYWORDS = {Tensor.to, F.cross_entropy}  # the other ways know none: such a call gets the computed logits
+TAKE_KEYWORDS = {Tensor.to, F.cross_entropy}  # other handlers take no keywords: such a call gets the computed logits
 ASK_FOR_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
 
 
 def _refuse_gradient(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise where somebody asks for the gradient at logits, which their loss in chunks does not give.
+    """Raise where a caller asks for the gradient of logits whose loss was computed in chunks: there is none.
 
-    Hooks of torch's own (FSDP's) want to be called where a gradient comes, and are.
+    Hooks of torch itself, such as FSDP's, are allowed.
     """
     if func is torch.autograd.grad:
         asked = kwargs["inputs"] if "inputs" in kwargs else args[1]
@@ -289,10 +290,10 @@ def _refuse_gradient(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Non
         asked = args[:1]
     hook = args[1] if func is Tensor.register_hook and len(args) > 1 else kwargs.get("hook")
     of_torch = str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
-    if not of_torch and any(isinstance(each, DeferredLogits) and each.use.loss_in_chunks for each in asked):
+    if not of_torch and any(isinstance(tensor, DeferredLogits) and tensor.use.loss_in_chunks for tensor in asked):
         raise RuntimeError(
-            f"DeferredLogits: {func.__name__} must be asked of logits that the loss was computed from, got those of a "
-            f"loss in chunks, which are not in its graph; call the model without labels, and compute the loss from "
+            f"DeferredLogits: {func.__name__} must get logits that are in the graph of the loss, got logits of a call "
+            f"that computed a loss in chunks, without them; call the model without labels, and compute the loss from "
             f"its logits"
         )
 
@@ -301,10 +302,10 @@ def _refuse_gradient(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Non
 
 
 def is_deferrable(head: Any) -> bool:
-    """Whether this is a frozen linear layer, whole, on one device, and nothing else happens when it is called."""
+    """Whether this is a frozen linear layer, not sharded, whose call does nothing but multiply."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return False
-    weight: Any = parameters_of(head).get("weight")  # none where a parametrization makes it
+    weight: Any = parameters_of(head).get("weight")  # None where a parametrization computes it
     return (
         weight is not None
         and not has_hooks(head)
@@ -317,12 +318,12 @@ def is_deferrable(head: Any) -> bool:
 
 
 def deferred(head: nn.Linear) -> contextlib.AbstractContextManager[None]:
-    """While it is open, the head returns deferred logits."""
+    """The head returns deferred logits inside this context."""
     return _calling(_deferred, head)
 
 
 def as_matrix(head: nn.Linear) -> contextlib.AbstractContextManager[None]:
-    """While it is open, the head multiplies hidden states as one matrix (`_product`)."""
+    """The head multiplies hidden states as one matrix (`_product`) inside this context."""
     return _calling(_as_matrix, head)
 
 
@@ -344,5 +345,5 @@ def _deferred(head: nn.Linear, hidden: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled(hidden.device.type)
     same = hidden.device == head.weight.device and (autocast or hidden.dtype == head.weight.dtype)
     if not same or hidden.dim() < 2 or not hidden.is_floating_point() or hidden.shape[-1] != head.in_features:
-        return nn.Linear.forward(head, hidden)  # which has an error to raise, or little to save
+        return nn.Linear.forward(head, hidden)  # raises torch's error, or has few logits
     return defer(hidden, head, product, (), product, Use())

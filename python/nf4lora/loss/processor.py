@@ -1,7 +1,7 @@
-"""What torch can multiply on this machine's processor.
+"""Matrix products for the loss that are fast on this machine's processor.
 
-An x86 processor without AVX512-BF16 has no products of bfloat16 matrices, and torch computes them element by element:
-x W^T in twice the time of float32, and p W, which the gradient of a loss needs, in a hundred times.
+An x86 processor without AVX512-BF16 has no instruction for products of bfloat16 matrices, and torch computes them
+element by element: x W^T takes twice the time of float32, and p W, which the gradient of a loss needs, a hundred times.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nf4lora import _C  # type: ignore[attr-defined]
 
-COLUMNS = 4096  # rows of W that become float32 at a time, so that their copy stays in a cache
+COLUMNS = 4096  # rows of W that are converted to float32 at a time, so that their copy fits into a cache
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -24,7 +24,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in their dtype, summed in float32 on any processor: [M, K], [N, K] -> [M, N]."""
+    """x W^T in the dtype of x, summed in float32 on every processor: [M, K], [N, K] -> [M, N]."""
     if x.device.type != "cpu" or multiplies(x.dtype):
         return x @ weight.T
     product, x = x.new_empty(len(x), len(weight)), x.float()
@@ -35,7 +35,7 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def times(p: Tensor, weight: Tensor) -> Tensor:
-    """p W in the weight's dtype, summed in float32 on any processor: [M, N] in any float dtype, [N, K] -> [M, K]."""
+    """p W in the weight's dtype, summed in float32 on every processor: [M, N] in any float dtype, [N, K] -> [M, K]."""
     if p.device.type != "cpu" or multiplies(weight.dtype):
         return p.to(weight.dtype) @ weight
     total = p.new_zeros(len(p), weight.shape[1], dtype=torch.float32)

@@ -1,10 +1,11 @@
-"""TRL's fused output head on a CPU, with the memory of ours.
+"""Replaces TRL's fused output head on a CPU by the loss in chunks, which needs less memory.
 
-TRL's trainers replace a model's forward by one that scores tokens by tiles of 4,096 tokens and 32,768 words
-(`trl.trainer.utils.add_fused_lm_head`). Its kernels need Triton. On a CPU a tile is float32 and has several temporary
-copies, and tokens without a label are scored too, which takes about ten times the memory of our loss and more than the
-model's own. So a call for SFTTrainer's numbers is taken over where ours are the same: the head is frozen and plain,
-with no temperature, scale or cap. Anything else, and any release of TRL in which this looks different, is left to TRL.
+TRL's trainers replace a model's forward by one that scores tokens in tiles of 4,096 tokens and 32,768 words
+(`trl.trainer.utils.add_fused_lm_head`). Its kernels need Triton. On a CPU each tile is float32 with several temporary
+copies, and tokens without a label are scored too: this takes about ten times the memory of our loss, and more than the
+model's own. So `take_over` handles a call for SFTTrainer's numbers where our loss gives the same ones: the head is
+frozen and plain, with no temperature, scale or cap. Every other call, and any release of TRL whose code differs, is
+left to TRL.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from nf4lora.loss.cross_entropy import CrossEntropy
 from nf4lora.loss.deferred_logits import is_deferrable
 from nf4lora.nn.model_tree import output_head
 
-TAKEN_OVER = "taken_over_by_nf4lora"  # in place of TRL's own argument, fused_lm_head
-# What SFTTrainer asks add_fused_lm_head for, by the names of its variables (trl 1.16).
+TAKEN_OVER = "taken_over_by_nf4lora"  # the argument that replaces TRL's own, fused_lm_head
+# The options of add_fused_lm_head that SFTTrainer uses, by the names of its variables (trl 1.16).
 SFT = {
     "temperature": 1.0,
     "cast_lm_head_to_fp32": False,
@@ -33,7 +34,7 @@ SFT = {
 
 
 def take_over(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """A hook before a model's forward: sends a call of TRL's head on a CPU to `score`."""
+    """A hook that runs before a model's forward and redirects a call of TRL's head on a CPU to `score`."""
     if torch.compiler.is_compiling() or not kwargs.get("fused_lm_head"):
         return None
     forward = getattr(vars(base).get("forward"), "__func__", None)
@@ -61,7 +62,7 @@ def score(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What TRL's fused forward returns: log-probability, entropy and correctness of each labelled token, else zeros."""
+    """The output of TRL's fused forward: log p, entropy and correctness of each labelled token, zero for the others."""
     hidden = base.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
     if shift_labels is None:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
@@ -69,8 +70,8 @@ def score(
         labels = shift_labels
     head: Any = output_head(base)
     mask = labels != -100
-    found = CrossEntropy.apply(hidden[mask], head.weight, head.bias, labels[mask], (), None, True)
-    log_p, correct, entropy = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in found)
+    results = CrossEntropy.apply(hidden[mask], head.weight, head.bias, labels[mask], (), None, True)
+    log_p, correct, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in results)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return sys.modules["trl.trainer.utils"].FusedCausalLMOutput(
         loss=-log_p.sum() / count, log_probs=log_p, entropy=entropy, is_top1=correct, label_mask=mask

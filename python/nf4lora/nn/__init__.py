@@ -1,1 +1,1 @@
-"""The layer in 4 bits, and models as trees of layers."""
+"""The linear layer in 4 bits, and functions on models as trees of layers."""

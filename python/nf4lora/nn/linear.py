@@ -1,8 +1,8 @@
 """NF4Linear: a frozen linear layer in 4 bits, and all of its state.
 
-Every tensor of the layer is a parameter, never a buffer (buffers are broadcast at each DDP step and break accelerate's
-FSDP2 loading), and the fp32 scales are stored as the int32 of their bits, so that neither `.to(torch.bfloat16)` nor a
-mixed-precision policy can round them.
+Every tensor of the layer is a parameter, never a buffer: DDP broadcasts buffers at each step, and accelerate's loading
+for FSDP2 fails on them. The float32 scales are stored as int32 tensors with the same bits, so that neither
+`.to(torch.bfloat16)` nor a mixed-precision policy can round them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def blocksize_for(in_features: int, blocksize: int) -> int | None:
-    """Largest legal blocksize, at most the one asked for, that divides a row; None where the layer stays in 16 bits.
+    """The largest legal blocksize up to `blocksize` that divides in_features; None: the layer must stay in 16 bits.
 
     Raises:
         ValueError: blocksize is not legal.
@@ -54,7 +54,7 @@ class NF4Linear(Unreplicated, nn.Linear):
         weight_absmax: [N, K/blocksize] uint8; int32 (bits of float32) without double quantisation
         weight_nested: [ceil(N*K/blocksize/256) + 1] int32 (bits of float32), the offset last; double quantisation only
         bias: [N], as in the model
-    The attribute `weight` is a guard in front of the parameter of that name: code that multiplies by it, or writes
+    The attribute `weight` is a guard around the parameter of that name: code that multiplies by it, or writes
     floating-point values into it, gets a ValueError (`nf4lora.nn.packed_weight`).
 
     Raises:
@@ -157,7 +157,7 @@ class NF4Linear(Unreplicated, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The packed codes, [N, K/2] uint8, for code that asks them something; they refuse to be computed with."""
+        """The packed codes, [N, K/2] uint8. Their shape, dtype and device can be read; arithmetic with them raises."""
         parameter: Any = parameters_of(self).get("weight", self.__dict__.get("weight"))
         if parameter is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
@@ -170,18 +170,18 @@ class NF4Linear(Unreplicated, nn.Linear):
         guard = None if known is None else known()
         if guard is None or guard.codes is not parameter:
             guard = PackedWeight(parameter)
-            # Weakly: the guard holds the parameter, which is to be freed once the layer has replaced it.
+            # A weak reference: the guard holds the parameter, which must be freed once the layer has replaced it.
             self.__dict__["_guard"] = weakref.ref(guard)
         return guard
 
     @weight.setter
-    def weight(self, tensor: Tensor) -> None:  # parameters go the way of every module's: this is for a plain tensor
+    def weight(self, tensor: Tensor) -> None:  # for plain tensors; nn.Module registers a parameter without calling this
         self.__dict__["weight"] = tensor
 
     def _unguarded(self) -> nn.Parameter:
-        """The codes as a plain parameter again, where accelerate's offloading has made a parameter of their guard."""
+        """The codes as a plain parameter, where accelerate's offloading has registered their guard as the parameter."""
         codes = parameters_of(self)["weight"].codes  # type: ignore[union-attr]
-        # By its type: a plain tensor that torch has marked counts as an instance too.
+        # `type(...) is`, since isinstance is also true for a plain tensor that torch has marked as a parameter.
         parameter: Any = codes if type(codes) is nn.Parameter else nn.Parameter(codes, requires_grad=False)
         parameters_of(self)["weight"] = parameter
         return parameter
@@ -209,7 +209,8 @@ class NF4Linear(Unreplicated, nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the layer computes with in this dtype: [N, K].
 
-        Without one, in compute_dtype or else in float32: rounded to another dtype, that is the layer's weight in it.
+        Without a dtype: in compute_dtype, or else in float32. The float32 weight rounded to another dtype is the weight
+        that the layer uses in that dtype.
         """
         codes = self.op_arguments()["qweight"]
         return ops.nf4_dequantize(codes, self.absmax(), self.blocksize, dtype or self.compute_dtype or torch.float32)  # type: ignore[arg-type]
@@ -246,8 +247,8 @@ class NF4Linear(Unreplicated, nn.Linear):
         Returns:
             [..., N] in the dtype of x, or of autocast where it is on
         """
-        # A generated token asks for hundreds of layers: conversions that change nothing, and looking up attributes of
-        # a module, take a microsecond each.
+        # A generated token calls hundreds of layers. A conversion that changes nothing, or an attribute of a module,
+        # takes a microsecond, so both are avoided here.
         given = x.dtype
         if not given.is_floating_point:
             raise TypeError(
@@ -274,8 +275,8 @@ class NF4Linear(Unreplicated, nn.Linear):
             seed=seed,
         )
         if trained is not None and trained.requires_grad and torch.is_grad_enabled():
-            # The op gives no gradient for the bias, which PEFT's bias="all" and "lora_only" train: add an exact zero
-            # that carries it, so that the result does not depend on who is trained.
+            # The op gives no gradient for the bias, which PEFT's bias="all" and "lora_only" train. So add an exact zero
+            # that has this gradient: the result is then the same whether the bias is trained or not.
             y = y + (trained - trained.detach()).to(y.dtype)
         return y if result_dtype == dtype else y.to(result_dtype)
 
@@ -286,14 +287,14 @@ class NF4Linear(Unreplicated, nn.Linear):
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        # Codes without their scales are noise, and copy_ would convert a tensor of another dtype without a word: so
-        # both are errors even with strict=False. A state dict that has none of the layer's tensors (an adapter's) is
-        # left to `strict`.
+        # Codes are useless without their scales, and copy_ would silently convert a tensor of another dtype. Both are
+        # errors even with strict=False. For a state dict with none of the layer's tensors (an adapter's), `strict`
+        # decides.
         expected = {name: p for name, p in parameters_of(self).items() if name.startswith("weight") and p is not None}
         present = {name for name in expected if prefix + name in state_dict}
         for name, parameter in expected.items():
             if present and name not in present:
-                error_msgs.append(f"NF4Linear: {prefix}{name} must stand beside {prefix}{min(present)}, got nothing")
+                error_msgs.append(f"NF4Linear: {prefix}{name} must come with {prefix}{min(present)}, got nothing")
             elif name in present and (dtype := state_dict[prefix + name].dtype) != parameter.dtype:
                 error_msgs.append(
                     f"NF4Linear: {prefix}{name} must be {parameter.dtype}, got {dtype}; a 16-bit weight is quantised "

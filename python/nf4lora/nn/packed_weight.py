@@ -1,8 +1,9 @@
-"""What code outside of NF4Linear sees as its `weight`: the packed codes, which refuse to be computed with.
+"""What code outside of NF4Linear sees as its `weight`: the packed codes, which raise an error in arithmetic.
 
-Codes are no numbers. A model that multiplies by `layer.weight`, or a PEFT method that adds a delta to it, would compute
-garbage from them or overwrite them, mostly without an error. So `NF4Linear.weight` hands out a guard in front of the
-parameter. The parameter itself, which state dicts, files, FSDP and the layer's own forward use, is a plain one.
+A packed code is an index, not the value of a weight. A model that multiplies by `layer.weight`, or a PEFT method that
+adds a delta to it, would compute garbage from the codes or overwrite them, mostly without an error. So
+`NF4Linear.weight` returns a guard around the parameter. The parameter itself, which state dicts, files, FSDP and the
+layer's own forward use, is a plain one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from nf4lora.compat.torch import as_subclass, storage_address, tree_leaves, tree_map_only
 
-# In-place functions that change no code, or put other codes in their place.
+# In-place functions that change no code, or that replace codes by other codes.
 HARMLESS_IN_PLACE = ("copy_", "requires_grad_", "share_memory_", "bitwise_")
-# A delta that was cast to uint8 is as wrong as one in floating point.
+# Functions that are refused for integers too: a delta that was cast to uint8 is as wrong as one in floating point.
 ARITHMETIC = {
     "add",
     "sub",
@@ -33,15 +34,23 @@ ARITHMETIC = {
     "matmul",
     "linear",
 }
-CREATES = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")  # take no code
-COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # of codes, which are codes: merges begin with a copy
+CREATES = (
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_",
+)  # these read no code
+COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # a copy of codes is guarded too: merging begins with one
 
 
 class PackedWeight(nn.Parameter):
-    """Packed codes that may be asked, copied, moved and compared, but meet no floating-point value.
+    """Packed codes that can be inspected, copied, moved and compared, but not combined with floating-point values.
 
-    It has no memory of its own: every torch function is called with the parameter instead, unless it is refused. As any
-    tensor does, it keeps what it shows for as long as somebody holds it, whatever becomes of the layer.
+    The guard has no memory of its own: torch functions are called with the parameter instead, unless they are refused.
+    As any tensor does, the guard keeps its codes alive, even if the layer gets other ones.
 
     Raises:
         ValueError: in arithmetic, and in any function that also takes, or would return, floating-point values.
@@ -85,7 +94,7 @@ class PackedWeight(nn.Parameter):
         # A torch.Size stays one: tree_map would make a plain tuple of it.
         return result if isinstance(result, torch.Size) else tree_map_only(Tensor, guarded, result)
 
-    def __getattr__(self, name: str) -> Any:  # what somebody has noted on the parameter
+    def __getattr__(self, name: str) -> Any:  # attributes that were set on the parameter
         if name == "codes":
             raise AttributeError(name)
         return getattr(self.codes, name)
@@ -107,7 +116,7 @@ def _is_float(value: Any) -> bool:
 
 
 def refusal(what: str) -> str:
-    """The text of a ValueError: of a TypeError in an operator, Python would show its own text in place of this one."""
+    """The text of the error, a ValueError: for a TypeError in an operator Python would print a text of its own."""
     return (
         f"NF4Linear: weight must not be an operand of {what}, which would take its packed 4-bit codes for numbers; "
         f"call the layer, or layer.dequantize(dtype) for its values, or keep it in 16 bits: "
