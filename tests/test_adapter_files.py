@@ -239,7 +239,7 @@ Q = {"target_modules": ["q_proj"]}
         ({**Q, "layers_to_transform": [0]}, {**Q, "layers_to_transform": [1]}, "got none for"),
         ({"exclude_modules": ["q_proj"]}, {"exclude_modules": ["k_proj"]}, "got none for"),
         ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}, "got none for"),
-        ({"modules_to_save": ["lm_head"]}, {}, "nothing that has no place in the model, got .*lm_head"),
+        ({"modules_to_save": ["lm_head"]}, {}, "only tensors that have a place in the model, got .*lm_head"),
     ],
 )
 def test_every_option_that_changes_the_meaning_is_compared(tmp_path, there, here, match):
@@ -291,7 +291,7 @@ def test_a_bare_model_comes_back_in_evaluation_mode_and_a_prepared_one_as_it_was
 def test_an_adapter_for_other_modules_is_refused_on_a_prepared_model(saved):
     refused(
         saved[0],
-        r"must hold nothing that has no place in the model, got .* more",
+        r"must hold only tensors that have a place in the model, got .* more",
         adapted(packed_llama(), target_modules=["q_proj"]),
     )
 
@@ -305,7 +305,7 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
         (lambda tensors: tensors.pop(KEY), r"must hold every tensor of the adapter, got none for .*up_proj\.lora_B"),
         (
             lambda tensors: tensors.update(extra=torch.ones(2)),
-            "must hold nothing that has no place in the model, got extra",
+            "must hold only tensors that have a place in the model, got extra",
         ),
         (
             lambda tensors: tensors.update({KEY: tensors[KEY][:, :2].contiguous()}),

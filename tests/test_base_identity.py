@@ -53,7 +53,7 @@ def scores(model):
 
 def test_a_new_head_that_is_not_trained_is_saved_with_the_adapter_and_said(checkpoint, tmp_path):
     model = put_adapter(classifier(checkpoint))
-    with pytest.warns(UserWarning, match=r"score\.weight stood in no checkpoint.*modules_to_save=\['score'\]"):
+    with pytest.warns(UserWarning, match=r"score\.weight was in no checkpoint.*modules_to_save=\['score'\]"):
         save_adapter(model, tmp_path / "adapter")
     assert "base_model.model.score.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not torch.equal(classifier(checkpoint, seed=1).score.weight, model.get_base_model().score.weight)
@@ -66,7 +66,7 @@ def test_a_new_head_that_is_not_trained_is_saved_with_the_adapter_and_said(check
 
 def test_a_new_head_reaches_a_prepared_model_too(checkpoint, tmp_path):
     model = put_adapter(classifier(checkpoint))
-    with pytest.warns(UserWarning, match="stood in no checkpoint"):
+    with pytest.warns(UserWarning, match="was in no checkpoint"):
         save_adapter(model, tmp_path / "adapter")
     other = put_adapter(classifier(checkpoint, seed=1))
     assert torch.equal(scores(load_adapter(other, tmp_path / "adapter")), scores(model))
@@ -83,7 +83,7 @@ def test_a_head_that_is_trained_in_full_is_no_part_of_the_base(checkpoint, tmp_p
 
 def test_plain_peft_reads_the_new_head(checkpoint, tmp_path):
     model = put_adapter(classifier(checkpoint, dtype=torch.float32))
-    with pytest.warns(UserWarning, match="stood in no checkpoint"):
+    with pytest.warns(UserWarning, match="was in no checkpoint"):
         save_adapter(model, tmp_path / "adapter")
     other = classifier(checkpoint, seed=1, dtype=torch.float32)
     assert torch.equal(scores(peft.PeftModel.from_pretrained(other, tmp_path / "adapter")), scores(model))
@@ -156,10 +156,10 @@ def test_other_codes_scales_and_options_are_told_apart(tmp_path):
     refused(packed_llama(double_quant=False), folder, "has double_quant False instead of True")
     other = packed_llama()
     other.model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
-    refused(other, folder, r"mlp\.up_proj is not there in NF4")
+    refused(other, folder, r"mlp\.up_proj is not in NF4")
     other = packed_llama()
     other.model.layers[0].extra = NF4Linear.from_linear(nn.Linear(64, 64))
-    refused(other, folder, r"model\.layers\.0\.extra is in NF4 and was not")
+    refused(other, folder, r"model\.layers\.0\.extra is in NF4 but was not")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -130,9 +130,9 @@ def test_a_parameter_alone_that_the_checkpoint_lacks_is_warned_of_and_saved_with
         base = load(tmp_path / "base", **options)
     assert any("masked_spec_embed must be in the checkpoint" in str(each.message) for each in said) == bool(options)
     assert new_parameters(base) == {"wav2vec2.masked_spec_embed"}
-    with pytest.warns(UserWarning, match=r"wav2vec2\.masked_spec_embed stood in no checkpoint and in no layer"):
+    with pytest.warns(UserWarning, match=r"wav2vec2\.masked_spec_embed was in no checkpoint and is in no layer"):
         model = prepare(base, r=2)
-    with pytest.warns(UserWarning, match=r"masked_spec_embed stood in no checkpoint.* saved with the adapter$"):
+    with pytest.warns(UserWarning, match=r"masked_spec_embed was in no checkpoint.* saved with the adapter$"):
         save_adapter(model, tmp_path / "adapter")
     torch.manual_seed(5)  # another draw
     again = load(tmp_path / "base", **NF4)

@@ -249,7 +249,7 @@ def test_an_unknown_option_says_what_was_meant(name, meant):
         (
             {"target_modules": "(q_proj"},
             ValueError,
-            r"target_modules must be a regular expression where .*'\(q_proj' \(mi",
+            r"target_modules must be a regular expression if .*'\(q_proj' \(mi",
         ),
         (
             {"exclude_modules": "*q_proj"},
@@ -269,7 +269,11 @@ def test_an_unknown_option_says_what_was_meant(name, meant):
         ({"quantization_config": 4}, TypeError, "quantization_config must be an NF4Config"),
         ({"quantization_config": {"load_in_8bit": True}}, ValueError, "must be packed in nf4"),
         ({"lora_config": 16}, TypeError, r"lora_config must be a peft.LoraConfig, got int; single options go by name"),
-        ({"lora_config": LoraConfig(), "r": 8}, TypeError, "options must stand in the LoraConfig.*, got r beside"),
+        (
+            {"lora_config": LoraConfig(), "r": 8},
+            TypeError,
+            "options must be .* in the LoraConfig or by name.*, got a LoraConfig and r",
+        ),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_is_packed(options, kind, match):

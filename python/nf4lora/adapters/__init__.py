@@ -1,1 +1,1 @@
-"""What is trained around a packed weight: PEFT's LoRA layer with our compute, and an adapter's files."""
+"""Adapters over packed weights: PEFT's LoRA layer with our fused op, and an adapter's files."""

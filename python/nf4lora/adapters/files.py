@@ -1,4 +1,4 @@
-"""Reader and writer of adapters: PEFT's two files, and a third one that names the base they belong to."""
+"""Saving and loading adapters: PEFT's two files, and a third one that identifies the base they belong to."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from nf4lora.words import listed
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-HELD = "held_by_adapter"  # marks a parameter of the base that came from an adapter's file, and goes into the next one
-# What the fields of a LoraConfig that are not compared are about. Every other field is, and so those that a later PEFT
-# brings.
+HELD = "held_by_adapter"  # marks a parameter of the base that came from an adapter's file, to be saved again with it
+# Fields of a LoraConfig that may differ between a file and the model. All others must be equal, new ones of a later
+# PEFT included.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
     *("peft_type", "task_type"),
-    # how an adapter starts, which what is loaded replaces
+    # how an adapter is initialised: loading replaces the values
     *("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config", "ensure_weight_tying"),
-    "lora_dropout",  # how training goes on; nothing of what the adapter computes
-    # where adapters are: the names of the tensors tell, whatever was written to choose them
+    "lora_dropout",  # changes training, not what the adapter computes
+    # which modules have adapters: the names of the tensors in the file say that
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     "target_parameters",
 }
@@ -68,18 +68,18 @@ __all__ = [
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Write the active adapter as PEFT's two files, and `nf4lora.json`, which names the base that it was trained on.
+    """Write the active adapter as PEFT's two files, and `nf4lora.json`, which identifies the base it was trained on.
 
     `adapter_config.json` and `adapter_model.safetensors` are what PEFT writes and reads. `nf4lora.json` holds
     format_version, blocksize, double_quant, base_sha256 (see `base_hash`), base (see `base_identity`), with_base (the
     base's parameters that the adapter file holds), and the versions of the packages.
 
-    What cannot be had again from the base's checkpoint goes into the adapter's file: parameters of the base that are
-    trained, and those that no checkpoint held, such as the new head of a classifier (with a warning where that head is
-    not trained). The three files are written whole or not at all, with the mode that the umask gives.
+    Parameters of the base that its checkpoint cannot provide go into the adapter's file: those that are trained, and
+    those that no checkpoint held, such as the new head of a classifier (with a warning if that head is not trained).
+    Either all three files are written or none, with the mode that the umask gives.
 
     Raises:
-        TypeError: model is no PeftModel.
+        TypeError: model is not a PeftModel.
         ValueError: its base is not in NF4, or not exactly one adapter is active; folder is a file; the model is sharded
             (FSDP2, tensor parallelism).
 
@@ -102,9 +102,11 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     tensors = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     parameters = other_parameters(model)
     tensors |= {ROOT + key: parameters[key] for key in _only_here(base, parameters, {*map(base_name, tensors)})}
-    held = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
-    with_base = sorted(key for key, parameter in parameters.items() if id(parameter) in held)  # tied ones by all names
-    about = {
+    in_file = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
+    with_base = sorted(
+        key for key, parameter in parameters.items() if id(parameter) in in_file
+    )  # tied ones under each name
+    record = {
         "format_version": FORMAT_VERSION,
         "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one
         "double_quant": layers[0].double_quant,
@@ -118,15 +120,15 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         },
     }
     with written_whole(folder) as stage:
-        # a copy each: safetensors refuses aliases, which tied adapters are
-        whole = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, stage / TENSOR_FILE, metadata={"format": "pt"})
+        # copies, because safetensors refuses tensors that share memory, as those of tied adapters do
+        copies = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+        save_file(copies, stage / TENSOR_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(stage), auto_mapping_dict=mapping if config.task_type is None else None)
-        (stage / BASE_FILE).write_text(as_json(about), encoding="utf-8")
+        (stage / BASE_FILE).write_text(as_json(record), encoding="utf-8")
 
 
 def _check_whole(who: str, model: nn.Module) -> None:
-    """Refuse a model of which this process holds a part (DTensor): a file, and a base's hash, are of the whole."""
+    """Refuse a model of which this process holds only shards (DTensor): files and hashes need all of it."""
     if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         cure = (
             "load the adapter before fully_shard"
@@ -138,13 +140,13 @@ def _check_whole(who: str, model: nn.Module) -> None:
         raise ValueError(f"{who}: the model must be whole in this process, got one in shards (DTensor); {cure}")
 
 
-def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]) -> list[str]:
-    """Names of the base's parameters that neither its checkpoint nor the adapter's tensors hold."""
+def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], in_file: set[str]) -> list[str]:
+    """Names of the base's parameters that are neither in its checkpoint nor among the adapter's tensors."""
     drawn, resized = {id(base.get_parameter(name)) for name in new_parameters(base)}, _resized(base)
     only_here: dict[int, str] = {}
     untrained = []
     for name, parameter in parameters.items():
-        if name in held or id(parameter) in only_here:  # tied parameters once
+        if name in in_file or id(parameter) in only_here:  # tied parameters once
             continue
         new = id(parameter) in drawn
         if new or parameter.requires_grad or id(parameter) in resized or hasattr(parameter, HELD):
@@ -156,7 +158,7 @@ def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]
         modules = sorted({name.rpartition(".")[2] for name in within})
         advice = f". To train it: modules_to_save={modules}" if modules else ""
         warnings.warn(
-            f"save_adapter: {listed(untrained)} stood in no checkpoint, was drawn at random and is not trained; it is "
+            f"save_adapter: {listed(untrained)} was in no checkpoint, was drawn at random and is not trained; it is "
             f"saved with the adapter{advice}",
             stacklevel=3,
         )
@@ -164,7 +166,7 @@ def _only_here(base: Any, parameters: Mapping[str, nn.Parameter], held: set[str]
 
 
 def _resized(base: Any) -> set[int]:
-    """`id` of the embeddings' weights where tokens were added or removed since the checkpoint was made."""
+    """The `id` of each embedding weight, if tokens were added or removed since the checkpoint was made."""
     if grown_vocabulary(base) is None:
         return set()
     weights = [getattr(layer, "weight", None) for layer in token_layers(base)]
@@ -172,19 +174,19 @@ def _resized(base: Any) -> set[int]:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
-    """Put the adapter of a folder on a model in NF4: on a bare one, or into the adapter of a prepared one.
+    """Load the adapter in a folder into a model in NF4, which may be a bare model or one that `prepare` returned.
 
-    The folder is one that `save_adapter`, or plain PEFT (then nothing says what base it belongs to, and only names and
-    shapes are checked), has written. The adapter comes back active and trainable, in float32. A bare model comes back
-    in evaluation mode, as from `PeftModel.from_pretrained`: call `model.train()` to train on. A prepared one keeps the
-    mode that it is in. An adapter of a text model fits on the multimodal model that it was taken out of, and the other
-    way round; a warning then says under which names. Everything is checked before the model is touched.
+    The folder was written by `save_adapter`, or by PEFT alone: then its base is unknown, and only names and shapes are
+    checked. The loaded adapter is active, trainable and in float32. A bare model comes back in evaluation mode, as from
+    `PeftModel.from_pretrained`: call `model.train()` to continue training. A prepared model keeps its mode. An adapter
+    of a text model also loads into the multimodal model that contains it, and the other way round; a warning then names
+    the exchanged prefixes. Everything is checked before the model is changed.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: the base is not in NF4, or another one than the adapter was trained on; an option of the prepared
-            model's adapter differs that changes what the adapter computes; a file is missing, broken or of a newer
-            format; a tensor is missing, left over or of another shape.
+        TypeError: model is not an nn.Module.
+        ValueError: the base is not in NF4, or not the one that the adapter was trained on; the prepared model's adapter
+            has another value of an option that changes what it computes; a file is missing, broken or of a newer
+            format; a tensor is missing, has no place in the model or has another shape.
 
     >>> model = load_adapter(model, "out")                                  # doctest: +SKIP
     """
@@ -195,21 +197,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model must be an nn.Module, got {type(model).__name__}")
     folder = Path(folder)
-    config, tensors, about = read_folder(folder)
+    config, tensors, record = read_folder(folder)
     if next(nf4_layers(model), None) is None:
         raise ValueError(
             "load_adapter: the base must be in NF4, got no NF4 layer; load it with quantization_config=NF4Config(), or "
             "call nf4lora.prepare first"
         )
     _check_whole("load_adapter", model)
-    saved = about.get("base") or {"packed": {}, "weights": {}}
+    saved = record.get("base") or {"packed": {}, "weights": {}}
     prefixes: Prefixes = {}
     if not config.layer_replication:
         prefixes = find_prefixes(tensors, saved["packed"], model)
     if prefixes:
         tensors = renamed_tensors(tensors, prefixes)
         config = renamed_config(config, tensors, prefixes)
-    _check_base(model, folder, about, config, prefixes)
+    _check_base(model, folder, record, config, prefixes)
     lora_layer.install()
     loaded: Any = uncompiled(model)
     if isinstance(loaded, PeftModel):
@@ -228,12 +230,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     if prefixes:
         exchanged = ", ".join(f"{old or 'the top'} is {new or 'the top'} here" for old, new in prefixes.items())
         warnings.warn(
-            f"load_adapter: the adapter in {folder} was trained on {about.get('base_class', 'another class')} and is "
+            f"load_adapter: the adapter in {folder} was trained on {record.get('base_class', 'another class')} and is "
             f"put on {type(base_of(loaded)).__name__}, whose modules have other names: {exchanged}",
             stacklevel=2,
         )
     parameters = other_parameters(loaded)
-    for key in tensors.keys() & {ROOT + each for each in parameters}:
+    for key in tensors.keys() & {ROOT + weight_name for weight_name in parameters}:
         parameter = parameters[key.removeprefix(ROOT)]
         with torch.no_grad():
             parameter.copy_(tensors.pop(key))
@@ -244,11 +246,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
 
 
 def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> PeftModel:
-    """A bare model with the adapter's layers in it, of which the tensors are known to fit; else as it was."""
+    """A bare model with the adapter's layers, for which the tensors fit; after an error the model is as before."""
     from peft import get_peft_model_state_dict
 
-    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # which layer_replication changes
-    base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would take this model's
+    layers = getattr(getattr(bare, "config", None), "num_hidden_layers", None)  # layer_replication changes it
+    base_id, config.base_model_name_or_path = config.base_model_name_or_path, None  # else PEFT writes this model's
     config.inference_mode = False
     try:
         with unchanged_on_failure(bare):
@@ -267,7 +269,7 @@ def _wrapped(bare: nn.Module, folder: Path, config: LoraConfig, tensors: Mapping
 
 
 def _not_trained_in_full(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
-    """The base's parameters that may stand in a file beside its adapter: those of no module that it trains in full."""
+    """The base's parameters that an adapter's file may hold: those outside of the modules that it trains in full."""
     ends = tuple(f".{name}." for name in config.modules_to_save or ())
     return {
         name: parameter
@@ -277,58 +279,61 @@ def _not_trained_in_full(model: nn.Module, config: LoraConfig) -> dict[str, nn.P
 
 
 def _check_base(
-    model: nn.Module, folder: Path, about: Mapping[str, Any], config: LoraConfig, prefixes: Prefixes
+    model: nn.Module, folder: Path, record: Mapping[str, Any], config: LoraConfig, prefixes: Prefixes
 ) -> None:
-    """Refuse another base than the one that the adapter was trained on, and say what differs."""
-    if not about:
+    """Refuse a base that differs from the one that the adapter was trained on, and say how."""
+    if not record:
         return
-    who = f"load_adapter: the base must be the one that the adapter in {folder} was trained on, {_describe(about)}, got"
+    who = (
+        f"load_adapter: the base must be the one that the adapter in {folder} was trained on, {_describe(record)}, got"
+    )
     advice = f"to use it on another base nevertheless, call peft.PeftModel.from_pretrained(model, {str(folder)!r})"
-    if "base" not in about:  # a folder of an older nf4lora
-        if about["base_sha256"] != (found := base_hash(model)):
+    if "base" not in record:  # a folder of an older nf4lora
+        if record["base_sha256"] != (actual := base_hash(model)):
             raise ValueError(
-                f"{who} base_sha256 {found[:12]}; the folder is of an older nf4lora, which kept a hash of codes and "
+                f"{who} base_sha256 {actual[:12]}; the folder is of an older nf4lora, which kept a hash of codes and "
                 f"scales and nothing to compare scales by; {advice}"
             )
         return
-    saved = {part: dict(entries) for part, entries in about["base"].items()}
-    if prefixes:  # of the other class, only what this one has as well
-        there = {*dict(nf4_layers(model)), *other_parameters(model)}
+    saved = {part: dict(entries) for part, entries in record["base"].items()}
+    if prefixes:  # a model of another class: compare only what both have
+        names = {*dict(nf4_layers(model)), *other_parameters(model)}
         for entries in saved.values():
-            for name in [name for name in entries if renamed(name, prefixes) == name and name not in there]:
+            for name in [name for name in entries if renamed(name, prefixes) == name and name not in names]:
                 del entries[name]
     modules = {*saved["packed"], *(name.rpartition(".")[0] for name in saved["weights"])}
     rename = {name: renamed(name, prefixes) for name in modules}
-    wrong = differences(saved, model, rename, whole=not prefixes and not config.layer_replication)
+    wrong = differences(saved, model, rename, complete=not prefixes and not config.layer_replication)
     if wrong:
         raise ValueError(f"{who} base_sha256 {base_hash(model)[:12]}: {listed(wrong)}; {advice}")
 
 
-def _check_options(folder: Path, ours: LoraConfig, theirs: LoraConfig) -> None:
-    """Refuse another value of any option that changes what the adapter computes."""
-    for option in [field.name for field in fields(theirs) if field.name not in HARMLESS]:
-        here, there = getattr(ours, option, None), getattr(theirs, option)
-        if _comparable(here) != _comparable(there):
+def _check_options(folder: Path, current: LoraConfig, loaded: LoraConfig) -> None:
+    """Refuse a different value of any option that changes what the adapter computes."""
+    for option in [field.name for field in fields(loaded) if field.name not in HARMLESS]:
+        current_value, loaded_value = getattr(current, option, None), getattr(loaded, option)
+        if _comparable(current_value) != _comparable(loaded_value):
             raise ValueError(
-                f"load_adapter: {option} of the model's adapter must be that of {folder}, {there!r}, got {here!r}"
+                f"load_adapter: {option} of the model's adapter must be that of {folder}, {loaded_value!r}, "
+                f"got {current_value!r}"
             )
 
 
 def _comparable(value: Any) -> Any:
-    """Equal for what means the same: an empty dict and None; sets, whose order in a file is no order."""
+    """A form of the value that is equal for equal meanings: {} and None, or sets, which files write in any order."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict) and set(value) == {"embed_tokens"}:
-        value = value["embed_tokens"]  # as a list of trainable_token_indices is meant
+        value = value["embed_tokens"]  # what a list of trainable_token_indices means
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
     if isinstance(value, (list, tuple)):
-        value = [_comparable(each) for each in value]
+        value = [_comparable(item) for item in value]
     return value if value or (value == 0 and value is not False) else None
 
 
 def _one_adapter(who: str, model: Any) -> str:
-    """Name of the only active adapter."""
+    """The name of the adapter, if exactly one is active."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -338,22 +343,22 @@ def _one_adapter(who: str, model: Any) -> str:
     return model.active_adapters[0]
 
 
-def _describe(about: Mapping[str, Any]) -> str:
+def _describe(record: Mapping[str, Any]) -> str:
     return (
-        f"base_sha256 {about['base_sha256'][:12]} (blocksize {about.get('blocksize')}, "
-        f"double_quant {about.get('double_quant')})"
+        f"base_sha256 {record['base_sha256'][:12]} (blocksize {record.get('blocksize')}, "
+        f"double_quant {record.get('double_quant')})"
     )
 
 
 def _check_tensors(
     folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> None:
-    """Same names and shapes; otherwise the first three that differ. Parameters of the base may be among the tensors."""
+    """Refuse tensors with other names or shapes than expected; parameters of the base may be among them."""
     file = folder / TENSOR_FILE
     expected = {ROOT + key: base[key] for key in base if ROOT + key in tensors} | dict(expected)
     for names, problem in (
         (expected.keys() - tensors.keys(), "must hold every tensor of the adapter, got none for"),
-        (tensors.keys() - expected.keys(), "must hold nothing that has no place in the model, got"),
+        (tensors.keys() - expected.keys(), "must hold only tensors that have a place in the model, got"),
     ):
         if names:
             raise ValueError(f"load_adapter: {file} {problem} {listed(sorted(names))}")

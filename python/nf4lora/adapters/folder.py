@@ -1,4 +1,4 @@
-"""The three files of an adapter's folder: their names, and the reader that refuses what is not as it has to be."""
+"""The three files of an adapter's folder: their names, and the function that reads and checks them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG_FILE, TENSOR_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safe
 
 
 def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]:
-    """The three files of an adapter; the third may be absent, and is {} then."""
+    """The contents of an adapter's three files; {} where the third is absent."""
     from peft import LoraConfig
 
     for file in (CONFIG_FILE, TENSOR_FILE):
@@ -32,7 +32,7 @@ def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         raise ValueError(
             f"load_adapter: peft_type in {folder / CONFIG_FILE} must be 'LORA', got {fields.get('peft_type')!r}"
         )
-    about = _read_about(folder / BASE_FILE) if os.path.lexists(folder / BASE_FILE) else {}
+    record = _read_record(folder / BASE_FILE) if os.path.lexists(folder / BASE_FILE) else {}
     try:
         tensors = load_file(folder / TENSOR_FILE)
     except SafetensorError as error:
@@ -46,18 +46,20 @@ def read_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, 
         raise ValueError(f"load_adapter: {folder / CONFIG_FILE} must describe a LoRA adapter, got {error}") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            got = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype
-            raise ValueError(f"load_adapter: {key} in {folder / TENSOR_FILE} must hold finite numbers, got {got}")
-    # PEFT writes the weight of an embedding that carries an adapter beside it, under the name inside its wrapper.
+            problem = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype
+            raise ValueError(f"load_adapter: {key} in {folder / TENSOR_FILE} must hold finite numbers, got {problem}")
+    # Where an embedding has an adapter, PEFT saves the embedding's weight too, under its name inside the wrapper.
     inside = ".base_layer.weight"
-    tensors = {key.replace(inside, ".weight") if key.endswith(inside) else key: each for key, each in tensors.items()}
-    return config, tensors, about
+    tensors = {
+        key.replace(inside, ".weight") if key.endswith(inside) else key: tensor for key, tensor in tensors.items()
+    }
+    return config, tensors, record
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    """What nf4lora.json says, with every entry of the kind that it has to be."""
-    about = _read_json(path)
-    version = about.get("format_version")
+def _read_record(path: Path) -> dict[str, Any]:
+    """The contents of nf4lora.json, with the types of its entries checked."""
+    record = _read_json(path)
+    version = record.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(f"load_adapter: {path} must hold format_version, a number from 1, got {version!r}")
     if version > FORMAT_VERSION:
@@ -65,14 +67,14 @@ def _read_about(path: Path) -> dict[str, Any]:
             f"load_adapter: format_version in {path} must be at most {FORMAT_VERSION}, got {version}; it was written "
             f"by a newer nf4lora: pip install --upgrade nf4lora"
         )
-    if not isinstance(about.get("base_sha256"), str) or not about["base_sha256"]:
-        raise ValueError(f"load_adapter: {path} must hold base_sha256, a text, got {about.get('base_sha256')!r}")
-    if "base" in about and (wrong := check_identity(about["base"])):
+    if not isinstance(record.get("base_sha256"), str) or not record["base_sha256"]:
+        raise ValueError(f"load_adapter: {path} must hold base_sha256, a text, got {record.get('base_sha256')!r}")
+    if "base" in record and (wrong := check_identity(record["base"])):
         raise ValueError(f"load_adapter: base in {path} must hold {wrong}")
-    names = about.get("with_base", [])
+    names = record.get("with_base", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"load_adapter: with_base in {path} must be a list of names, got {names!r}")
-    return about
+    return record
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -85,12 +87,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def as_json(about: dict[str, Any]) -> str:
-    """Indented, with each layer of the base on a line of its own."""
-    base = about.pop("base")
+def as_json(record: dict[str, Any]) -> str:
+    """The text of nf4lora.json: indented, with one line for each layer of the base."""
+    base = record.pop("base")
     parts = []
     for part, entries in base.items():
         lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
         parts.append(f'    "{part}": {{\n{lines}\n    }}')
-    text = json.dumps(about, indent=2).removesuffix("\n}")
+    text = json.dumps(record, indent=2).removesuffix("\n}")
     return f'{text},\n  "base": {{\n' + ",\n".join(parts) + "\n  }\n}\n"

@@ -1,8 +1,8 @@
-"""PEFT's LoRA layer with our compute, and the one place where PEFT learns of it.
+"""PEFT's LoRA layer over an NF4Linear, computed by one fused op, and its registration with PEFT.
 
-Adapters are PEFT's own: their creation, names, files, switching and hot-swapping. What changes is the forward of one
-plain active adapter over an `NF4Linear`, which becomes a single fused op. Importing this file imports PEFT, so only
-functions import it: `import nf4lora` does not.
+PEFT still creates, names, saves, switches and hot-swaps the adapters. Only the forward of one plain active adapter over
+an `NF4Linear` changes: it becomes a single fused op. Importing this file imports PEFT, so other files import it inside
+functions: `import nf4lora` must not import PEFT.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from nf4lora.compat.torch import children_of, has_hooks, parameters_of
 from nf4lora.nn.linear import NF4Linear
 
 SEEDS = 2**63 - 1
-# PEFT's other methods whose layers call the base layer and leave its weight alone, but for merging: what each of them
-# computes over a packed layer is compared with what it computes over the dequantised one (tests/test_peft_methods.py).
+# PEFT's other methods whose layers call the base layer and do not use its weight, except for merging. The tests compare
+# what each method computes over a packed layer and over the dequantised one (tests/test_peft_methods.py).
 METHODS = {
     *("LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY"),
     *("PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
 }
-# PEFT's variants of LoRA that leave the base weight alone, or dequantise it: compared in tests/test_peft_methods.py.
+# PEFT's variants of LoRA that do not use the base weight, or that dequantise it; tests/test_peft_methods.py too.
 VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
-# PEFT derives these from the base weight, writes the rest back into it, or casts A and B to its dtype.
+# For these PEFT computes A and B from the base weight, changes that weight, or casts A and B to its dtype.
 INITS_OF_A_FLOAT_BASE = ("pissa", "olora", "corda", "mica", "loftq", "lora_ga", "orthogonal")
 
 
 class NF4LoraLinear(AdapterDtype, lora.Linear):
     """PEFT's `lora.Linear` over an `NF4Linear`: one fused op, `y = x W^T + bias + scaling (dropout(x) A^T) B^T`.
 
-    Disabled or several active adapters, a mixed batch, DoRA and other variants, `lora_bias`, hooks on the base layer or
-    on the adapter's own: all of these run PEFT's code, on top of the same base layer. Adapters stay float32.
+    PEFT's own code runs, over the same base layer, for disabled or several active adapters, a mixed batch, DoRA and
+    other variants, `lora_bias`, and hooks on the base layer or on the adapter's layers. Adapters stay in float32.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -47,15 +47,15 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def adapter_dtype(self, base_layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
-        # PEFT would round a freshly created, or even a freshly loaded, adapter to the base's compute_dtype.
+        # PEFT would round a new or a loaded adapter to the base's compute_dtype.
         return None if isinstance(base_layer, NF4Linear) else dtype
 
     def _fused_adapter(self) -> tuple[nn.Module, nn.Module, float, float] | None:
-        """lora_A, lora_B, scaling and dropout that the fused op can compute; None where PEFT's own forward has to."""
+        """lora_A, lora_B, scaling and dropout for the fused op; None where PEFT's own forward must run."""
         if self.disable_adapters or self.merged_adapters:
             return None
-        # A module's attribute takes half a microsecond to find, and a generated token asks for thousands: so the
-        # dictionaries that hold them are asked directly.
+        # An attribute of a module takes half a microsecond, and a generated token needs thousands of them. So the code
+        # below reads the dictionaries that hold them.
         modules: Any = children_of(self)
         layers_A, layers_B = children_of(modules["lora_A"]), children_of(modules["lora_B"])
         active = [name for name in self.active_adapters if name in layers_A]
@@ -83,19 +83,19 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
         if fused is None:
             return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling, p = fused
-        # From torch's generator, so that checkpointing, which restores its state, draws the same mask again.
+        # The seed comes from torch's generator, whose state checkpointing restores: it then draws the same mask again.
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
         A, B = _parameter(lora_A, "weight"), _parameter(lora_B, "weight")
         if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
             A, B = A.float(), B.float()
         base: Any = children_of(self)["base_layer"]
-        # By keyword: a hook that torch calls for every module finds x alone among the inputs, as of any linear layer.
+        # The adapter goes by keyword: global hooks of torch then get x as the only input, as from any linear layer.
         return base(x, lora_A=A, lora_B=B, scaling=scaling, dropout=p, seed=seed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a 16-bit base as PEFT does; refuse a packed one."""
         if isinstance(self.get_base_layer(), NF4Linear) and check_adapters_to_merge(self, adapter_names):
-            # W lies on the NF4 grid, so that W + delta rounds back to W: 96 to 99.5 % of a normal adapter is lost.
+            # Every weight is a value of the NF4 code, and W + delta rounds back to W: the adapter loses 96 to 99.5 %.
             raise ValueError(
                 "merge: the base must be in 16 or 32 bits, got NF4, where rounding to 4 bits would silently lose most "
                 "of the adapter; call model.get_base_model().dequantize(), then model.merge_and_unload()"
@@ -104,7 +104,7 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
 
 
 def check_method(tuner: Any, model: nn.Module, adapter_name: str) -> None:
-    """Refuse a method of PEFT that computes with the weight of a layer, where it would get a packed one."""
+    """Refuse a method of PEFT that computes with the weights of its target layers, if one of them is packed."""
     config = tuner.peft_config[adapter_name]
     method = getattr(config.peft_type, "value", config.peft_type)
     if method in METHODS:
@@ -122,12 +122,12 @@ def check_method(tuner: Any, model: nn.Module, adapter_name: str) -> None:
 def _is_target(tuner: Any, config: Any, name: str) -> bool:
     targets = getattr(config, "target_modules", None)
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        return True  # PEFT fills them in later, with linear layers
+        return True  # PEFT chooses linear layers later
     return is_target(tuner, config, name)
 
 
 def check_init(who: str, config: LoraConfig) -> None:
-    """Refuse ways to start an adapter that need a base in floating point."""
+    """Refuse initialisations of an adapter that need a base in floating point."""
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(INITS_OF_A_FLOAT_BASE):
         raise ValueError(
@@ -137,7 +137,7 @@ def check_init(who: str, config: LoraConfig) -> None:
 
 
 def check_variant(who: str, config: Any) -> None:
-    """Refuse variants of LoRA that compute with the base weight, or take its dtype, which is that of codes."""
+    """Refuse variants of LoRA that compute with the base weight, or use its dtype, which is that of the codes."""
     for option in fields(config):
         if option.metadata.get("is_lora_variant") and getattr(config, option.name) and option.name not in VARIANTS:
             raise ValueError(
@@ -148,10 +148,10 @@ def check_variant(who: str, config: Any) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module multiplies by its weight and does no more: the fused op reads the weight alone.
+    """Whether a call of the module only multiplies by its weight: the fused op reads the weight and makes no call.
 
-    Hooks of every kind, a forward of its own (accelerate's, a user's) and parametrizations, which change the class, all
-    want the call.
+    The module must be called if it has hooks, a replaced forward (by accelerate or a user) or parametrizations, which
+    change its class.
     """
     if type(module) is not nn.Linear or has_hooks(module):
         return False
@@ -159,33 +159,32 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-    """The module's attribute of this name; found at once where it is a parameter, as it is unless FSDP flattens it."""
-    own = parameters_of(module)
-    return own[name] if name in own else getattr(module, name)
+    """The module's attribute of this name; fast if it is a parameter, which it is unless FSDP flattens it."""
+    parameters = parameters_of(module)
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def install() -> None:
-    """Make every way into PEFT's LoRA put an `NF4LoraLinear` over an `NF4Linear`; a second call does nothing.
+    """Make PEFT's LoRA put an `NF4LoraLinear` over every `NF4Linear`. A second call does nothing.
 
     Other methods of PEFT are checked when they are put on a model (`check_method`).
 
-    One function of PEFT decides on the class of a new layer, `LoraModel._create_new_module`: `get_peft_model`,
-    `PeftModel.from_pretrained`, `add_adapter`, transformers' `load_adapter` and TRL's `peft_config` all come through
-    it. (PEFT's public way, `LoraConfig._register_custom_module`, is forgotten when an adapter is saved.) A model that
-    was loaded in NF4, `prepare` and `load_adapter` call this; it cannot happen at `import nf4lora`, which must not
-    import PEFT.
+    One function of PEFT chooses the class of a new layer, `LoraModel._create_new_module`: `get_peft_model`,
+    `PeftModel.from_pretrained`, `add_adapter`, transformers' `load_adapter` and TRL's `peft_config` all use it. (PEFT's
+    own hook, `LoraConfig._register_custom_module`, does not survive saving an adapter.) Loading a model in NF4,
+    `prepare` and `load_adapter` call this function; `import nf4lora` cannot, because it must not import PEFT.
 
     Raises:
         ImportError: this release of PEFT builds its layers in another way.
     """
     build_lora_layers(over_packed_layers, check_method)
-    # PEFT's dequantize_module_weight() asks a layer that has W_q to dequantise itself: with it, DoRA just works. It
-    # gets float32 (or the layer's compute_dtype), which PEFT rounds to what its own forward uses.
+    # PEFT's dequantize_module_weight() calls dequantize() of a layer that has an attribute W_q; DoRA then works. The
+    # result is float32 (or the layer's compute_dtype), which PEFT rounds to the dtype of its own forward.
     NF4Linear.W_q = property(lambda layer: layer.weight)  # type: ignore[attr-defined]
 
 
 def over_packed_layers(create: Create) -> Create:
-    """PEFT's way to make a LoRA layer, with an `NF4LoraLinear` where the layer below is an `NF4Linear`."""
+    """PEFT's function that creates a LoRA layer, changed to make an `NF4LoraLinear` over an `NF4Linear`."""
 
     def create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -202,7 +201,7 @@ def over_packed_layers(create: Create) -> Create:
 
 
 def fuse(model: nn.Module) -> int:
-    """Give LoRA layers that PEFT made before `install`, or over bitsandbytes, the fused forward; how many changed."""
+    """Give LoRA layers that PEFT made before `install`, or over bitsandbytes, the fused forward; returns how many."""
     changed = 0
     module: Any
     for module in model.modules():

@@ -1,10 +1,10 @@
 """Which parameters of a model were in no checkpoint: a classifier's new head, a pooler, a grown vocabulary.
 
-They begin at random, so an adapter that is trained around them is worth nothing without them: they have to be trained
-and saved with it. transformers marks what it sets from a file. A mark sits on the parameter itself, which a user or
-transformers may replace by another that holds what the file held (scaled, untied, dequantised); so the names of the
-marked ones are noted on the model while it is loaded. A model that was built from its configuration alone has neither,
-and only its class says what is a head for a new task.
+These parameters are initialised at random, so an adapter is useless without them: they must be trained and saved with
+it. transformers marks each parameter that it sets from a file. The mark is lost when the user or transformers replaces
+the parameter by a scaled, untied or dequantised one, so the names of the marked parameters are also recorded on the
+model while it is loaded. A model that was built from its configuration alone has neither marks nor names; then only its
+class tells which module is the head of a new task.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from nf4lora.compat.transformers import (
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.nn.model_tree import base_name, input_embedding, output_head, token_layers
 
-HELD_NAMES = "nf4lora_held_names"  # attribute of a model: of the parameters that its checkpoint held
+HELD_NAMES = "nf4lora_held_names"  # attribute of a model: the names of the parameters that its checkpoint held
 
 
 def install() -> None:
-    """Have transformers note on each model that it loads what the checkpoint held; a second call does nothing.
+    """Record on each model that transformers loads which parameters the checkpoint held. A second call does nothing.
 
-    Where it draws what is missing, all else has its mark. A release that does this elsewhere leaves the names to
-    `_held_by_class`.
+    The names are read just before transformers draws the missing parameters at random: all others have their mark then.
+    Where a release of transformers has no such step, `_held_by_class` finds the names.
     """
     before_missing_are_drawn(note_held_names)
 
 
 def note_held_names(model: Any) -> None:
-    """Write the names of the parameters that were set from a file into the model."""
+    """Record the names of the parameters that were set from a file as an attribute of the model."""
     named = model.named_parameters(remove_duplicate=False)
     model.__dict__[HELD_NAMES] = {name for name, tensor in named if was_loaded(tensor)}
 
 
 def marked_as(parameter: nn.Parameter, source: torch.Tensor) -> nn.Parameter:
-    """The parameter, marked as set from a file where the one it was made from is."""
+    """The parameter, marked as set from a file if the tensor that it was made from has this mark."""
     if was_loaded(source):
         mark_initialized(parameter)
     return parameter
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Children that make something else than words of what the base model computes: classifier, score, qa_outputs.
+    """Names of the heads for tasks other than language modelling, children of the model: classifier, score, qa_outputs.
 
-    They are small, and who trains an adapter on such a model trains them: they stay in 16 bits.
+    These heads are small and are trained together with an adapter, so they stay in 16 bits.
     """
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
         return []
@@ -68,17 +68,18 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def new_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that no checkpoint held; nothing where no parameter of the model came from a file.
+    """Names of the parameters that no checkpoint held; empty where no parameter of the model came from a file.
 
-    A parameter under a name that the checkpoint held is not new, whatever it was replaced by. But a layer at either end
-    of the model is where it stands in the place of the one that was loaded: a head of the user's, a resized vocabulary.
+    A parameter whose name was in the checkpoint is not new, even if it has been replaced since. The exception are
+    layers at either end of the model: one that replaces the loaded layer is new, such as a user's own head or the
+    embedding of a resized vocabulary.
     """
     if not isinstance(model, PreTrainedModel):
         return set()
-    held = getattr(model, HELD_NAMES, None)
-    if held is None and not any(map(was_loaded, model.parameters())):
+    in_checkpoint = getattr(model, HELD_NAMES, None)
+    if in_checkpoint is None and not any(map(was_loaded, model.parameters())):
         return set()
-    held = _held_by_class(model) if held is None else held
+    in_checkpoint = _held_by_class(model) if in_checkpoint is None else in_checkpoint
     is_computed = computed_by_model(model)
     packed = {id(tensor) for layer in model.modules() if isinstance(layer, NF4Linear) for tensor in layer.parameters()}
     replaced = _replaced_ends(model)
@@ -87,32 +88,32 @@ def new_parameters(model: nn.Module) -> set[str]:
         for name, parameter in model.named_parameters()
         if not was_loaded(parameter)
         and id(parameter) not in packed
-        and (base_name(name) not in held or id(parameter) in replaced)
+        and (base_name(name) not in in_checkpoint or id(parameter) in replaced)
         and not is_computed(name)
     }
 
 
 def _replaced_ends(model: nn.Module) -> set[int]:
-    """`id` of the parameters of embedding, output head and heads of a task that are not the modules that were loaded.
+    """The `id` of each parameter in an embedding, output head or task head that has replaced the loaded one.
 
-    transformers marks every module of a model that it has loaded. When a vocabulary grows it replaces both ends, and
-    marks one.
+    transformers marks every module of a model that it loads. When a vocabulary grows, it replaces both the embedding
+    and the output head, and marks only one of them.
     """
     ends = [list(layer.modules()) for layer in token_layers(model)]
     tokens = [module for layer in ends for module in layer]
     heads = [list(model.get_submodule(name).modules()) for name in task_heads(model)]
-    found: set[int] = set()
+    replaced: set[int] = set()
     for modules in (tokens, *heads):
-        own = [module for module in modules if parameters_of(module)]
-        if not all(map(is_initialized, own)):
-            found |= {id(parameter) for module in own for parameter in module.parameters(recurse=False)}
-    return found
+        layers = [module for module in modules if parameters_of(module)]
+        if not all(map(is_initialized, layers)):
+            replaced |= {id(parameter) for module in layers for parameter in module.parameters(recurse=False)}
+    return replaced
 
 
 def _held_by_class(model: Any) -> set[str]:
-    """As well as can be told of a model that was loaded before nf4lora was imported: what the class that was saved has.
+    """Names of the parameters in the class that was saved, for a model that was loaded before nf4lora was imported.
 
-    The head of a task is left out: it may have had another number of classes.
+    This is a guess. The head of a task is left out, because the saved one may have had another number of classes.
     """
     heads = tuple(f"{name}." for name in task_heads(model))
     missing = not_in_checkpoint(model)
@@ -121,25 +122,30 @@ def _held_by_class(model: Any) -> set[str]:
 
 
 def modules_of(model: nn.Module, parameters: set[str]) -> tuple[list[str], list[str]]:
-    """The modules that hold these parameters, as few as possible, and the parameters that no such module holds.
+    """The fewest modules that hold these parameters, and the parameters that are in none of these modules.
 
-    A module counts where all of its parameters are among them, and is then named instead of its children; one that
-    holds others too counts only where it has no children.
+    A module is listed, instead of its children, if all of its parameters are among the given ones. A module that also
+    has other parameters is listed only if it has no children.
     """
     modules: list[str] = []
     for name, module in model.named_modules():
-        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
+        names = {f"{name}.{key}" for key, _ in module.named_parameters()}
         inside = any(name.startswith(f"{above}.") for above in modules)
-        if name and own and not inside and (own <= parameters or (own & parameters and not list(module.children()))):
+        if (
+            name
+            and names
+            and not inside
+            and (names <= parameters or (names & parameters and not list(module.children())))
+        ):
             modules.append(name)
     covered = tuple(f"{name}." for name in modules)
     return modules, sorted(name for name in parameters if not name.startswith(covered))
 
 
 def not_in_checkpoint(model: Any) -> set[str]:
-    """Parameters that a checkpoint cannot hold, since it was saved from a model of another class: asked before loading.
+    """Parameters that a checkpoint cannot hold, since it was saved from a model of another class; used before loading.
 
-    The class that was saved is built without memory, and the names of both are compared.
+    The saved class is built on the meta device, and the names of its parameters are compared with the model's.
     """
     saved = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
     cls = getattr(transformers, saved, None)
@@ -150,25 +156,25 @@ def not_in_checkpoint(model: Any) -> set[str]:
     try:
         with torch.device("meta"):
             other = cls(copy.deepcopy(model.config))
-    except Exception:  # what a class of another version may raise has no end; the check after loading is still there
+    except Exception:  # a class of another version may raise anything; the model is checked again after loading
         return set()
-    held = {name.removeprefix(f"{other.base_model_prefix}.") for name, _ in other.named_parameters()}
+    in_saved_class = {name.removeprefix(f"{other.base_model_prefix}.") for name, _ in other.named_parameters()}
     names = {base_name(name) for name, _ in model.named_parameters()}
-    return {name for name in names if name.removeprefix(f"{model.base_model_prefix}.") not in held}
+    return {name for name in names if name.removeprefix(f"{model.base_model_prefix}.") not in in_saved_class}
 
 
 def grown_vocabulary(model: nn.Module) -> int | None:
-    """Rows of the embedding in the checkpoint, where the model has another number of them; None where it has not.
+    """The checkpoint's number of embedding rows, if the model has another number; None where they are equal.
 
-    Asks the configuration of the checkpoint, if it is on this machine.
+    The number is read from the checkpoint's configuration; None too where that is not on this machine.
     """
     config, embedding = getattr(model, "config", None), input_embedding(model)
     path, weight = path_of(config), getattr(embedding, "weight", None)
     if not path or weight is None or not any(map(was_loaded, model.parameters())):
         return None
-    try:  # what is on this machine: nobody waits for a network here
+    try:  # local files only: this must not wait for a network
         saved = type(config).from_pretrained(path, local_files_only=True)  # type: ignore[union-attr]
-        rows, now = (each.get_text_config().vocab_size for each in (saved, config))  # type: ignore[union-attr]
+        rows, now = (side.get_text_config().vocab_size for side in (saved, config))  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
         return None
     return rows if rows != now else None

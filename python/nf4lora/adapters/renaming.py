@@ -1,7 +1,7 @@
-"""An adapter of one class on another class of the same checkpoint: the text part of a multimodal model, or the whole.
+"""Loading an adapter of one class into another class of the same checkpoint: a multimodal model and its text part.
 
 `Qwen3_5ForCausalLM` has `model.layers.0`, `Qwen3_5ForConditionalGeneration` has `model.language_model.layers.0`; both
-read the same checkpoint. What is before the common end of a name is exchanged, where that makes all names fit.
+read the same checkpoint. So the prefix of each name in the adapter's file is exchanged, if then all names fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Prefixes = dict[str, str]  # prefix in the model by prefix in the file
 
 
 def module_of(key: str) -> str:
-    """The base module that a tensor of an adapter's file belongs to, by its name in the base."""
+    """The name of the base module that a tensor of an adapter's file belongs to."""
     parts = key.removeprefix(ROOT).split(".")
     for number, part in enumerate(parts):
         if part.startswith("lora_") or part in ("token_adapter", "base_layer"):
@@ -31,37 +31,39 @@ def module_of(key: str) -> str:
 
 
 def find_prefixes(keys: Iterable[str], others: Iterable[str], model: nn.Module) -> Prefixes:
-    """Which prefixes of the file's names have to be exchanged to find them in the model; none where all are there.
+    """The prefixes of the file's names that must be exchanged to find all modules in the model.
 
     Args:
-        keys: tensors of the adapter, which must all find their module
-        others: modules of the base that the file names; they decide where several places fit
+        keys: tensors of the adapter, each of which must find its module
+        others: modules of the base that the file names; they decide where several exchanges fit
 
     Returns:
-        nothing too where no exchange fits: the error then speaks of the names as they are
+        empty where all modules are found already, and where no exchange fits: errors then show the file's own names
     """
     base = base_of(model)
     not_base = adapter_names(base)
-    there = {base_name(name) for name, _ in base.named_modules() if name not in not_base}
+    modules = {base_name(name) for name, _ in base.named_modules() if name not in not_base}
     wanted = {module_of(key) for key in keys}
     prefixes: Prefixes = {}
-    while missing := sorted(name for name in wanted if renamed(name, prefixes) not in there):
-        found = _exchange(missing[0], missing, others, there, _decoder_name(base))
-        if found is None:
+    while missing := sorted(name for name in wanted if renamed(name, prefixes) not in modules):
+        exchange = _exchange(missing[0], missing, others, modules, _decoder_name(base))
+        if exchange is None:
             return {}
-        prefixes |= found
+        prefixes |= exchange
     return prefixes
 
 
 def _exchange(
-    name: str, missing: list[str], others: Iterable[str], there: Collection[str], decoder: str
+    name: str, missing: list[str], others: Iterable[str], modules: Collection[str], decoder: str
 ) -> Prefixes | None:
     parts = name.split(".")
     for cut in range(1, len(parts)):
         old, end = ".".join(parts[:cut]), ".".join(parts[cut:])
-        places = [each.removesuffix(end).rstrip(".") for each in there if each == end or each.endswith(f".{end}")]
-        concerned = [each for each in (*missing, *others) if each.startswith(f"{old}.")]
-        fitting = [new for new in places if all(renamed(each, {old: new}) in there for each in concerned)]
+        places = [
+            module.removesuffix(end).rstrip(".") for module in modules if module == end or module.endswith(f".{end}")
+        ]
+        concerned = [module for module in (*missing, *others) if module.startswith(f"{old}.")]
+        fitting = [new for new in places if all(renamed(module, {old: new}) in modules for module in concerned)]
         if len(fitting) > 1:  # an encoder of images may name its layers as the text part does
             fitting = [new for new in fitting if new == decoder]
         if len(fitting) == 1:
@@ -76,7 +78,7 @@ def _decoder_name(base: nn.Module) -> str:
 
 
 def renamed(name: str, prefixes: Prefixes) -> str:
-    """A module's or tensor's name with its prefix exchanged."""
+    """The name of a module or tensor with its prefix exchanged."""
     for old, new in prefixes.items():
         if name == old or name.startswith(f"{old}."):
             return (new + name[len(old) :]).lstrip(".")
@@ -84,14 +86,14 @@ def renamed(name: str, prefixes: Prefixes) -> str:
 
 
 def renamed_tensors(tensors: Mapping[str, Any], prefixes: Prefixes) -> dict[str, Any]:
-    """The adapter's tensors under the keys that they have on the model."""
+    """The adapter's tensors under the keys that the model uses."""
     return {ROOT + renamed(key.removeprefix(ROOT), prefixes): tensor for key, tensor in tensors.items()}
 
 
 def renamed_config(config: LoraConfig, tensors: Iterable[str], prefixes: Prefixes) -> LoraConfig:
-    """The configuration that puts adapters where the file has tensors, and nowhere else.
+    """The configuration with adapters on exactly the modules for which the file has tensors.
 
-    A list of ends ("q_proj") may match the layers of an image encoder too, so the layers are named in full.
+    A list of endings ("q_proj") may also match the layers of an image encoder, so the layers are named in full.
     """
     config = copy.copy(config)
     layers = {module_of(key) for key in tensors if ".lora_" in key and ".base_layer." not in key}
@@ -101,7 +103,7 @@ def renamed_config(config: LoraConfig, tensors: Iterable[str], prefixes: Prefixe
     for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
         value = getattr(config, option)
         if isinstance(value, dict):
-            setattr(config, option, {renamed(key, prefixes): each for key, each in value.items()})
+            setattr(config, option, {renamed(key, prefixes): entry for key, entry in value.items()})
     if isinstance(config.modules_to_save, (list, set, tuple)):
         config.modules_to_save = [renamed(name, prefixes) for name in config.modules_to_save]
     return config

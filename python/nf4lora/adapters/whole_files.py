@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, then moved into it."""
+"""Writing several files so that either all of them are complete or none is changed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write files into, which are moved into `folder` once all of them are on the disk.
+    """A temporary folder for files that are moved into `folder` once all of them are on the disk.
 
-    If anything fails (a full disk, an exception, the end of the process), the files that stood in `folder` stay as they
-    were. Each file replaces the one of its name in one step; a reader sees the old one or the new one. The files get
-    the mode that the umask gives, whatever wrote them: safetensors' own files can be read by their owner alone.
+    If anything fails (a full disk, an exception, the end of the process), the files in `folder` stay as they were. Each
+    file replaces the one of its name in one step, so that a reader sees either the old or the new one. All files get
+    the mode that the umask gives; without this, files written by safetensors are readable by their owner only.
 
     >>> with written_whole(folder) as stage:                                # doctest: +SKIP
     ...     (stage / "config.json").write_text("{}")
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))  # in the folder itself: os.replace crosses no disk
+    stage = Path(
+        tempfile.mkdtemp(prefix=".writing-", dir=folder)
+    )  # inside the folder, since os.replace cannot move to another disk
     try:
         mode = mode_of_a_new_file(stage)
         yield stage
@@ -39,7 +41,7 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def mode_of_a_new_file(folder: Path) -> int:
-    """The mode that the umask gives, asked for by making a file: reading the umask would have to change it."""
+    """The mode that the umask gives a new file, found by creating one: the umask cannot be read without changing it."""
     path = folder / ".mode"
     path.touch()
     mode = path.stat().st_mode & 0o777

@@ -1,1 +1,1 @@
-"""From a model to one that can be trained: planned, tried without memory, done, and said."""
+"""Making a model trainable: planning, a trial without memory, doing it, and reporting what was done."""

@@ -1,4 +1,4 @@
-"""What a user asked `prepare` for: the model, the LoraConfig and the NF4Config, each checked for itself."""
+"""Checks of the arguments of `prepare`: the model, the LoraConfig and the NF4Config, each by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-# What people write when they mean one of these: other tools' names, and options of NF4Config.
+# Names that users may write for an option: those of other tools, and options of NF4Config.
 MEANT = {
     **{"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
     **{"modules": "target_modules", "lora_target_modules": "target_modules", "lora_modules": "target_modules"},
@@ -56,7 +56,7 @@ def check_model(model: Any) -> None:
 
 
 def checked_lora_config(base: nn.Module, lora_config: LoraConfig | None, given: dict[str, Any]) -> LoraConfig:
-    """The configuration, or one made of single options; a copy, since PEFT writes into what it is given."""
+    """A copy of the configuration, since PEFT writes into it; or a configuration made of single options."""
     from peft import LoraConfig
 
     from nf4lora.adapters.lora_layer import check_init, check_variant
@@ -75,7 +75,8 @@ def checked_lora_config(base: nn.Module, lora_config: LoraConfig | None, given: 
         )
     elif given:
         raise TypeError(
-            f"prepare: options must stand in the LoraConfig where there is one, got {', '.join(given)} beside"
+            f"prepare: options must be given in the LoraConfig or by name, not both, got a LoraConfig and "
+            f"{', '.join(given)}"
         )
     else:
         config = copy.deepcopy(lora_config)
@@ -98,7 +99,7 @@ def checked_lora_config(base: nn.Module, lora_config: LoraConfig | None, given: 
 
 
 def _check_names(config: LoraConfig) -> None:
-    """Refuse what PEFT would read letter by letter, or fail over without saying which option it was."""
+    """Refuse texts that PEFT would read letter by letter, and values for which its error would not name the option."""
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value, may_be_pattern = getattr(config, name, None), name != "modules_to_save"
         if value is None:
@@ -108,14 +109,14 @@ def _check_names(config: LoraConfig) -> None:
                 re.compile(value)
             except re.error as error:
                 raise ValueError(
-                    f"prepare: {name} must be a regular expression where it is one text, got {value!r} ({error}); "
-                    f"plain names stand in a list"
+                    f"prepare: {name} must be a regular expression if it is a text, got {value!r} ({error}); "
+                    f"give plain names as a list"
                 ) from error
         elif isinstance(value, str):
             raise TypeError(f"prepare: {name} must be a list of names, got {value!r}; write [{value!r}]")
-        elif not isinstance(value, (list, tuple, set)) or not all(isinstance(each, str) for each in value):
-            what = "a regular expression or a list of names" if may_be_pattern else "a list of names"
-            raise TypeError(f"prepare: {name} must be {what}, got {plain(value)!r}")
+        elif not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+            expected = "a regular expression or a list of names" if may_be_pattern else "a list of names"
+            raise TypeError(f"prepare: {name} must be {expected}, got {plain(value)!r}")
 
 
 def checked_nf4_config(config: Any) -> NF4Config | None:
@@ -128,5 +129,5 @@ def checked_nf4_config(config: Any) -> NF4Config | None:
             f"prepare: quantization_config must be an NF4Config or a BitsAndBytesConfig, got {type(config).__name__}"
         )
     config = copy.deepcopy(config)
-    config.layout = "native"  # a foreign layout is read from a file, never made
+    config.layout = "native"  # other layouts are only read from files, never written
     return config

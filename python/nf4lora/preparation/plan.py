@@ -1,4 +1,4 @@
-"""What `prepare` is going to do to a model: decided, checked and tried first, so that a refusal changes nothing."""
+"""What `prepare` will do to a model. All decisions and checks are made first, so that an error leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-# What PEFT writes into a configuration by itself.
+# Fields of a configuration that PEFT sets itself.
 NOT_ASKED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "runtime_config"}
-# Why a module is trained in full.
+# The reasons why a module is trained in full.
 HEAD = "head of the model's task"
 NEW = "in no checkpoint"
 ASKED = "named in modules_to_save"
@@ -33,14 +33,14 @@ ASKED = "named in modules_to_save"
 
 @dataclass(frozen=True)
 class Plan:
-    """See `plan_preparation`; `prepare.apply` carries it out."""
+    """The result of `plan_preparation`, which `prepare.apply` carries out."""
 
     base: nn.Module
     packing: Packing
-    asked: LoraConfig  # as the user wrote it, to compare a second call with
-    lora: LoraConfig | None  # what PEFT gets; None where the model carries its adapter already
-    said: tuple[str, ...]  # of the adapters
-    warned: tuple[str, ...]
+    asked: LoraConfig  # as the user wrote it; a second call is compared with this
+    lora: LoraConfig | None  # what PEFT gets; None where the model has its adapter already
+    said: tuple[str, ...]  # parts of the logged line, about the adapters
+    warned: tuple[str, ...]  # texts of warnings
 
 
 def plan_preparation(
@@ -53,13 +53,13 @@ def plan_preparation(
 
     Args:
         model: a model, or a PeftModel, whose adapter is then kept
-        lora_config: the adapter, or
-        given: its options by name; of a foreign adapter these alone are compared
+        lora_config: the configuration of the adapter
+        given: options by name, in place of lora_config; only these are compared with an adapter that is there already
         quantization_config: how to pack a model in 16 or 32 bits
 
     Raises:
         TypeError: an option of the wrong kind.
-        ValueError: the model, the options, or both together; PEFT's refusals among them.
+        ValueError: the model or an option is not allowed, or they do not fit together; errors of PEFT are included.
     """
     from peft import PeftModel
 
@@ -114,10 +114,10 @@ def plan_preparation(
 
 
 def _new_modules(base: nn.Module, asked: LoraConfig) -> dict[str, str]:
-    """Modules that an adapter is worth nothing without: reason by name.
+    """The modules that must be trained with the adapter, because they start at random: reason by name.
 
-    An embedding that has more rows than the checkpoint's is not among them: to train all of it for a few new rows is
-    for the user to decide (`_warnings` says so).
+    An embedding with more rows than the checkpoint's is not included: whether to train all of it for a few new rows is
+    the user's decision, about which `_warnings` informs.
     """
     modules, _ = modules_of(base, new_parameters(base) - adapter_names(base))
     if asked.trainable_token_indices is not None or grown_vocabulary(base) is not None:
@@ -131,7 +131,7 @@ def _new_modules(base: nn.Module, asked: LoraConfig) -> dict[str, str]:
 
 
 def _full_names(config: Any) -> list[str]:
-    """What PEFT will train in full: the names that were given, and those that it adds for the task."""
+    """Names of the modules that PEFT trains in full: those given, and those that it adds for the task."""
     by_task = {
         "SEQ_CLS": ["classifier", "score"],
         "TOKEN_CLS": ["classifier", "score"],
@@ -144,12 +144,12 @@ def _full_names(config: Any) -> list[str]:
 
 
 def _named_modules(base: nn.Module, endings: list[str], reason: str) -> dict[str, str]:
-    """The modules that PEFT finds by the end of their name."""
+    """The modules that PEFT finds by these endings of their names."""
     names = {base_name(name) for name, _ in base.named_modules(remove_duplicate=False) if name}
     return {name: reason for name in sorted(names) if name.endswith(tuple(endings))}
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- texts for the user ----------------------------------------------------------------------------------------------
 
 
 def _said(targets: Targets) -> list[str]:
@@ -178,7 +178,7 @@ def _trained(new: dict[str, str]) -> list[str]:
 
 
 def _untied(base: nn.Module, config: LoraConfig) -> list[str]:
-    """What happens to a head that shares its weight with an embedding of which one alone is trained in full."""
+    """What happens to a head and an embedding that share their weight, if only one of them is trained in full."""
     layers = token_layers(base)
     if len(layers) < 2 or getattr(layers[0], "weight", None) is not getattr(layers[1], "weight", layers):
         return []
@@ -216,7 +216,7 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
         )
     if alone := modules_of(base, new_parameters(base) - adapter_names(base))[1]:
         lines.append(
-            f"{listed([base_name(name) for name in alone])} stood in no checkpoint and in no layer that could be "
+            f"{listed([base_name(name) for name in alone])} was in no checkpoint and is in no layer that could be "
             f"trained in full: it stays as transformers has initialised it, and save_adapter saves it with the adapter"
         )
     rows = grown_vocabulary(base)
@@ -239,7 +239,7 @@ def _warnings(base: nn.Module, config: LoraConfig, targets: Targets, frozen: lis
 
 
 def upcast(base: nn.Module) -> str | None:
-    """The 16-bit dtype that a model was loaded in, where somebody has turned what is not packed to float32 since."""
+    """The 16-bit dtype that a model was loaded in, if its unpacked weights have been converted to float32 since."""
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (torch.bfloat16, torch.float16):
@@ -254,16 +254,20 @@ def upcast(base: nn.Module) -> str | None:
 
 
 def _check_same_adapter(model: Any, base: nn.Module, asked: LoraConfig, given: set[str] | None) -> None:
-    """Compare with what the model was prepared with; on a foreign adapter, only what was given (None: everything)."""
+    """Refuse options that differ from those of the adapter that the model has.
+
+    Args:
+        given: for an adapter that `prepare` did not make, the options to compare; None: all
+    """
     before = getattr(model, "nf4lora_asked", None)
-    ours = before is not None
+    is_ours = before is not None
     before = before or model.active_peft_config
     for option in [field.name for field in fields(asked) if field.name not in NOT_ASKED]:
-        if not ours and given is not None and option not in given:
+        if not is_ours and given is not None and option not in given:
             continue
         old, new = plain(getattr(before, option)), plain(getattr(asked, option))
-        if option == "target_modules" and not ours:
-            # PEFT has replaced "all-linear" by names, and long lists by shorter ones: compare what they match.
+        if option == "target_modules" and not is_ours:
+            # PEFT replaces "all-linear" by names, and long lists by shorter ones: so compare the modules they match.
             old, new = (sorted(matched(base, config)) for config in (before, asked))
         if old != new:
             old, new = (plain(getattr(config, option)) for config in (before, asked))

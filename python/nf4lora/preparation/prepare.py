@@ -1,4 +1,4 @@
-"""prepare: any model in, a PeftModel whose layers run our kernels out."""
+"""prepare: turns a model into a PeftModel whose layers run nf4lora's kernels."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 
 class _Shown(logging.Handler):
-    """Prints what is logged: scripts and notebooks see it without setting up logging."""
+    """Prints each log record, so that scripts and notebooks show it without setting up logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record))
 
 
 logger = logging.getLogger("nf4lora")
-if not logger.handlers:  # a program that has set up this logger before keeps what it wants
+if not logger.handlers:  # a program that has set up this logger keeps its own handlers
     logger.addHandler(_Shown())
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # it is shown already
+    logger.propagate = False  # else a root handler would print it again
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `apply` did: the model, in words, and what a user should know of it."""
+    """What `apply` did: the model, a line that describes the changes, and warnings."""
 
     model: PeftModel
-    said: str  # "" where nothing was done
+    said: str  # "" where nothing was changed
     warned: tuple[str, ...]
 
 
@@ -58,18 +58,18 @@ def prepare(
     quantization_config: NF4Config | BitsAndBytesConfig | None = None,
     **lora_options: Any,
 ) -> PeftModel:
-    """Freeze a model in NF4, put LoRA on it, and compute both in one op: returns a PeftModel for any trainer.
+    """Freeze a model in NF4 and add LoRA, computed in one op a layer; returns a PeftModel for any trainer.
 
-    The model may be one in 16 or 32 bits (its linear layers are quantised in place, one by one, on the device they are
-    on), one loaded with `NF4Config`, one loaded by bitsandbytes (its bytes are adopted without a copy), or a PeftModel
-    over any of these, which keeps its adapters. Embeddings, norms and the output head stay as they are; no dtype
-    changes but those that the logged line names; adapters are float32. Whether gradient checkpointing is on is left
-    to the trainer. A call with `labels` then computes its loss in chunks, where the model's head allows it
-    (`loss.causal_lm.chunk_loss`), and its `logits` only when they are looked at.
+    The model may be in 16 or 32 bits (its linear layers are quantised in place, one by one, on their own device),
+    loaded with `NF4Config`, loaded by bitsandbytes (its packed bytes are used without a copy), or a PeftModel over any
+    of these, which keeps its adapters. Embeddings, norms and the output head stay as they are, and only the dtypes that
+    the logged line names change. Adapters are float32. Gradient checkpointing is left to the trainer. A call with
+    `labels` then computes its loss in chunks, where the model's head allows it (`loss.causal_lm.chunk_loss`), and its
+    `logits` only when they are read.
 
-    The head of a classifier, and whatever else was in no checkpoint, is trained in full and saved with the adapter. In
-    a multimodal model the text part carries the adapters; the other parts are packed and frozen, unless target_modules
-    names their layers. The logged line says so.
+    The head of a classifier, and all other parameters that were in no checkpoint, are trained in full and saved with
+    the adapter. In a multimodal model the text part carries the adapters; the other parts are packed and frozen, unless
+    target_modules names their layers. The logged line names all of this.
 
     Args:
         lora_config: a `peft.LoraConfig`, in place of single options
@@ -80,17 +80,17 @@ def prepare(
             modules_to_save, exclude_modules; task_type is that of the model's class
         quantization_config: how to pack a model that is still in 16 or 32 bits
 
-    What was done is logged in one line by the logger "nf4lora", which prints it unless it is set up otherwise.
+    The logger "nf4lora" logs one line about the changes, and prints it unless it is set up otherwise.
 
-    On a model that `prepare` returned, the same options return it as it is, and others are an error; on another
-    PeftModel the options that were given are compared with its adapter. On a model of which an interrupted `prepare`
-    has packed a part, it packs the rest.
+    For a model that `prepare` returned, the same options return it unchanged, and other options are an error. For
+    another PeftModel the given options are compared with its adapter. If an interrupted `prepare` has packed a part of
+    the model, another call packs the rest.
 
     Raises:
-        TypeError: an unknown option, or one of the wrong kind; model is no nn.Module.
+        TypeError: an unknown option, or one of the wrong kind; model is not an nn.Module.
         ValueError: no module matches target_modules, or the output head does; the model has no linear layer, is merged,
-            carries an adapter with other options, or is quantised in another way; NaN in a weight; PEFT refuses. The
-            model is then as it was.
+            carries an adapter with other options, or is quantised in another way; a weight contains NaN; PEFT raises an
+            error. The model is unchanged then.
 
     >>> model = prepare(model, r=16, lora_alpha=32)                         # doctest: +SKIP
     nf4lora: 210 layers from bfloat16 to NF4 (4.13 bits per weight); float32 adapters of rank 16 on 210 layers; ...
@@ -100,19 +100,19 @@ def prepare(
     plan = plan_preparation(model, lora_config, given, quantization_config)
     for line in plan.warned:
         warnings.warn(f"prepare: {line}", stacklevel=2)
-    done = apply(plan, model)
-    for line in done.warned:
+    prepared = apply(plan, model)
+    for line in prepared.warned:
         warnings.warn(f"prepare: {line}", stacklevel=2)
-    if done.said:
-        logger.info("nf4lora: %s", done.said)
-    return done.model
+    if prepared.said:
+        logger.info("nf4lora: %s", prepared.said)
+    return prepared.model
 
 
 def apply(plan: Plan, model: nn.Module) -> Prepared:
     """Carry out a plan that was just made for this model.
 
-    Whatever stops it (out of memory, Ctrl-C) leaves a model without half an adapter, of which some layers may be packed
-    already: `prepare` then takes up the rest.
+    If this is interrupted (out of memory, Ctrl-C), some layers of the model may be packed, but no part of an adapter is
+    left in it. Another call of `prepare` then does the rest.
     """
     from peft import PeftModel
 
@@ -120,7 +120,7 @@ def apply(plan: Plan, model: nn.Module) -> Prepared:
 
     onednn.bound_caches()
     base: Any = plan.base
-    done = pack(base, plan.packing)
+    packed = pack(base, plan.packing)
     lora_layer.install()
     prepared: Any = model
     with unchanged_on_failure(base):
@@ -131,13 +131,13 @@ def apply(plan: Plan, model: nn.Module) -> Prepared:
         chunked = (chunk_loss(base) or plan.lora is not None) and has_chunked_loss(base)
         heap.keep_small(base)
         if _recomputes(base):
-            base.enable_input_require_grads()  # reentrant checkpointing needs it; PEFT leaves it out when quantised
-        if not (done or plan.lora or fused or chunked):
+            base.enable_input_require_grads()  # for reentrant checkpointing; PEFT omits it for a quantised model
+        if not (packed or plan.lora or fused or chunked):
             return Prepared(prepared, "", ())
-        about = report(prepared)
-        unpacked = about.mostly_unpacked()
-        said = _summary(plan, done, fused, chunked, about)
-        return Prepared(prepared, said, (unpacked,) if unpacked else ())
+        contents = report(prepared)
+        unpacked = contents.mostly_unpacked()
+        summary = _summary(plan, packed, fused, chunked, contents)
+        return Prepared(prepared, summary, (unpacked,) if unpacked else ())
 
 
 def _recomputes(base: Any) -> bool:
@@ -147,13 +147,13 @@ def _recomputes(base: Any) -> bool:
     return getattr(base, "is_gradient_checkpointing", False)
 
 
-def _summary(plan: Plan, packed: list[str], fused: int, chunked: bool, about: Report) -> str:
+def _summary(plan: Plan, packed: list[str], fused: int, chunked: bool, contents: Report) -> str:
     parts = list(packed)
-    if plan.packing.blocksizes and about.bits_per_weight:
-        parts[0] += f" ({about.bits_per_weight:.2f} bits per weight)"
+    if plan.packing.blocksizes and contents.bits_per_weight:
+        parts[0] += f" ({contents.bits_per_weight:.2f} bits per weight)"
     if plan.lora is not None:
-        parts += [f"float32 adapters of rank {plan.asked.r} on {about.adapted_layers} layers", *plan.said]
+        parts += [f"float32 adapters of rank {plan.asked.r} on {contents.adapted_layers} layers", *plan.said]
     parts += [f"the fused op under the adapters of {fused} layers"] if fused else []
     parts += ["a loss that never holds all logits"] if chunked else []
-    share = about.trainable / max(about.parameters, 1)
-    return f"{'; '.join(parts)}; {share:.2%} of {about.parameters / 1e6:.1f} M parameters train"
+    share = contents.trainable / max(contents.parameters, 1)
+    return f"{'; '.join(parts)}; {share:.2%} of {contents.parameters / 1e6:.1f} M parameters train"

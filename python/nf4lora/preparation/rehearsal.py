@@ -1,7 +1,7 @@
-"""A model's modules without their tensors, on which PEFT is tried before the model itself is touched.
+"""Tries PEFT on a copy of the model without tensors, before the model itself is changed.
 
-PEFT checks while it replaces layers: what it refuses, it refuses half-way. Here it meets a copy of the tree in which
-every tensor is on the meta device, so that nothing is lost, and no memory used.
+PEFT checks its options while it replaces layers, so that an error leaves a model half changed. Here PEFT works on a
+copy of the module tree in which every tensor is on the meta device and takes no memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
     """Put adapters on a copy of the model without tensors, in which the named layers are packed.
 
     Raises:
-        ValueError: PEFT refuses, in its words.
+        ValueError: PEFT raises an error, whose text is included.
     """
     from peft import get_peft_model
 
@@ -48,15 +48,15 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
         return nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
 
     replace_layers(copied, blocksizes, packed)
-    # Adopted or dequantised: PEFT takes a linear layer either way.
+    # A bitsandbytes layer will be adopted or dequantised; for PEFT both are linear layers.
     of_bnb = [name for name, module in copied.named_modules() if bitsandbytes_format.is_linear4bit(module)]
     replace_layers(copied, of_bnb, dense)
     copied.__dict__.pop("is_loaded_in_4bit", None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says it again when it meets the model
+        warnings.simplefilter("ignore")  # PEFT warns again when it changes the model itself
         try:
             get_peft_model(copied, copy.deepcopy(config), low_cpu_mem_usage=True)
-        except NotImplementedError:  # something that meta tensors cannot do: not known beforehand
+        except NotImplementedError:  # meta tensors do not support something that PEFT does: no result
             return
         except Exception as error:
             if "meta" in str(error):
@@ -65,7 +65,7 @@ def rehearse(base: nn.Module, blocksizes: Mapping[str, int], double_quant: bool,
 
 
 def skeleton(model: nn.Module) -> Any:
-    """A copy of the module tree: the same classes and attributes, tensors on meta, no hooks; sharing is kept."""
+    """A copy of the module tree with the same classes, attributes and sharing, tensors on meta, and no hooks."""
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, torch.Tensor] = {}
 

@@ -1,6 +1,6 @@
-"""What a model is made of: bytes by kind and dtype, what stayed in 16 bits and why, who carries adapters.
+"""The report on a model: bytes by kind and dtype, what stayed in 16 bits and why, which layers carry adapters.
 
-It asks the modules that are there, not a configuration, so that it is true of any model: plain, packed, with adapters.
+The report inspects the modules, not a configuration, so that it is right for every model: plain, packed, with adapters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = (
 )
 
 
-# Reasons for a matrix to stay in 16 bits that are no surprise.
+# Expected reasons for a matrix to stay in 16 bits, about which nobody needs a warning.
 EXPECTED = (
     *("an embedding", "output head", "named in modules_to_not_convert"),
     *("head of the model's task", "in no checkpoint", "named in modules_to_save"),
@@ -45,7 +45,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Kept:
-    """A matrix that is not packed, and why; bytes is 0 where it is tied to one that was counted before."""
+    """A matrix that is not packed, and why; bytes is 0 for one that is tied to a matrix counted before."""
 
     name: str
     dtype: str
@@ -55,9 +55,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Layers of one name that carry an adapter: how many, of how many linear layers, how many over a packed base.
+    """Layers with the same last name that carry an adapter.
 
-    `of` is 0 for what is no linear layer below the output head: the head itself, experts in one tensor.
+    count: how many do; of: how many linear layers have this name; packed: how many of the adapters are over a packed
+    layer. `of` is 0 for the output head, and for modules that are not linear layers, such as experts in one tensor.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Report:
-    """See `report`; print it, or take `.to_dict()`."""
+    """The result of `report`: print it, or use `.to_dict()`."""
 
     tensors: tuple[Tensors, ...]
     packed_layers: int
@@ -89,9 +90,9 @@ class Report:
         return sum(row.count for row in self.adapters)
 
     def mostly_unpacked(self, most: float = 0.1) -> str | None:
-        """A sentence, where more than this share of the weights that could be packed stays in 16 or 32 bits.
+        """A warning, if more than this share of the weights that could be packed stays in 16 or 32 bits; else None.
 
-        Embeddings, the output head, what is trained in full, and what the user kept are not counted.
+        Embeddings, the output head, modules trained in full, and modules that the user excluded are not counted.
         """
         sizes: Counter[str] = Counter()
         for row in self.kept:
@@ -109,7 +110,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, as JSON takes them."""
+        """The report as numbers, strings, lists and dicts, for JSON."""
         rows = ("tensors", "kept", "adapters")
         fields = asdict(self) | {"bytes": self.bytes, "adapted_layers": self.adapted_layers}
         return fields | {key: list(fields[key]) for key in (*rows, "trained_in_full")}
@@ -148,7 +149,7 @@ def report(model: nn.Module) -> Report:
     and the trainable share (a packed weight counts as the N * K parameters that it holds).
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
 
     >>> layer = NF4Linear.from_linear(nn.Linear(256, 1024, bias=False))
     >>> report(nn.Sequential(layer)).bits_per_weight
@@ -181,17 +182,17 @@ def report(model: nn.Module) -> Report:
             seen.add(identity)
             size = tensor.numel() * tensor.element_size() if new else 0
             if _is_kept_matrix(module, key, tensor, kind):
-                whole, reason = _joined(name, key), why_kept(_joined(name, key), module, new)
-                kept.append(Kept(whole, dtype_name(tensor.dtype), size, reason))
+                full_name, reason = _joined(name, key), why_kept(_joined(name, key), module, new)
+                kept.append(Kept(full_name, dtype_name(tensor.dtype), size, reason))
             if not new:
                 continue
             sizes[kind, dtype_name(tensor.dtype)] += size
             counts[kind, dtype_name(tensor.dtype)] += 1
             if isinstance(module, NF4Linear) and key != "bias":
                 packed_bytes += size
-            held = _parameters_held(module, key, tensor)
-            parameters += held
-            trainable += held if tensor.requires_grad else 0
+            weights = _parameters_held(module, key, tensor)
+            parameters += weights
+            trainable += weights if tensor.requires_grad else 0
     carrying = [(name.rpartition(".")[2], base) for name, base in wrappers if base is not None]
     return Report(
         tensors=tuple(
@@ -218,17 +219,17 @@ def report(model: nn.Module) -> Report:
 
 
 def _wrappers(model: nn.Module) -> list[tuple[str, nn.Module | None]]:
-    """For each of PEFT's wrappers the layer's name and the layer; None for one that is trained in full."""
-    found: list[tuple[str, nn.Module | None]] = []
+    """The name and the wrapped layer of each of PEFT's wrappers; None for a module that is trained in full."""
+    wrappers: list[tuple[str, nn.Module | None]] = []
     for prefix, module in model.named_modules():
         base: Any = module
         while "base_layer" in children_of(base):
             base = base.base_layer
         if base is not module and not prefix.endswith(".base_layer"):
-            found.append((base_name(prefix), base))
+            wrappers.append((base_name(prefix), base))
         if "original_module" in children_of(module):
-            found.append((base_name(prefix), None))
-    return found
+            wrappers.append((base_name(prefix), None))
+    return wrappers
 
 
 def _kind(module: nn.Module, key: str, tensor: Tensor, head: nn.Module | None) -> str:
@@ -250,7 +251,7 @@ def _kind(module: nn.Module, key: str, tensor: Tensor, head: nn.Module | None) -
 
 
 def _is_kept_matrix(module: nn.Module, key: str, tensor: Tensor, kind: str) -> bool:
-    """Whether a reader would ask why this was not packed."""
+    """Whether the tensor is a matrix for which the report must say why it was not packed."""
     if isinstance(module, NF4Linear) or kind in ("adapters", "buffers", "norms", "biases"):
         return False
     return tensor.ndim >= 2
@@ -263,10 +264,12 @@ def _reasons(model: nn.Module) -> Callable[[str, nn.Module, bool], str]:
     head, packed = _bare_head(model), any(isinstance(module, NF4Linear) for module in model.modules())
     quantization_config = getattr(getattr(model, "config", None), "quantization_config", None)
     skipped = getattr(quantization_config, "modules_to_not_convert", None)
-    known = getattr(base_of(model), "nf4lora_skipped", {})  # what the quantizer said when it decided
-    # Training an embedding in full (modules_to_save) trains a copy, which the head does not share.
-    kept = [children_of(module).get("original_module") for module in model.modules()]
-    untied = any(isinstance(module, nn.Embedding) and module.weight is getattr(head, "weight", None) for module in kept)
+    known = getattr(base_of(model), "nf4lora_skipped", {})  # the reasons that the quantizer recorded
+    # An embedding in modules_to_save is trained as a copy, which the head does not share.
+    originals = [children_of(module).get("original_module") for module in model.modules()]
+    untied = any(
+        isinstance(module, nn.Embedding) and module.weight is getattr(head, "weight", None) for module in originals
+    )
 
     def reason(name: str, module: nn.Module, new: bool) -> str:
         if isinstance(module, nn.Embedding):
@@ -303,7 +306,7 @@ def _bare_head(model: nn.Module) -> nn.Module | None:
 
 
 def _parameters_held(module: nn.Module, key: str, tensor: Tensor) -> int:
-    """Weights that a tensor stands for: N * K for packed codes, none for scales and buffers."""
+    """The number of weights that a tensor represents: N * K for packed codes, 0 for scales and buffers."""
     if key in buffers_of(module):
         return 0
     if isinstance(module, nn.Linear) and not module.weight.is_floating_point() and key != "bias":
@@ -312,7 +315,7 @@ def _parameters_held(module: nn.Module, key: str, tensor: Tensor) -> int:
 
 
 def _identity(tensor: Tensor) -> Any:
-    """The same for tied tensors, whether they are one object or two over the same memory."""
+    """A value that is equal for tied tensors, whether they are one object or two over the same memory."""
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.numel())
@@ -323,7 +326,7 @@ def _joined(name: str, key: str) -> str:
 
 
 def _grouped(title: str, kept: Iterable[Kept]) -> list[str]:
-    """One line for all layers that differ in their number only."""
+    """One line for all layers whose names differ only in their number."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for row in kept:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)

@@ -1,4 +1,4 @@
-"""Which modules of a model carry adapters: what was asked for, without what must not or cannot carry one."""
+"""Which modules of a model get adapters: those that the configuration selects, unless an adapter is not possible."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ from nf4lora.quantization.weight_readers import read_weights
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# What PEFT can put a LoRA layer around.
+# Classes that PEFT can wrap in a LoRA layer.
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that get adapters, and what was left out of those that the configuration names."""
+    """The modules that get adapters, and those that the configuration names but that get none."""
 
     names: frozenset[str]
-    target_modules: Any  # the two options of PEFT that say the same, to whoever loads the adapter too
+    target_modules: Any  # this option of PEFT and the next one select the same modules when the adapter is loaded
     exclude_modules: Any
-    text_part: str | None  # what adapters were confined to
+    text_part: str | None  # the part of a multimodal model that adapters are limited to
     left_out: dict[str, str]  # reason by name
-    idle: tuple[str, ...]  # targets that match nothing
+    idle: tuple[str, ...]  # targets that match no module
 
 
 def find_targets(base: nn.Module, lora_config: LoraConfig) -> Targets:
-    """Apply a configuration to a model, as PEFT will.
+    """Find the modules that a configuration selects, as PEFT will.
 
-    In a multimodal model adapters go on the text part, unless a target names a module outside of it: text trains no
-    other part. "all-linear" leaves out what is no plain linear layer (a router) and what PEFT forbids for the family.
+    In a multimodal model only the text part gets adapters, since training on text reaches no other part, unless a
+    target names a module outside of it. "all-linear" leaves out layers that are not plain linear layers, such as
+    routers, and layers that PEFT does not allow for the model's family.
 
     Raises:
         ValueError: nothing matches, or the output head does.
@@ -60,40 +61,40 @@ def find_targets(base: nn.Module, lora_config: LoraConfig) -> Targets:
         )
     part = None if isinstance(lora_config.target_modules, str) and not all_linear else text_part(base)
     inside = {name for name in asked if part is None or name.startswith(f"{part}.")}
-    outside, kept = asked - inside, set(inside)
+    outside, carrying = asked - inside, set(inside)
     named: list[str] = []
     if outside and not all_linear:
         named = [target for target in sorted(config.target_modules or ()) if not _hits(target, inside)]
-        kept |= {name for name in outside if any(_hits(target, {name}) for target in named)}
+        carrying |= {name for name in outside if any(_hits(target, {name}) for target in named)}
     readers = read_weights(base) if all_linear else {}
     left_out = {}
-    for name in sorted(kept):
+    for name in sorted(carrying):
         if reason := _refusal(base, config, everything[name], name, all_linear):
             left_out[name] = reason
         elif (reader := readers.get(id(everything[name]))) and reader.numbers:
             left_out[name] = f"{reader} directly, and would not use an adapter"
-    kept -= left_out.keys()
-    # A layer that is trained in full carries no adapter, as PEFT has it.
+    carrying -= left_out.keys()
+    # In PEFT a layer that is trained in full gets no adapter.
     in_full = _matched_without_full_training(config, everything) - asked
-    if not kept and not config.target_parameters:
+    if not carrying and not config.target_parameters:
         reasons = {*left_out.values(), *(f"{name} is trained in full already" for name in in_full)}
         linear = sorted({name.rpartition(".")[2] for name in linear_names(base)} - {head})
-        got, because = plain(lora_config.target_modules), "".join(f"; {reason}" for reason in sorted(reasons)[:3])
+        given, because = plain(lora_config.target_modules), "".join(f"; {reason}" for reason in sorted(reasons)[:3])
         raise ValueError(
-            f"prepare: target_modules must match a module{' that can carry an adapter' if reasons else ''}, got {got!r}"
-            f"{because or ', which matches none'}; the linear layers are called {', '.join(linear)}"
+            f"prepare: target_modules must match a module{' that can carry an adapter' if reasons else ''}, got "
+            f"{given!r}{because or ', which matches none'}; the linear layers are called {', '.join(linear)}"
         )
     idle: tuple[str, ...] = ()
     if not isinstance(config.target_modules, str) and not all_linear:
         targets = sorted(config.target_modules or ())
         idle = tuple(target for target in targets if not _hits(target, asked | in_full))
-    confined = part if outside - kept else None
+    confined = part if outside - carrying else None
     return Targets(
-        names=frozenset(kept),
-        target_modules=_names_for_peft(base, lora_config, kept) if all_linear else lora_config.target_modules,
+        names=frozenset(carrying),
+        target_modules=_names_for_peft(base, lora_config, carrying) if all_linear else lora_config.target_modules,
         exclude_modules=lora_config.exclude_modules
         if all_linear
-        else _exclusion(lora_config.exclude_modules, confined, named, list(left_out), kept),
+        else _exclusion(lora_config.exclude_modules, confined, named, list(left_out), carrying),
         text_part=confined,
         left_out=left_out,
         idle=idle,
@@ -101,7 +102,7 @@ def find_targets(base: nn.Module, lora_config: LoraConfig) -> Targets:
 
 
 def matched(base: nn.Module, lora_config: LoraConfig) -> set[str]:
-    """Names of the modules that a configuration names, as PEFT reads it."""
+    """Names of the modules that a configuration selects, by PEFT's rules."""
     config = _resolved(base, lora_config)
     return {name for name in _named(base) if matches(config, name)}
 
@@ -126,9 +127,9 @@ def plain(value: Any) -> Any:
 
 
 def is_linear(layer: nn.Linear) -> bool:
-    """Whether a layer computes what torch.nn.Linear does; tried on a small copy where its class has its own forward."""
-    own = type(layer).forward is not nn.Linear.forward
-    if not own or isinstance(layer, NF4Linear) or bitsandbytes_format.is_linear4bit(layer):
+    """Whether a layer computes what torch.nn.Linear does. A class with its own forward is tested on a small copy."""
+    has_own_forward = type(layer).forward is not nn.Linear.forward
+    if not has_own_forward or isinstance(layer, NF4Linear) or bitsandbytes_format.is_linear4bit(layer):
         return True
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -140,7 +141,7 @@ def is_linear(layer: nn.Linear) -> bool:
             with evaluating(small):
                 y = small.forward(x)
             expected = F.linear(x, small.weight, small.bias)
-    except Exception:  # it needs more than a linear layer has: whatever it is, it is none
+    except Exception:  # the forward needs more than a weight and a bias: it is not that of a linear layer
         return False
     return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
 
@@ -159,13 +160,13 @@ def _is_all_linear(config: LoraConfig) -> bool:
 
 
 def _named(base: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by the names that they had without PEFT; of a layer that PEFT wrapped, the layer."""
+    """The model's own modules by their names without PEFT; for a layer that PEFT has wrapped, the inner layer."""
     of_adapters = adapter_names(base)
     return {base_name(name): module for name, module in base.named_modules() if name and name not in of_adapters}
 
 
 def _resolved(base: nn.Module, lora_config: LoraConfig) -> Any:
-    """A copy in which target_modules is no shorthand."""
+    """A copy of the configuration in which target_modules is not None or "all-linear"."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CUSTOMARY
 
     config: Any = copy.copy(lora_config)
@@ -186,11 +187,11 @@ def _hits(target: str, names: set[str] | frozenset[str]) -> bool:
 
 
 def _refusal(base: nn.Module, config: Any, module: nn.Module, name: str, all_linear: bool) -> str | None:
-    """Why a module that is named carries no adapter; None where it does."""
+    """Why a module that the configuration names gets no adapter; None where it gets one."""
     if not isinstance(module, ADAPTABLE) and not hasattr(module, "base_layer"):
         return f"PEFT cannot put an adapter on {type(module).__name__}"
     if not all_linear:
-        return None  # who names a layer gets it, or PEFT's refusal
+        return None  # the user has named this layer: PEFT wraps it or raises its own error
     if isinstance(module, nn.Linear) and not is_linear(module):
         return f"{type(module).__name__} computes something else than a linear layer"
     try:
@@ -200,22 +201,22 @@ def _refusal(base: nn.Module, config: Any, module: nn.Module, name: str, all_lin
     return None
 
 
-def _names_for_peft(base: nn.Module, config: LoraConfig, kept: set[str]) -> Any:
-    """ "all-linear", where PEFT understands the same by it, else the names."""
-    return config.target_modules if kept == linear_names(base) - {head_name(base)} else kept
+def _names_for_peft(base: nn.Module, config: LoraConfig, carrying: set[str]) -> Any:
+    """ "all-linear", if PEFT selects the same layers for it, else their names."""
+    return config.target_modules if carrying == linear_names(base) - {head_name(base)} else carrying
 
 
 def _exclusion(
-    given: list[str] | str | None, part: str | None, named: list[str], left_out: list[str], kept: set[str]
+    given: list[str] | str | None, part: str | None, named: list[str], left_out: list[str], carrying: set[str]
 ) -> list[str] | str | None:
-    """One pattern for the full name of a module, as PEFT's exclude_modules takes it: all that is left out."""
+    """The value for PEFT's exclude_modules: one pattern that matches the full names of all modules to leave out."""
     patterns: list[str] = []
     if part is not None:
         also = "".join(rf"|(.*\.)?{re.escape(target)}$" for target in named)
         patterns.append(rf"(?!{re.escape(part)}\.{also}).*")
     for exact in map(re.escape, left_out):
         of_all_layers = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", exact)
-        pattern = exact if any(re.fullmatch(of_all_layers, name) for name in kept) else of_all_layers
+        pattern = exact if any(re.fullmatch(of_all_layers, name) for name in carrying) else of_all_layers
         patterns += [pattern] if pattern not in patterns else []
     if not patterns:
         return given

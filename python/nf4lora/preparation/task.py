@@ -1,4 +1,4 @@
-"""What a model is for: PEFT's task type of its class, and which part of a multimodal one works on text."""
+"""PEFT's task type for a model's class, and the part of a multimodal model that works on text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-# PEFT's task, transformers' list of classes for it, and how a class that is in no list (a model's own code) is called.
+# PEFT's task, transformers' list of classes for it, and the endings of class names that are in no list (custom code).
 HEADS = (
     ("SEQ_CLS", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ("ForSequenceClassification",)),
     ("TOKEN_CLS", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ("ForTokenClassification",)),
@@ -27,12 +27,12 @@ WRAPPERS = {
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's task type, with which the class of PeftModel and the Auto class that opens a saved folder are chosen.
+    """PEFT's task type, which decides on the class of the PeftModel and on the Auto class that loads a saved folder.
 
-    CAUSAL_LM for a decoder of text, SEQ_2_SEQ_LM for an encoder-decoder of text, SEQ_CLS, TOKEN_CLS, QUESTION_ANS by
-    the head, FEATURE_EXTRACTION for a text model without one. None, where PEFT's classes would call the model wrongly:
-    the main input is no text (speech, images), or no Auto class for the task opens the model; PEFT then writes down
-    its own class, and `AutoPeftModel` opens it.
+    The type is CAUSAL_LM for a decoder of text, SEQ_2_SEQ_LM for an encoder-decoder of text, SEQ_CLS, TOKEN_CLS or
+    QUESTION_ANS by the head, and FEATURE_EXTRACTION for a text model without a head. The type is None where PEFT's
+    class would call the model wrongly: the main input is not text (speech, images), or no Auto class for the task loads
+    the model. PEFT then saves the name of the model's own class, and `AutoPeftModel` loads that.
     """
     if not isinstance(model, PreTrainedModel) or not _reads_text(model):
         return None
@@ -48,19 +48,19 @@ def task_type(model: nn.Module) -> str | None:
 
 
 def text_part(model: nn.Module) -> str | None:
-    """Name of the language model inside a multimodal one that answers in text; None where the model is all of it."""
+    """The name of the language model inside a multimodal model that answers in text; None for any other model."""
     if not isinstance(model, PreTrainedModel) or not _reads_text(model) or len(_modalities(model)) == 1:
         return None
     if not model.can_generate() and model.config.model_type not in WRAPPERS:
         return None
     try:
         config, part = model.config.get_text_config(), model.get_decoder()
-    except (ValueError, AttributeError):  # several text configurations: it speaks, draws or sings
+    except (ValueError, AttributeError):  # several text configurations: the model also makes speech or images
         return None
     if config is model.config or part is model:
         return None
     name = next((name for name, module in model.named_modules() if module is part), "")
-    # One that holds everything, as the base under the head does, is no part.
+    # The base model under the head holds everything and is not a part.
     others = any(isinstance(module, PreTrainedModel) for module in _outside(model, part))
     return name if name and others else None
 
@@ -81,7 +81,7 @@ def _modalities(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _is_one_of(model: PreTrainedModel, names: dict[str, Any], endings: tuple[str, ...]) -> bool:
-    """Whether the Auto class with this list opens this class of model, as its own configuration says."""
+    """Whether the Auto class with this list loads this class of model, by the type in its configuration."""
     name, opened = type(model).__name__, names.get(model.config.model_type)
     if opened is not None:
         return name in ((opened,) if isinstance(opened, str) else opened)
