@@ -195,7 +195,7 @@ def without(entry, *names):
         (of_bitsandbytes(999, 256), "hold 1000 values in state1, got shape [999]"),
         ({"step": 1, "state1": torch.zeros(1000)}, "hold step, exp_avg and exp_avg_sq, got step, state1"),
         ({"momentum_buffer": None}, "hold step, exp_avg and exp_avg_sq, got momentum_buffer"),
-        ({"max_exp_avg_sq": None}, "be without amsgrad, got max_exp_avg_sq"),
+        ({"max_exp_avg_sq": None}, "not use amsgrad, which is not supported, got max_exp_avg_sq"),
         (
             {"step": 1, "exp_avg": torch.zeros(1000, dtype=torch.int64), "exp_avg_sq": torch.zeros(1000)},
             "hold two moments of floats, or two of uint8, got torch.int64 and torch.float32",

@@ -308,9 +308,9 @@ def codes(**more):
 
 
 REFUSED = {
-    "SGD": (of_sgd, "group 0 of the state dict must be of an AdamW, got none of betas, eps"),
-    "amsgrad": (lambda: of_adamw(amsgrad=True), "must be without amsgrad, got True"),
-    "maximize": (lambda: of_adamw(maximize=True), "must be without maximize, got True"),
+    "SGD": (of_sgd, "group 0 of the state dict must come from an AdamW, got one without betas, eps"),
+    "amsgrad": (lambda: of_adamw(amsgrad=True), "must not use amsgrad, which is not supported, got True"),
+    "maximize": (lambda: of_adamw(maximize=True), "must not use maximize, which is not supported, got True"),
     "Adam": (lambda: of_adamw(kind=torch.optim.Adam, weight_decay=0.1), "must have a decoupled weight decay, got Adam"),
     "sizes": (lambda: of_adamw([(64, 47), *SIZES[1:]]), "parameter 0 must hold 3072 values in exp_avg, got shape"),
     "groups": (lambda: of_adamw(groups=2), "different number of parameter groups"),

@@ -163,7 +163,7 @@ def test_a_file_changes_no_bit(tmp_path, small_chunks, bits):
 def test_what_is_in_the_page_cache_is_visited_at_once_and_the_rest_is_asked_for(tmp_path, monkeypatch, bits):
     layouts, size = lay_out([(4 << 20, 4 << 12 if bits == 8 else None)])
     arena = FileArena(size, tmp_path)
-    arena.plan(layouts)
+    arena.cut_into_chunks(layouts)
     first = arena.chunks[0].segments[0]
     assert 900_000 < first.end - first.begin <= 1 << 20
     chunks, asked = list(range(len(arena.chunks))), []

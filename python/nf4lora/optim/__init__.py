@@ -1,1 +1,1 @@
-"""PagedAdamW: its state in memory that can be smaller than it."""
+"""PagedAdamW: AdamW whose state may be larger than the memory it is used in."""

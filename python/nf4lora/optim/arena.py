@@ -1,7 +1,7 @@
 """Where an optimizer's state lives: one arena per device, in step order, and the chunks in which a step visits it.
 
-An arena that cannot hold everything close by (a file, unified memory, pinned memory behind a card) brings the next
-chunk while the present one is updated. Offsets and sizes are bytes of the arena.
+Some arenas do not hold all state in the memory where it is updated: a file, unified memory, pinned memory of a card.
+Such an arena brings the next chunk while the present one is updated. Offsets and sizes are bytes of the arena.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from torch import Tensor
 from nf4lora.optim.layout import Chunk, Range, Segment, StateLayout, Tensors, cut
 
 HUGE_PAGE = 2 << 20
-CHUNK_BYTES = 32 << 20  # long enough to hide the call that brings it, short enough for three in a card's free memory
+CHUNK_BYTES = 32 << 20  # large enough to hide the call that brings it, small enough for three in a card's free memory
 
 
 class Arena(abc.ABC):
-    """Memory for the state of parameters on one device, cut into the chunks in which a step visits it."""
+    """Memory for the state of the parameters on one device, cut into the chunks in which a step visits it."""
 
     mode: str
-    reason = ""  # of the mode, where it was chosen
+    reason = ""  # why the arena has this mode, where paging="auto" chose it
     device = torch.device("cpu")
     chunk_bytes = CHUNK_BYTES
 
     def __init__(self, size: int) -> None:
         self.bytes = size
         self.chunks: list[Chunk] = []
-        self.chunk_tensors: list[list[Tensors]] = []  # of each segment of each chunk
+        self.chunk_tensors: list[list[Tensors]] = []  # by chunk and segment
 
     @abc.abstractmethod
     def tensor(self, part: Range, dtype: torch.dtype) -> Tensor:
-        """[bytes / itemsize] of dtype, with a storage of its own, so that it is saved without its neighbours."""
+        """The bytes of `part` as a tensor [bytes / itemsize] with its own storage, so that only it is saved."""
 
     def tensors(self, layout: StateLayout) -> Tensors:
         """All of a parameter's state: exp_avg, exp_avg_sq and, in 8 bits, absmax."""
-        return tuple(map(self.tensor, layout.whole, layout.dtypes))
+        return tuple(map(self.tensor, layout.all_ranges, layout.dtypes))
 
-    def plan(self, layouts: Sequence[StateLayout]) -> None:
+    def cut_into_chunks(self, layouts: Sequence[StateLayout]) -> None:
         """Cut the arena into chunks."""
         self.chunks = cut(layouts, self.chunk_bytes)
         self.chunk_tensors = [
@@ -58,35 +58,35 @@ class Arena(abc.ABC):
         return tuple(map(self.tensor, layout.ranges(segment.begin, segment.end), layout.dtypes))
 
     def visits(self, chunks: list[int]) -> list[list[int]]:
-        """Begins a step over these chunks: which of them to acquire together."""
+        """Begin a step over these chunks; returns the groups of chunks to acquire together."""
         return [[chunk] for chunk in chunks]
 
     @abc.abstractmethod
     def acquire(self, chunks: list[int], following: int) -> None:
-        """What these chunks hold is close by until they are released; begins to bring the one that follows."""
+        """Make these chunks usable until they are released, and begin to bring the following one."""
 
     @abc.abstractmethod
     def release(self, chunks: list[int]) -> None:
-        """What was acquired is updated."""
+        """The caller has updated these chunks."""
 
     @abc.abstractmethod
     def wait(self) -> None:
-        """Until the arena itself holds what was updated; what is written there then is brought anew."""
+        """Wait until the arena's memory holds all updates. A step uses what is written there afterwards."""
 
     @abc.abstractmethod
     def evict(self) -> int:
-        """Move everything away from where it is used; returns the bytes freed there."""
+        """Move all state out of the memory where it is used; returns the bytes freed there."""
 
     @abc.abstractmethod
     def stats(self) -> dict[str, int]:
-        """Bytes close to where they are used (resident), elsewhere (paged), and most that were seen close (peak)."""
+        """Bytes in the memory where they are used (resident) and elsewhere (paged); the most resident ones (peak)."""
 
 
 class RamArena(Arena):
     """An arena in the process's own memory."""
 
     mode = "ram"
-    chunk_bytes = 1 << 62  # one chunk: nothing is brought
+    chunk_bytes = 1 << 62  # everything is one chunk
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -99,7 +99,7 @@ class RamArena(Arena):
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise MemoryError(
-                f"PagedAdamW: the state must fit into RAM, got {size >> 20} MiB of it and: {error}; page_to=<folder> "
+                f"PagedAdamW: the state must fit into RAM, got {size >> 20} MiB of state: {error}; page_to=<folder> "
                 "keeps it in a file, bits=8 makes it four times smaller"
             ) from error
         with contextlib.suppress(OSError, AttributeError):
@@ -113,16 +113,16 @@ class RamArena(Arena):
         return torch.frombuffer(self.memory, dtype=dtype, count=size // dtype.itemsize, offset=self.start + offset)
 
     def acquire(self, chunks: list[int], following: int) -> None:
-        """Nothing: all is close by."""
+        """Do nothing: all state is in RAM."""
 
     def release(self, chunks: list[int]) -> None:
-        """Nothing: the arena itself was updated."""
+        """Do nothing: the step has updated the arena's own memory."""
 
     def wait(self) -> None:
-        """Nothing, for the same reason."""
+        """Do nothing, for the same reason."""
 
     def evict(self) -> int:
-        return 0  # there is no elsewhere
+        return 0  # there is no other memory to move to
 
     def stats(self) -> dict[str, int]:
         resident = self.resident()
@@ -130,26 +130,26 @@ class RamArena(Arena):
         return {"resident": resident, "paged": self.bytes - resident, "peak": self.peak}
 
     def resident(self) -> int:
-        """Bytes that are in RAM, by what the system says of the pages."""
+        """Bytes that are in RAM, as mincore() reports the pages."""
         pages = -(-self.bytes // mmap.PAGESIZE)
-        found = (ctypes.c_uint8 * pages)()
+        flags = (ctypes.c_uint8 * pages)()
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + self.start
-        if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(self.bytes), found):
-            return self.bytes  # nobody knows: as if all were here
-        here = int((torch.frombuffer(found, dtype=torch.uint8) & 1).sum()) if pages else 0
-        return min(self.bytes, here * mmap.PAGESIZE)
+        if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(self.bytes), flags):
+            return self.bytes  # mincore() failed: assume that all are
+        resident_pages = int((torch.frombuffer(flags, dtype=torch.uint8) & 1).sum()) if pages else 0
+        return min(self.bytes, resident_pages * mmap.PAGESIZE)
 
 
 class FileArena(RamArena):
-    """An arena in a file that has no name in its folder, so that it is gone with the process, however that ends."""
+    """An arena in a file without a name in its folder, so that the system deletes it however the process ends."""
 
     mode = "file"
     chunk_bytes = 8 << 20  # a million values in 32 bits
-    ahead = 4  # chunks that are asked for before they are needed: a disk answers late, and many requests at once
+    ahead = 4  # chunks requested before they are needed: a disk has a long latency, and serves many requests at once
 
     def __init__(self, size: int, folder: str | os.PathLike[str]) -> None:
         self.folder = folder
-        self.coming: list[int] = []  # chunks that are still to be asked for in this step, the last first
+        self.to_request: list[int] = []  # chunks still to be requested in this step, in reverse order
         super().__init__(size)
 
     def _map(self, size: int) -> mmap.mmap:
@@ -161,7 +161,7 @@ class FileArena(RamArena):
             ) from error
         with file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)  # now, not when a step writes: that would be a bus error
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk fails here; in a step it would be a bus error
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                     raise
@@ -175,11 +175,11 @@ class FileArena(RamArena):
             weakref.finalize(self, os.close, self.descriptor)
             return mmap.mmap(self.descriptor, size)
 
-    def plan(self, layouts: Sequence[StateLayout]) -> None:
-        """As many values in 8 bits as in 32: they take as long to update, and the disk works meanwhile."""
+    def cut_into_chunks(self, layouts: Sequence[StateLayout]) -> None:
+        """Cut chunks of as many values in 8 bits as in 32: an update then takes as long, while the disk reads."""
         if any(layout.blocks is not None for layout in layouts):
             self.chunk_bytes //= 4
-        super().plan(layouts)
+        super().cut_into_chunks(layouts)
 
     def _advise(self, chunk: int, advice: int) -> None:
         for offset, size in self.chunks[chunk].ranges:
@@ -188,23 +188,23 @@ class FileArena(RamArena):
                 self.memory.madvise(advice, first, self.start + offset + size - first)
 
     def visits(self, chunks: list[int]) -> list[list[int]]:
-        self.coming = []
+        self.to_request = []
         if chunks and self.resident() == self.bytes:
-            return [chunks]  # nothing to bring
-        self.coming = list(reversed(chunks))
+            return [chunks]  # all state is in RAM
+        self.to_request = list(reversed(chunks))
         for _ in range(self.ahead):
-            self._ask()
+            self._request_next()
         return super().visits(chunks)
 
     def acquire(self, chunks: list[int], following: int) -> None:
-        self._ask()
+        self._request_next()
 
-    def _ask(self) -> None:
-        if self.coming:
-            self._advise(self.coming.pop(), mmap.MADV_WILLNEED)
+    def _request_next(self) -> None:
+        if self.to_request:
+            self._advise(self.to_request.pop(), mmap.MADV_WILLNEED)
 
     def evict(self) -> int:
-        """Write what has changed and let go of the pages."""
+        """Write changed pages to the file and release all pages."""
         before = self.resident()
         self.memory.flush()
         self.memory.madvise(mmap.MADV_DONTNEED)

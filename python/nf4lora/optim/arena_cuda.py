@@ -1,4 +1,4 @@
-"""The arenas of an optimizer on CUDA: csrc/cuda/paged.h decides what lies on the card, these show it as tensors."""
+"""The arenas of an optimizer on CUDA: csrc/cuda/paged.h decides what is on the card, this file makes tensors of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGING = "auto", "managed", "streamed"
 
 
 class Card:
-    """What an arena asks of CUDA. Tests put a fake card in its place."""
+    """The functions of CUDA that an arena uses. Tests replace it by a fake card."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -33,26 +33,26 @@ class Card:
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def bytes_at(self, address: int, size: int, owner: Any) -> Tensor:
-        """[size] uint8 at an address of the card, which keeps its owner alive."""
+        """A tensor [size] uint8 at an address of the card; the tensor keeps `owner` alive."""
         return torch.as_tensor(_Bytes(address, size, owner), device=self.device)
 
 
 def cuda_arena(card: Card, size: int, paging: str) -> ManagedArena | StreamedArena:
-    """An arena of `size` bytes for parameters on a card; with paging "auto" the card's driver decides which."""
+    """An arena of `size` bytes for parameters on a card; with paging="auto" its kind depends on the card's driver."""
     pager = card.pager(size, paging)
     return (ManagedArena if pager.mode == "managed" else StreamedArena)(card, pager, size)
 
 
 class CudaArena(Arena):
-    """What unified and pinned memory have in common: the pager that brings and takes."""
+    """The common part of arenas in unified and in pinned memory: a pager moves the chunks."""
 
     def __init__(self, card: Card, pager: _C.Pager, size: int) -> None:
         super().__init__(size)
         self.card, self.pager, self.device = card, pager, card.device
         self.mode, self.reason = pager.mode, pager.reason
 
-    def plan(self, layouts: Sequence[StateLayout]) -> None:
-        super().plan(layouts)
+    def cut_into_chunks(self, layouts: Sequence[StateLayout]) -> None:
+        super().cut_into_chunks(layouts)
         self.pager.plan([chunk.ranges for chunk in self.chunks])
 
     def visits(self, chunks: list[int]) -> list[list[int]]:
@@ -76,11 +76,11 @@ class CudaArena(Arena):
         return {"resident": resident, "paged": self.bytes - resident, "peak": residency["peak"]}
 
     def _on_card(self, address: int, size: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of the card's over these bytes."""
+        """A tensor on the card over these bytes."""
         if not size:
             return torch.empty(0, dtype=dtype, device=self.device)
         tensor = self.card.bytes_at(address, size, self.pager)
-        if tensor.data_ptr() != address:  # a copy, which no step would reach
+        if tensor.data_ptr() != address:  # torch has made a copy, which no step would update
             raise RuntimeError(
                 f"PagedAdamW: a tensor over the state on {self.device} must lie where the state does, got a copy on "
                 f"{tensor.device}"
@@ -89,7 +89,7 @@ class CudaArena(Arena):
 
 
 class ManagedArena(CudaArena):
-    """Unified memory: its tensors are the card's, and lie on the card or in host memory."""
+    """Unified memory: its tensors belong to the card's device, and their pages lie on the card or in host memory."""
 
     def tensor(self, part: Range, dtype: torch.dtype) -> Tensor:
         offset, size = part
@@ -99,7 +99,7 @@ class ManagedArena(CudaArena):
 class StreamedArena(CudaArena):
     """Pinned host memory, whose chunks are copied into staging buffers of the card for a step and back.
 
-    Its tensors are the CPU's; those of its chunks are the staging buffers.
+    The tensors of the arena are on the CPU; the tensors of a chunk are the staging buffers.
     """
 
     def tensor(self, part: Range, dtype: torch.dtype) -> Tensor:
@@ -108,8 +108,8 @@ class StreamedArena(CudaArena):
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self.pager, dtype=dtype, count=size // dtype.itemsize, offset=offset)
 
-    def plan(self, layouts: Sequence[StateLayout]) -> None:
-        super().plan(layouts)
+    def cut_into_chunks(self, layouts: Sequence[StateLayout]) -> None:
+        super().cut_into_chunks(layouts)
         for i, chunk in enumerate(self.chunks):
             buffers = list(zip(chunk.ranges, self.pager.addresses(i), strict=True))
             for j, segment in enumerate(chunk.segments):
@@ -121,7 +121,7 @@ class StreamedArena(CudaArena):
 
 
 class _Bytes:
-    """Memory as CUDA's array interface describes it; torch keeps this object, and so its owner."""
+    """Memory described by CUDA's array interface. torch keeps this object alive, and this object its owner."""
 
     def __init__(self, address: int, size: int, owner: Any) -> None:
         self.owner = owner
@@ -129,6 +129,6 @@ class _Bytes:
 
 
 def _staged(part: Range, buffers: Sequence[tuple[Range, int]]) -> int:
-    """The address of a part of the arena, of which some ranges lie in buffers elsewhere."""
+    """The address of a part of the arena in the staging buffers, which hold these ranges of the arena."""
     begin, end = part[0], sum(part)
     return next(to + begin - start for (start, size), to in buffers if start <= begin and end <= start + size)

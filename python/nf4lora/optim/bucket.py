@@ -1,4 +1,4 @@
-"""A bucket: parameters of one device whose state lies in one arena, and their part in a step."""
+"""A bucket: the parameters of one device whose state lies in one arena, and how a step updates them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def arena_of(device: torch.device, size: int, page_to: str | os.PathLike[str] | 
 
 @dataclass
 class ParamState:
-    """Where the state of a parameter is, and what the optimizer exposes of it."""
+    """Where the state of a parameter is, and the tensors of it that the optimizer exposes."""
 
     bucket: Bucket
     index: int  # of the parameter in the bucket
     exposed: dict[str, Tensor]
-    address: int = -1  # of the parameter when it was last looked at
+    address: int = -1  # of the parameter at the last step
 
     def fits(self, p: Tensor) -> bool:
         shard = local(p)
@@ -46,12 +46,12 @@ class ParamState:
 
 @dataclass
 class BucketGradients:
-    """A bucket's part in a step, an entry for each parameter that has a gradient."""
+    """The gradients of a bucket in one step, with one entry for each parameter that has one."""
 
     indices: list[int] = field(default_factory=list)  # of the parameters in the bucket
     params: list[Tensor] = field(default_factory=list)  # this process's shards, contiguous
     grads: list[Tensor] = field(default_factory=list)  # contiguous, of the dtype of their parameter
-    groups: list[int] = field(default_factory=list)  # of the optimizer, whose hyperparameters are theirs
+    groups: list[int] = field(default_factory=list)  # the optimizer's parameter group, for its hyperparameters
 
     def add(self, index: int, param: Tensor, grad: Tensor, group: int) -> None:
         self.indices.append(index)
@@ -62,16 +62,16 @@ class BucketGradients:
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of the op: which entries of the gradients take part, and where their moments are."""
+    """One call of the op: which entries of BucketGradients take part, and their moments."""
 
     entries: list[int]
-    parts: list[slice] | None  # values of each, where not all are whole
+    parts: list[slice] | None  # the values of each parameter; None: all values of all of them
     moments: list[list[Tensor]]  # exp_avgs, exp_avg_sqs, absmaxs
 
 
 @dataclass(frozen=True)
 class Visit:
-    """Chunks that are acquired together, the one to bring meanwhile, and what is launched for them."""
+    """Chunks that are acquired together, the chunk to bring meanwhile, and the launches that update them."""
 
     chunks: list[int]
     following: int
@@ -82,32 +82,32 @@ LaunchPlan = list[Visit]
 
 
 class Bucket:
-    """Parameters of one device; `states` is what the optimizer exposes of each."""
+    """Parameters of one device; `states` are the tensors that the optimizer exposes of each."""
 
     def __init__(self, params: Sequence[Tensor], bits: int, arena: Arena) -> None:
         self.arena = arena
         self.layouts, _ = lay_out(state_sizes(params, bits))
         self.counts = [layout.count for layout in self.layouts]
-        arena.plan(self.layouts)
-        self.steps = torch.zeros(len(params))  # one tensor: all of them count in one operation
+        arena.cut_into_chunks(self.layouts)
+        self.steps = torch.zeros(len(params))  # one tensor, so that one operation counts all of them
         self.shard_size_tags = [shard_size_tag(p) for p in params] if bits == 8 else [None] * len(params)
         self.states = [
             {"step": step, **self._exposed(p, arena.tensors(layout))}
             for p, layout, step in zip(params, self.layouts, self.steps, strict=True)
         ]
         self._planned_for: tuple[list, ...] | None = None
-        self._order: list[int] = []  # chunks that hold something which takes part
+        self._order: list[int] = []  # chunks with a parameter that takes part in the step
         self._plans: dict[int, LaunchPlan] = {}  # by the number of visits
 
     def _exposed(self, p: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         first, second, *absmax = tensors
         shape = local(p).shape
         exposed = [as_shard(first.view(shape), p), as_shard(second.view(shape), p)]
-        exposed += [as_shard(each.view(-1, 2), p, by_rows=True) for each in absmax]
+        exposed += [as_shard(tensor.view(-1, 2), p, by_rows=True) for tensor in absmax]
         return dict(zip(STATE, exposed))
 
     def fill(self, index: int, moments: Moments | None) -> None:
-        """Set one parameter's state: to these moments, or to that of no step taken."""
+        """Set one parameter's state to these moments; None: to the state before any step."""
         self.arena.wait()
         first, second, *absmax = self.arena.tensors(self.layouts[index])
         self.steps[index] = moments.step if moments else 0.0
@@ -116,7 +116,8 @@ class Bucket:
             for tensor, zero in zip((first, second), ZEROS):
                 tensor.fill_(zero if absmax else 0.0)
         else:
-            first.copy_(moments.exp_avg)  # which may be this very memory: a state that is loaded where it was saved
+            # Source and target may be the same memory, where a state is loaded into the optimizer that saved it.
+            first.copy_(moments.exp_avg)
             second.copy_(moments.exp_avg_sq)
         for scales in absmax:
             rows = scales.view(-1, 2)
@@ -134,7 +135,7 @@ class Bucket:
         skipped: Tensor,
         scale: Tensor | None,
     ) -> None:
-        """Update these parameters, chunk after chunk.
+        """Update the parameters that have a gradient, one chunk after the other.
 
         Args:
             hyperparameters: lr, beta1, beta2, eps, weight_decay of each group
@@ -160,18 +161,18 @@ class Bucket:
             self.steps[gradients.indices] += 1
 
     def _plan(self, gradients: BucketGradients, steps: list[float]) -> LaunchPlan:
-        """What is launched for which chunks.
+        """The launches of a step, by visit.
 
-        It stays that of the step before as long as the same parameters take part, and those of one group and one count
-        of steps still are.
+        The plan of the step before is used again if the same parameters take part, in the same groups and with the same
+        differences between their counts of steps.
         """
         planned_for = (gradients.indices, gradients.groups, [step - steps[0] for step in steps])
         if planned_for != self._planned_for:
             taking_part, chunks = set(gradients.indices), enumerate(self.arena.chunks)
-            self._order = [i for i, chunk in chunks if any(each.param in taking_part for each in chunk.segments)]
+            self._order = [i for i, chunk in chunks if any(segment.param in taking_part for segment in chunk.segments)]
             self._planned_for, self._plans = planned_for, {}
         visits = self.arena.visits(self._order)
-        if len(visits) not in self._plans:  # all chunks in one, or each for itself
+        if len(visits) not in self._plans:  # all chunks together, or each by itself
             self._plans[len(visits)] = list(launch_plan(self.arena, self.counts, gradients, steps, visits))
         return self._plans[len(visits)]
 
@@ -179,28 +180,28 @@ class Bucket:
 def launch_plan(
     arena: Arena, counts: list[int], gradients: BucketGradients, steps: list[float], visits: list[list[int]]
 ) -> Iterator[Visit]:
-    """For each visit a launch for each group and count of steps among what its chunks hold."""
+    """The visits of a step, with one launch for each group and count of steps among the parameters of its chunks."""
     entries = {index: i for i, index in enumerate(gradients.indices)}
     for chunks, (following, *_) in zip(visits, visits[1:] + visits[:1]):
         launches: dict[tuple[int, float], list[tuple[int, slice, Tensors]]] = {}
-        whole = True
+        uncut = True
         for chunk in chunks:
             for segment, tensors in zip(arena.chunks[chunk].segments, arena.chunk_tensors[chunk], strict=True):
                 if (i := entries.get(segment.param)) is None:
                     continue
-                whole &= segment.end - segment.begin == counts[segment.param]
+                uncut &= segment.end - segment.begin == counts[segment.param]
                 part = slice(segment.begin, segment.end)
                 launches.setdefault((gradients.groups[i], steps[i]), []).append((i, part, tensors))
-        yield Visit(chunks, following, [_launch(found, whole) for found in launches.values()])
+        yield Visit(chunks, following, [_launch(segments, uncut) for segments in launches.values()])
 
 
-def _launch(found: list[tuple[int, slice, Tensors]], whole: bool) -> Launch:
-    positions, parts, tensors = (list(column) for column in zip(*found))
+def _launch(segments: list[tuple[int, slice, Tensors]], uncut: bool) -> Launch:
+    positions, parts, tensors = (list(column) for column in zip(*segments))
     moments = [list(column) for column in zip(*tensors)]
     moments += [[]] * (3 - len(moments))  # no absmax in 32 bits
-    return Launch(positions, None if whole else parts, moments)
+    return Launch(positions, None if uncut else parts, moments)
 
 
 def state_sizes(params: Sequence[Tensor], bits: int) -> list[tuple[int, int | None]]:
-    """Values of each, and in 8 bits the rows of absmax."""
+    """The number of values of each parameter, and in 8 bits of its rows of absmax."""
     return [(local(p).numel(), absmax_blocks(p) if bits == 8 else None) for p in params]

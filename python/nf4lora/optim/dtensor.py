@@ -15,7 +15,7 @@ PLAIN = Tensor, torch.nn.Parameter
 
 
 def is_shard(value: Any) -> bool:
-    """Whether it is a DTensor; asked so that torch.distributed.tensor is imported by those who use it."""
+    """Whether this is a DTensor, without importing torch.distributed.tensor."""
     return type(value) not in PLAIN and hasattr(value, "to_local")
 
 
@@ -25,18 +25,18 @@ def local(value: Any) -> Any:
 
 
 def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
-    """State of p's shard as a DTensor that lies like p, or along its rows: absmax, whose blocks follow the shards.
+    """State of p's shard as a DTensor that is sharded as p is, or by rows (absmax, whose blocks follow the shards).
 
-    It holds `tensor` itself, wherever that is: from_local would copy the state of a streamed arena, or of a parameter
-    that FSDP2 has offloaded, from the host to the device of p's mesh, and no step would ever reach the copy.
+    The DTensor holds `tensor` itself. `DTensor.from_local` would copy it to the device of p's mesh if it is on the host
+    (a streamed arena, a parameter that FSDP2 has offloaded), and a step would not update the copy.
     """
     if not is_shard(p):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    likeness = torch.empty_like(tensor, device="meta")  # which from_local leaves where it is
+    likeness = torch.empty_like(tensor, device="meta")  # from_local does not copy meta tensors
     if by_rows:
-        placements = [Shard(0) if each.is_shard() else Replicate() for each in p.placements]
+        placements = [Shard(0) if placement.is_shard() else Replicate() for placement in p.placements]
         shown: Any = DTensor.from_local(likeness, p.device_mesh, placements, run_check=False)
     else:
         shown = DTensor.from_local(
@@ -46,7 +46,7 @@ def as_shard(tensor: Tensor, p: Any, by_rows: bool = False) -> Tensor:
 
 
 def shard_of(value: Any, like: Any) -> Any:
-    """This process's part of a saved tensor: a DTensor's own, or that of a whole one where state lies like `like`."""
+    """This process's part of a saved tensor. A full tensor of the shape of `like`, a DTensor, is sharded as that is."""
     if is_shard(value) or not isinstance(value, Tensor) or not is_shard(like) or value.shape != like.shape:
         return local(value)
     from torch.distributed.tensor import distribute_tensor
@@ -56,10 +56,10 @@ def shard_of(value: Any, like: Any) -> Any:
 
 
 def absmax_blocks(p: Any) -> int:
-    """Rows of absmax: one a block.
+    """The number of rows of absmax: one for each block.
 
-    A shard has those of the largest, so that every process has as many and together they are a DTensor; and one more,
-    for `shard_size_tag`, since blocks follow the shards, and scales of others would fit in number.
+    Every shard has as many rows as the largest one, so that the rows of all processes form a DTensor, and one more for
+    `shard_size_tag`. The tag is needed because the rows of a shard of another size could have the right number.
     """
     if not is_shard(p):
         return blocks_of(p.numel())
@@ -71,7 +71,7 @@ def absmax_blocks(p: Any) -> int:
 
 
 def shard_size_tag(p: Any) -> Tensor | None:
-    """The last row of absmax of a shard, which tells how many values it has: [2] float32, each exact."""
+    """The last row of a shard's absmax, which holds its number of values: [2] float32, both exact."""
     if not is_shard(p):
         return None
     return torch.tensor(divmod(local(p).numel(), 1 << 20), dtype=torch.float32)
@@ -98,11 +98,11 @@ def total_norm(grads: list[Any]) -> Tensor:
     for grad in grads:
         _require_dense(grad)
         by_mesh.setdefault(grad.device_mesh if is_shard(grad) else None, []).append(grad)
-    found: list[Any] = []
-    for mesh, some in by_mesh.items():
+    of_meshes: list[Any] = []
+    for mesh, grads_of_mesh in by_mesh.items():
         if mesh is None:
-            found += norms(some)
+            of_meshes += norms(grads_of_mesh)
         else:
-            norm: Any = torch.nn.utils.get_total_norm(some)
-            found.append((norm.full_tensor() if is_shard(norm) else norm).float())
-    return torch.linalg.vector_norm(torch.stack([each.to(found[0].device) for each in found]))
+            norm: Any = torch.nn.utils.get_total_norm(grads_of_mesh)
+            of_meshes.append((norm.full_tensor() if is_shard(norm) else norm).float())
+    return torch.linalg.vector_norm(torch.stack([value.to(of_meshes[0].device) for value in of_meshes]))

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 NAMES = "lr", "betas", "eps", "weight_decay"
-REFUSED = "amsgrad", "maximize"  # in the groups of torch.optim.AdamW, where they change what a step does
+REFUSED = "amsgrad", "maximize"  # options of torch.optim.AdamW that would change a step
 
 
 def hyperparameters_of(group: dict[str, Any]) -> tuple[float, ...]:
@@ -29,6 +29,6 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         require(0.0 <= value < 1.0, "betas", "in [0, 1)", value)
 
 
-def require(held: bool, what: str, contract: str, value: Any) -> None:
-    if not held:
+def require(holds: bool, what: str, contract: str, value: Any) -> None:
+    if not holds:
         raise ValueError(f"PagedAdamW: {what} must be {contract}, got {value}")

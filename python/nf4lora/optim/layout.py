@@ -22,7 +22,7 @@ Tensors = tuple[Tensor, ...]  # exp_avg, exp_avg_sq and, in 8 bits, absmax
 
 @dataclass(frozen=True)
 class StateLayout:
-    """The state of one parameter: exp_avg, exp_avg_sq and, in 8 bits, absmax [blocks, 2], one behind the other."""
+    """The state of one parameter in the arena: exp_avg, then exp_avg_sq, then, in 8 bits, absmax [blocks, 2]."""
 
     offset: int
     count: int  # values
@@ -30,30 +30,30 @@ class StateLayout:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of exp_avg, exp_avg_sq and absmax."""
+        """The dtypes of exp_avg, exp_avg_sq and, in 8 bits, absmax."""
         if self.blocks is None:
             return torch.float32, torch.float32
         return torch.uint8, torch.uint8, torch.float32
 
     def ranges(self, begin: int, end: int) -> list[Range]:
-        """Of values [begin, end) in exp_avg, exp_avg_sq and, in 8 bits, absmax; begin is a multiple of a block."""
+        """The ranges of values [begin, end) in exp_avg, exp_avg_sq and, in 8 bits, absmax; a block starts at begin."""
         size, block = self.dtypes[0].itemsize, _C.MOMENT_BLOCKSIZE
         second = self.offset + _aligned(self.count * size)
-        found = [(start + begin * size, (end - begin) * size) for start in (self.offset, second)]
+        ranges = [(start + begin * size, (end - begin) * size) for start in (self.offset, second)]
         if self.blocks is not None:
             first, last = begin // block, -(-end // block)
-            found.append((second + _aligned(self.count) + 8 * first, 8 * (last - first)))
-        return found
+            ranges.append((second + _aligned(self.count) + 8 * first, 8 * (last - first)))
+        return ranges
 
     @property
-    def whole(self) -> list[Range]:
-        """Of all values, with the rows of absmax that a shard may have beyond its blocks."""
+    def all_ranges(self) -> list[Range]:
+        """The ranges of all values, with the rows of absmax that a shard may have beyond its blocks."""
         *moments, last = self.ranges(0, self.count)
         return [*moments, last if self.blocks is None else (last[0], 8 * self.blocks)]
 
     @property
     def bytes(self) -> int:
-        start, size = self.whole[-1]
+        start, size = self.all_ranges[-1]
         return _aligned(start + size - self.offset)
 
 
@@ -79,7 +79,7 @@ def _aligned(size: int) -> int:
 
 
 def lay_out(counts: Sequence[tuple[int, int | None]]) -> tuple[list[StateLayout], int]:
-    """Layouts for (values, blocks) in this order, and the bytes of all."""
+    """Layouts of parameters, given as (values, blocks), in this order, and their bytes in all."""
     layouts, offset = [], 0
     for count, blocks in counts:
         layouts.append(StateLayout(offset, count, blocks))
@@ -90,14 +90,14 @@ def lay_out(counts: Sequence[tuple[int, int | None]]) -> tuple[list[StateLayout]
 def cut(layouts: Sequence[StateLayout], chunk_bytes: int) -> list[Chunk]:
     """Chunks of at most chunk_bytes, or of one segment of SEGMENT values where that is more."""
     chunks: list[Chunk] = []
-    whole: list[Segment] = []
+    uncut: list[Segment] = []
 
     def close() -> None:
-        if whole:
-            start = layouts[whole[0].param].offset
-            last = layouts[whole[-1].param]
-            chunks.append(Chunk(tuple(whole), ((start, last.offset + last.bytes - start),)))
-            whole.clear()
+        if uncut:
+            start = layouts[uncut[0].param].offset
+            last = layouts[uncut[-1].param]
+            chunks.append(Chunk(tuple(uncut), ((start, last.offset + last.bytes - start),)))
+            uncut.clear()
 
     for index, layout in enumerate(layouts):
         if layout.bytes > chunk_bytes and layout.count > SEGMENT:
@@ -107,8 +107,8 @@ def cut(layouts: Sequence[StateLayout], chunk_bytes: int) -> list[Chunk]:
                 end = min(begin + values, layout.count)
                 chunks.append(Chunk((Segment(index, begin, end),), tuple(layout.ranges(begin, end))))
             continue
-        if whole and layout.offset + layout.bytes - layouts[whole[0].param].offset > chunk_bytes:
+        if uncut and layout.offset + layout.bytes - layouts[uncut[0].param].offset > chunk_bytes:
             close()
-        whole.append(Segment(index, 0, layout.count))
+        uncut.append(Segment(index, 0, layout.count))
     close()
     return chunks

@@ -1,7 +1,7 @@
-"""PagedAdamW: AdamW whose state lies in one arena, in 32 or 8 bits, and gives way where memory is short.
+"""PagedAdamW: AdamW whose state lies in one arena, in 32 or 8 bits, and can be moved away where memory is short.
 
-A step is read here (what takes part), in bucket.py (which chunks, which launches) and in ops/adamw.py (the arithmetic).
-arena.py is the memory, state_dict.py what is saved and loaded.
+The code of a step is here (which parameters), in bucket.py (which chunks and launches) and in ops/adamw.py (the
+arithmetic). arena.py provides the memory, state_dict.py reads saved states.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class PagedAdamW(Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW
         bits: 32 or 8, of the moments
         max_grad_norm: clip all gradients together to this norm, as part of the step; None: no clipping
-        page_to: folder for a file with the state of CPU parameters, which may then exceed RAM; its room is reserved
-            now, and it is scratch: gone with the process, never a checkpoint
+        page_to: folder for a file with the state of CPU parameters, which may then exceed RAM. Its disk space is
+            reserved at once. The file is temporary and disappears with the process; it is not a checkpoint
         paging: "managed" (unified memory), "streamed" (pinned memory and staging buffers) or "auto", on CUDA
 
-    Values whose gradient is not finite are skipped with their moments, and counted: `stats()["skipped"]`. With
-    max_grad_norm, where the norm is not finite, that is all of them.
+    Values whose gradient is not finite are left as they are, with their moments, and counted: `stats()["skipped"]`.
+    With max_grad_norm all values are skipped if the norm is not finite.
 
     Raises:
-        ValueError, TypeError: a number or a parameter that does not fit.
-        OSError, MemoryError: no room for the state.
+        ValueError, TypeError: an option or a parameter that is not allowed.
+        OSError, MemoryError: there is not enough memory or disk space for the state.
 
     Source: QLoRA (arXiv:2305.14314) section 3; 8-bit optimizers (arXiv:2110.02861).
 
@@ -97,7 +97,7 @@ class PagedAdamW(Optimizer):
         try:
             check_hyperparameters(self.param_groups[-1])
             params = self.param_groups[-1]["params"]
-            twice = len(params) - len(set(params))  # torch warns; a step would update it in two threads at once
+            twice = len(params) - len(set(params))  # torch only warns; a step would update it from two threads at once
             require(not twice, "every parameter", "given once", f"{twice} more than once in a group")
             for p in params:
                 if p.requires_grad and p.dtype not in DTYPES:
@@ -112,7 +112,7 @@ class PagedAdamW(Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def _assign_buckets(self) -> None:
-        """Put every trained parameter into a bucket that is in none; those of a device lie together, in step order."""
+        """Put every trained parameter that has no bucket into a new one, one bucket per device, in step order."""
         trained = [p for p in self._params() if p.requires_grad or p.grad is not None]
         waiting = [p for p in trained if p not in self._param_states or not self._param_states[p].fits(p)]
         if not waiting:
@@ -125,50 +125,52 @@ class PagedAdamW(Optimizer):
             self._param_states |= {p: ParamState(bucket, i, bucket.states[i]) for i, p in enumerate(params)}
 
     def _state_of(self, p: Tensor, address: int) -> ParamState:
-        """Where the state of p is. `address`: of p, since one that moved may have changed."""
-        found = self._param_states.get(p)
-        if found is None or found.address != address:
-            if found is None or not found.fits(p):
+        """The ParamState of p. A parameter whose `address` has changed may have another size or device."""
+        param_state = self._param_states.get(p)
+        if param_state is None or param_state.address != address:
+            if param_state is None or not param_state.fits(p):
                 self._assign_buckets()
-                found = self._param_states[p]
-            found.address = address
-        return found
+                param_state = self._param_states[p]
+            param_state.address = address
+        return param_state
 
     def _is_exposed(self, p: Tensor, param_state: ParamState) -> bool:
-        """Whether `state[p]` is what lies in the arena, and not what somebody has put there."""
+        """Whether `state[p]` still holds the arena's tensors, and not tensors that a user has put there."""
         entry, exposed = self.state.get(p), param_state.exposed
         if not entry or len(entry) != len(exposed):
             return False
         return all(map(is_, entry.values(), exposed.values()))
 
     def _adopt_states(self, params: list[Tensor]) -> None:
-        """Take what `state` holds into the arenas; read before any is written, since one may lie where another goes."""
+        """Copy what `state` holds into the arenas; all of it is read first, since a source may lie in a target."""
         self.synchronize()
-        found = {p: self._read(p, self.state[p], "state").clone() if self.state.get(p) else None for p in params}
-        for p, moments in found.items():
+        adopted = {
+            p: self._read_moments(p, self.state[p], "state").clone() if self.state.get(p) else None for p in params
+        }
+        for p, moments in adopted.items():
             self._adopt_state(p, moments)
 
-    def _read(self, p: Tensor, entry: dict[str, Any], what: str) -> Moments:
-        """A state of p that lies elsewhere, this process's part; p may be frozen, and have no place in an arena yet."""
-        own = self._param_states.get(p)
-        like = dict.fromkeys(("exp_avg", "exp_avg_sq"), p) if own is None else own.exposed
+    def _read_moments(self, p: Tensor, entry: dict[str, Any], what: str) -> Moments:
+        """This process's part of a state of p that is not in an arena; p may be frozen and have no place in one yet."""
+        param_state = self._param_states.get(p)
+        like = dict.fromkeys(("exp_avg", "exp_avg_sq"), p) if param_state is None else param_state.exposed
         shard = {name: shard_of(value, like.get(name)) for name, value in unwrapped(entry).items()}
         return read_state(shard, local(p).numel(), absmax_blocks(p), shard_size_tag(p), what)
 
     def _adopt_state(self, p: Tensor, moments: Moments | None) -> None:
-        """Write these moments, or those of no step, into the arena, and expose that in `state[p]`."""
-        own = self._param_states[p]
-        own.bucket.fill(own.index, moments and moments.as_bits(self.bits))
-        self.state[p] = dict(own.exposed)
+        """Write these moments (None: those before any step) into the arena, and expose its tensors in `state[p]`."""
+        param_state = self._param_states[p]
+        param_state.bucket.fill(param_state.index, moments and moments.as_bits(self.bits))
+        self.state[p] = dict(param_state.exposed)
 
     # ---- the step
 
-    @torch.compiler.disable  # a compiled caller breaks its graph here: the step is one op per chunk already
+    @torch.compiler.disable  # torch.compile would gain nothing: the step is one op per chunk already
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient; returns what closure returns.
 
-        Where the card has no memory left for a copy of the gradients, the state is moved to the host first.
+        If the card has no memory left for a copy of the gradients, the state is moved to the host first.
         """
         loss = None
         if closure is not None:
@@ -182,25 +184,25 @@ class PagedAdamW(Optimizer):
             if not self.evict():
                 raise
             gradients = None
-        if gradients is None:  # outside of `except`, where the error would keep the copies made so far
+        if gradients is None:  # not in the `except` block, where the error keeps the copies made so far alive
             gradients = self._gradients()
         params, grads, scale = gradients
         if not params:
             return loss
         by_bucket: dict[Bucket, BucketGradients] = {}
-        displaced: list[Tensor] = []  # whose state is not in the arena
-        strided: list[tuple[Tensor, Tensor]] = []  # which the op takes as contiguous copies
+        displaced: list[Tensor] = []  # parameters whose state is not in the arena
+        strided: list[tuple[Tensor, Tensor]] = []  # parameters that the op takes as contiguous copies
         for (p, number), grad in zip(params, grads):
             shard = local(p)
-            own = self._state_of(p, shard.data_ptr())
-            if not self._is_exposed(p, own):
+            param_state = self._state_of(p, shard.data_ptr())
+            if not self._is_exposed(p, param_state):
                 displaced.append(p)
             if not shard.is_contiguous():
                 strided.append((shard, shard.contiguous()))
                 shard = strided[-1][1]
-            if own.bucket not in by_bucket:
-                by_bucket[own.bucket] = BucketGradients()
-            by_bucket[own.bucket].add(own.index, shard, grad, number)
+            if param_state.bucket not in by_bucket:
+                by_bucket[param_state.bucket] = BucketGradients()
+            by_bucket[param_state.bucket].add(param_state.index, shard, grad, number)
         if displaced:
             self._adopt_states(displaced)
         hyperparameters = [hyperparameters_of(group) for group in self.param_groups]
@@ -216,8 +218,8 @@ class PagedAdamW(Optimizer):
         return loss
 
     def _gradients(self) -> tuple[list[tuple[Tensor, int]], list[Tensor], Tensor | None]:
-        """The parameters that have one, each with the number of its group; the gradients as the op takes them; and the
-        factor [1] that clips them."""
+        """The parameters that have a gradient, each with the number of its group; the gradients as the op takes them;
+        and the factor [1] that clips them."""
         params = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
         grads = [gradient_of(p, p.grad) for p, _ in params]
         if self.max_grad_norm is None or not grads:
@@ -232,8 +234,8 @@ class PagedAdamW(Optimizer):
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients together, of all shards: [] float32, on the device of the first.
 
-        For whoever looks at it before a step: unless a gradient changes until then, the step clips by this one
-        (max_grad_norm) instead of computing it again. Zero where there is no gradient.
+        The next step uses this norm for max_grad_norm, unless a gradient changes before it, instead of computing it
+        again. The norm is zero where there is no gradient.
         """
         grads = [p.grad for p in self._params() if p.grad is not None]
         if self._norm is not None:
@@ -254,43 +256,46 @@ class PagedAdamW(Optimizer):
     # ---- memory
 
     def _arenas(self) -> list[Arena]:
-        return list(dict.fromkeys(own.bucket.arena for own in self._param_states.values()))
+        return list(dict.fromkeys(param_state.bucket.arena for param_state in self._param_states.values()))
 
     def evict(self) -> int:
-        """Move the state out of the way: from the card to the host, from RAM to the file. Returns the bytes freed.
+        """Move the state from the card to the host, or from RAM to the file; returns the bytes freed.
 
-        For a training step that ran out of memory, before it is tried again; the next optimizer step brings it back.
+        For use after a training step that ran out of memory, before the step is tried again. The next optimizer step
+        brings the state back.
         """
-        return sum(each.evict() for each in self._arenas())
+        return sum(arena.evict() for arena in self._arenas())
 
     def synchronize(self) -> None:
-        """Wait until the tensors in `state` hold what the last step computed; `state_dict` does."""
-        for each in self._arenas():
-            each.wait()
+        """Wait until the tensors in `state` hold what the last step computed; `state_dict` calls this."""
+        for arena in self._arenas():
+            arena.wait()
 
     def stats(self) -> dict[str, Any]:
-        """Where the state is.
+        """Where the state is, and how large it is.
 
-        mode: ram, file, managed or streamed; bytes: of state; resident, paged: of these, close to where they are used,
-        and not; peak: most that were resident when asked, or on CUDA at any time; skipped: gradients not finite.
+        Returns:
+            mode: ram, file, managed or streamed;  bytes: of all state;  resident, paged: bytes in the memory where they
+            are used, and elsewhere;  peak: the most resident bytes, on CUDA at any time, else when stats() was called;
+            skipped: how many gradients were not finite
         """
         arenas = self._arenas()
-        each = [arena.stats() for arena in arenas]
-        found: dict[str, Any] = {"mode": ", ".join(dict.fromkeys(arena.mode for arena in arenas)) or "none"}
-        found["bytes"] = sum(arena.bytes for arena in arenas)
-        found |= {name: sum(one[name] for one in each) for name in ("resident", "paged", "peak")}
-        found["skipped"] = sum(int(count) for count in self._skipped.values())
-        return found
+        by_arena = [arena.stats() for arena in arenas]
+        stats: dict[str, Any] = {"mode": ", ".join(dict.fromkeys(arena.mode for arena in arenas)) or "none"}
+        stats["bytes"] = sum(arena.bytes for arena in arenas)
+        stats |= {name: sum(one[name] for one in by_arena) for name in ("resident", "paged", "peak")}
+        stats["skipped"] = sum(int(count) for count in self._skipped.values())
+        return stats
 
     def report(self) -> str:
-        """stats() in a line, and why an arena is of its mode where that was chosen."""
+        """stats() as one line of text, and the reason of each arena's mode where paging="auto" chose it."""
         stats = self.stats()
         mebibytes = {name: f"{stats[name] / (1 << 20):.1f} MiB" for name in ("bytes", "resident", "paged", "peak")}
         line = (
             f"PagedAdamW, {self.bits} bits: {mebibytes['bytes']} of state ({stats['mode']}), {mebibytes['resident']} "
             f"resident, {mebibytes['paged']} paged, peak {mebibytes['peak']}; {stats['skipped']} gradients skipped"
         )
-        return "\n".join([line, *dict.fromkeys(each.reason for each in self._arenas() if each.reason)])
+        return "\n".join([line, *dict.fromkeys(arena.reason for arena in self._arenas() if arena.reason)])
 
     # ---- state
 
@@ -305,9 +310,9 @@ class PagedAdamW(Optimizer):
         """Load what PagedAdamW, torch.optim.AdamW or bitsandbytes' AdamW saved, converted to `bits`.
 
         Raises:
-            ValueError: it is of another optimizer or of other parameters; nothing has changed then.
+            ValueError: the state is of another optimizer or of other parameters; the optimizer is unchanged then.
         """
-        hook = self.register_load_state_dict_pre_hook(_readable)  # the last: hooks of others see tensors
+        hook = self.register_load_state_dict_pre_hook(_readable)  # runs last, so that other hooks see tensors
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -318,7 +323,7 @@ class PagedAdamW(Optimizer):
             self._param_states, self._skipped, self._norm = {}, {}, None
         super().__setstate__(state)
         for p, entry in list(self.state.items()):
-            if isinstance(entry, Moments):  # of `_readable`, as is the next
+            if isinstance(entry, Moments):  # these two classes come from `_readable`
                 self._adopt_state(p, entry)
             elif isinstance(entry, _Waiting):
                 self.state[p] = entry.entry
@@ -331,7 +336,7 @@ class PagedAdamW(Optimizer):
 
 @dataclass(frozen=True)
 class _Waiting:
-    """The state of a parameter that is frozen while it is loaded, as it was saved: adopted once it is trained."""
+    """The saved state of a parameter that is frozen at loading; it is adopted when the parameter is trained."""
 
     entry: dict[str, Any]
 
@@ -339,24 +344,26 @@ class _Waiting:
 def _readable(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with every state read and checked, before anything of the optimizer changes.
 
-    As Moments, or waiting: torch would cast tensors to the dtype of their parameter.
+    The states become Moments or _Waiting, since torch would cast tensors to the dtype of their parameter.
     """
     assert isinstance(optimizer, PagedAdamW)
     lengths = [
-        [len(group["params"]) for group in each] for each in (state_dict["param_groups"], optimizer.param_groups)
+        [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], optimizer.param_groups)
     ]
     if lengths[0] != lengths[1]:
-        return state_dict  # torch says so
+        return state_dict  # torch raises its own error
     groups = [read_group(group, i) for i, group in enumerate(state_dict["param_groups"])]
     params = dict(zip((key for group in groups for key in group["params"]), optimizer._params()))
     optimizer._assign_buckets()
-    addresses = {local(each.exposed["exp_avg"]).data_ptr() for each in optimizer._param_states.values()}  # written to
+    addresses = {
+        local(param_state.exposed["exp_avg"]).data_ptr() for param_state in optimizer._param_states.values()
+    }  # written to
     state = {}
     for key, entry in state_dict["state"].items():
         state[key] = entry
         if not entry or key not in params:
             continue
-        moments = optimizer._read(params[key], entry, f"the state of parameter {key}")
+        moments = optimizer._read_moments(params[key], entry, f"the state of parameter {key}")
         if params[key] in optimizer._param_states:
             state[key] = moments.clone() if moments.exp_avg.data_ptr() in addresses else moments
         else:

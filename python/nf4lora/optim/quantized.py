@@ -16,7 +16,7 @@ ZEROS = 127, 0  # the codes of zero: of exp_avg, of exp_avg_sq
 
 @dataclass(frozen=True)
 class Moments:
-    """exp_avg, exp_avg_sq: [n] float32, or uint8 with absmax [ceil(n/256), 2] float32; step counts those taken."""
+    """exp_avg, exp_avg_sq: [n] float32, or uint8 with absmax [ceil(n/256), 2] float32; step: how many were taken."""
 
     step: float
     exp_avg: Tensor
@@ -28,12 +28,12 @@ class Moments:
         return Moments(self.step, self.exp_avg.clone(), self.exp_avg_sq.clone(), absmax)
 
     def as_bits(self, bits: int) -> Moments:
-        """The same in 8 or 32 bits; from 32 to 8 each value goes to the nearest that `encode` takes."""
+        """The moments in 8 or 32 bits; from 32 to 8 bits each value is rounded as `encode` does."""
         if (self.absmax is not None) == (bits == 8):
             return self
         moments = self.exp_avg, self.exp_avg_sq
         if self.absmax is not None:
-            decoded = [decode(*each) for each in zip(moments, self.absmax.unbind(1), codes(), strict=True)]
+            decoded = [decode(*arguments) for arguments in zip(moments, self.absmax.unbind(1), codes(), strict=True)]
             return replace(self, exp_avg=decoded[0], exp_avg_sq=decoded[1], absmax=None)
         (first, second), absmax = zip(*map(encode, moments, codes(), ZEROS), strict=True)
         return replace(self, exp_avg=first, exp_avg_sq=second, absmax=torch.stack(absmax, dim=1))
@@ -54,11 +54,11 @@ def decode(quantized: Tensor, absmax: Tensor, code: Tensor, block: int = BLOCK) 
 
 
 def encode(values: Tensor, code: Tensor, zero: int) -> tuple[Tensor, Tensor]:
-    """Nearest by magnitude, a tie to the smaller: [n] float32 -> codes, absmax.
+    """The code whose value is nearest by magnitude, the smaller one in a tie: [n] float32 -> codes, absmax.
 
-    Nothing but zero goes to the zero of exp_avg_sq, whose root divides a step.
+    In exp_avg_sq only zero gets the code of zero, since a step divides by the root of the value.
     """
-    least = 0 if zero else 1  # position of the smallest magnitude that is taken
+    least = 0 if zero else 1  # position of the smallest magnitude that other values may get
     above = code[zero + least :].to(values.device)
     padded = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     absmax = padded.abs().amax(dim=1)

@@ -1,4 +1,4 @@
-"""What optimizers save: a parameter's state and a group, of PagedAdamW, torch.optim.AdamW or bitsandbytes' AdamW."""
+"""Reading what PagedAdamW, torch.optim.AdamW and bitsandbytes' AdamW save: a parameter's state, and a group."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from torch import Tensor
 from nf4lora.optim.hyperparameters import NAMES, REFUSED, check_hyperparameters
 from nf4lora.optim.quantized import Moments, blocks_of, codes, decode
 
-BITSANDBYTES = "__bnb_optimizer_quant_state__"  # under which its state_dict() keeps tensors
-DROPPED = {  # in the groups of torch's and bitsandbytes' AdamW, where they change nothing here
+BITSANDBYTES = "__bnb_optimizer_quant_state__"  # the key under which its state_dict() keeps tensors
+DROPPED = {  # keys in the groups of torch's and bitsandbytes' AdamW that have no meaning here
     *REFUSED, "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay",
     "alpha", "t_alpha", "t_beta3",
 }  # fmt: skip
 
 
 def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a state in one dict, where bitsandbytes nests some of it."""
+    """The entries of a state in one dict; bitsandbytes nests some of them in a second one."""
     return {**{name: value for name, value in entry.items() if name != BITSANDBYTES}, **entry.get(BITSANDBYTES, {})}
 
 
 def read_state(entry: Mapping[str, Any], count: int, rows: int, tag: Tensor | None, what: str) -> Moments:
-    """What torch.optim.AdamW, bitsandbytes' AdamW or PagedAdamW saved for a parameter of `count` values.
+    """The moments that torch.optim.AdamW, bitsandbytes' AdamW or PagedAdamW saved for a parameter of `count` values.
 
-    rows: of its absmax, of which the last is `tag` for a shard (`dtensor.shard_size_tag`)
+    Args:
+        rows: of the parameter's absmax
+        tag: for a shard, the last of these rows (`dtensor.shard_size_tag`)
+        what: the name of the state in error texts
 
     Raises:
-        ValueError: it is of another optimizer, or of another parameter; `what` is named.
+        ValueError: the state is of another optimizer, or of another parameter.
     """
     entry = unwrapped(entry)
     if "max_exp_avg_sq" in entry:
-        raise ValueError(f"PagedAdamW: {what} must be without amsgrad, got max_exp_avg_sq")
+        raise ValueError(f"PagedAdamW: {what} must not use amsgrad, which is not supported, got max_exp_avg_sq")
     first, second = ("state1", "state2") if "state1" in entry else ("exp_avg", "exp_avg_sq")
     missing = [name for name in ("step", first, second) if name not in entry]
     if missing:
@@ -42,13 +45,13 @@ def read_state(entry: Mapping[str, Any], count: int, rows: int, tag: Tensor | No
             f"PagedAdamW: {what} must hold step, exp_avg and exp_avg_sq, got {', '.join(map(str, entry)) or 'nothing'}"
         )
     if "unorm_vec" in entry:
-        raise ValueError(f"PagedAdamW: {what} must be of an AdamW, got that of a LAMB")
+        raise ValueError(f"PagedAdamW: {what} must come from an AdamW, got that of a LAMB")
     try:
         step = float(entry["step"])
     except (TypeError, ValueError, RuntimeError):
         step = math.nan
     if not (step >= 0 and step == step // 1):
-        raise ValueError(f"PagedAdamW: {what} must count its steps, got {entry['step']}")
+        raise ValueError(f"PagedAdamW: {what} must have a whole number as step, got {entry['step']}")
     for name in (first, second):
         if not isinstance(entry[name], Tensor):
             raise ValueError(f"PagedAdamW: {what} must hold a tensor in {name}, got {type(entry[name]).__name__}")
@@ -57,12 +60,12 @@ def read_state(entry: Mapping[str, Any], count: int, rows: int, tag: Tensor | No
                 f"PagedAdamW: {what} must hold {count} values in {name}, got shape {list(entry[name].shape)}"
             )
     moments = [entry[name].detach().reshape(-1) for name in (first, second)]
-    kinds = {each.dtype for each in moments}
+    kinds = {moment.dtype for moment in moments}
     if kinds != {torch.uint8}:
         if torch.uint8 in kinds or not all(kind.is_floating_point for kind in kinds):
             raise ValueError(
                 f"PagedAdamW: {what} must hold two moments of floats, or two of uint8, got "
-                f"{' and '.join(str(each.dtype) for each in moments)}"
+                f"{' and '.join(str(moment.dtype) for moment in moments)}"
             )
         return Moments(step, moments[0].float(), moments[1].float())
     if first == "state1":
@@ -70,10 +73,10 @@ def read_state(entry: Mapping[str, Any], count: int, rows: int, tag: Tensor | No
     absmax = entry.get("absmax")
     alien = tag is not None and absmax is not None and not torch.equal(absmax[-1:].cpu(), tag[None])
     if absmax is None or absmax.shape != (rows, 2) or alien:
-        found = "none" if absmax is None else f"shape {list(absmax.shape)}"
+        actual = "none" if absmax is None else f"shape {list(absmax.shape)}"
         raise ValueError(
-            f"PagedAdamW: {what} must hold absmax [{rows}, 2] with its codes, got {found}; 8-bit moments of shards are "
-            "loaded by as many processes as saved them"
+            f"PagedAdamW: {what} must hold absmax [{rows}, 2] with its codes, got {actual}; 8-bit moments of shards "
+            "are loaded by as many processes as saved them"
         )
     return Moments(step, moments[0], moments[1], absmax.detach()[: blocks_of(count)].float())
 
@@ -84,7 +87,7 @@ def _bitsandbytes(step: float, moments: list[Tensor], entry: Mapping[str, Any], 
     count = moments[0].numel()
     maps = [entry[f"qmap{i}"].float() for i in (1, 2)]
     absmax = torch.stack([entry[f"absmax{i}"].float() for i in (1, 2)], dim=1)
-    if len(absmax) == blocks_of(count) and all(map(torch.equal, (each.cpu() for each in maps), codes())):
+    if len(absmax) == blocks_of(count) and all(map(torch.equal, (values.cpu() for values in maps), codes())):
         return Moments(step, moments[0], moments[1], absmax)
     block = next((size for size in (256, 512, 1024, 2048, 4096) if -(-count // size) == len(absmax)), None)
     if block is None:
@@ -94,18 +97,18 @@ def _bitsandbytes(step: float, moments: list[Tensor], entry: Mapping[str, Any], 
 
 
 def read_group(group: dict[str, Any], index: int) -> dict[str, Any]:
-    """A saved group, without what other optimizers keep there."""
+    """A saved group without the keys that only other optimizers use."""
     what = f"PagedAdamW: group {index} of the state dict"
     missing = [name for name in NAMES if name not in group]
     if missing:
-        raise ValueError(f"{what} must be of an AdamW, got none of {', '.join(missing)}")
+        raise ValueError(f"{what} must come from an AdamW, got one without {', '.join(missing)}")
     if "momentum_decay" in group or ("foreach" in group and "amsgrad" not in group):
-        raise ValueError(f"{what} must be of an AdamW, got that of a NAdam or a RAdam")
+        raise ValueError(f"{what} must come from an AdamW, got that of a NAdam or a RAdam")
     for name in REFUSED:
         if group.get(name):
-            raise ValueError(f"{what} must be without {name}, got {group[name]}")
+            raise ValueError(f"{what} must not use {name}, which is not supported, got {group[name]}")
     if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
         raise ValueError(f"{what} must have a decoupled weight decay, got Adam's {group['weight_decay']}")
-    found = {name: value for name, value in group.items() if name not in DROPPED}
-    check_hyperparameters(found)
-    return found
+    hyperparameters = {name: value for name, value in group.items() if name not in DROPPED}
+    check_hyperparameters(hyperparameters)
+    return hyperparameters
