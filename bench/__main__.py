@@ -1,9 +1,9 @@
 """Run the cases, print their tables, keep their results.
 
-python -m bench                   everything, into bench/results/<device>.json
-python -m bench nf4 lora          two cases; the others' results stay
-python -m bench nf4 --quick       seconds, tiny sizes, nothing kept
-python -m bench tune              by name alone: which kernel a GPU takes, measured, into heuristics.json
+python -m bench                   all cases, into bench/results/<device>.json
+python -m bench nf4 lora          two cases; the results of the others stay
+python -m bench nf4 --quick       tiny sizes, takes seconds, keeps nothing
+python -m bench tune              only by name: measures which kernel a GPU should take, and writes heuristics.json
 python -m bench --table           writes bench/results/<device>.md, and all targets into bench/README.md
 """
 
@@ -39,7 +39,7 @@ CASES = (
     "optimizers",
     "perplexity",
 )
-EXPLICIT = ("tune",)  # by name alone: it rewrites a file of the library
+EXPLICIT = ("tune",)  # run only if named, because it rewrites a file of the library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, settings: Settings, machine: dict, json: Path | None) -> bool:
-    """One case: False where an answer was wrong."""
+    """Run one case; returns False if an answer was wrong."""
     print(f"\n{name}: {case(name).QUESTION}\n", flush=True)
     try:
         with Watch() as watch:

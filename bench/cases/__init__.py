@@ -1,1 +1,1 @@
-"""The cases, a module each: `QUESTION` and `run(settings) -> list[Table]`."""
+"""The cases, one module each, with `QUESTION` and `run(settings) -> list[Table]`."""

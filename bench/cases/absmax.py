@@ -1,4 +1,4 @@
-"""absmax: double quantisation, the scales in 8 bits."""
+"""absmax: time and size of double quantisation, which stores the scales in 8 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adamw: a step of the optimizer over all parameters, in 32 and in 8 bits, its state paged out, and many steps."""
+"""adamw: a step of the optimizer in 32 and in 8 bits, with its state in memory and paged out; the drift over many."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(settings: Settings) -> list[Table]:
 
 
 def cpu_targets(rows: list[dict]) -> list[tuple[str, bool]]:
-    """What the case holds a CPU to."""
+    """The targets on a CPU."""
     targets = []
     for cells in rows:
         for bits, most in ((32, 1.0), (8, 1.2)):
@@ -51,7 +51,7 @@ def cpu_targets(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 def card_targets(rows: list[dict]) -> list[tuple[str, bool]]:
-    """What it holds a card to."""
+    """The targets on a GPU; none if its bandwidth is not known."""
     peak = peak_bandwidth(torch.cuda.get_device_properties(torch.cuda.current_device()))
     if peak is None:
         return []
@@ -65,7 +65,7 @@ def card_targets(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 class Contenders:
-    """The same parameters and gradients, stepped by each."""
+    """The optimizers that are compared, each with the same parameters and gradients."""
 
     def __init__(self, count: int, dtype: torch.dtype, device: str) -> None:
         param, grad = torch.randn(count).to(device, dtype), torch.randn(count).to(device, dtype)
@@ -85,7 +85,7 @@ class Contenders:
             "8": lambda: ops.adamw_step_([param], [grad], [narrow[0]], [narrow[1]], [absmax], skipped, **NUMBERS),
             "fused": torch.optim.AdamW([trained], lr=1e-3, fused=True).step,
         }
-        if device == "cuda":  # on a CPU one thread does it
+        if device == "cuda":  # on a CPU copy_ runs in one thread
             self.calls["copy"] = lambda: wide[0].copy_(wide[1])
         if installed("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
@@ -111,7 +111,7 @@ def row(count: int, dtype: torch.dtype, settings: Settings) -> dict:
 
 
 def by_instruction_set(count: int, settings: Settings) -> Table:
-    """What older processors would take; torch keeps this one's instructions, for its step is bound by memory."""
+    """A step with older instruction sets, except for torch, whose step is bound by memory and would change little."""
     rows = []
     calls = Contenders(count, torch.float32, "cpu").calls
     for name in _C.cpu_instruction_sets():
@@ -137,7 +137,7 @@ def by_instruction_set(count: int, settings: Settings) -> Table:
 
 
 def small_tensors(settings: Settings) -> Table:
-    """What a step costs where there is next to nothing to update: calls and Python."""
+    """A step of so few values that only the calls and Python take time."""
     rows = []
     for count in (1, 64, 420):  # 420: two of rank 16 for each linear layer of SmolLM2-135M
         params = [torch.nn.Parameter(torch.randn(64, device=settings.device)) for _ in range(count)]
@@ -170,7 +170,7 @@ def small_tensors(settings: Settings) -> Table:
 
 
 def check_step(param: torch.Tensor, grad: torch.Tensor) -> None:
-    """A step of the first values is that of the reference, in 32 and in 8 bits."""
+    """Check a step of the first values against the reference, in 32 and in 8 bits."""
     g, device = grad[:5000], param.device
     zeros, blocks = torch.zeros(5000), torch.zeros(20, 2)
     codes = [torch.full((5000,), zero, dtype=torch.uint8) for zero in (127, 0)]

@@ -1,4 +1,4 @@
-"""bounds: what a layer's time on a CPU is made of: decoding, pages of memory, the LoRA branch."""
+"""bounds: the parts of a layer's time on a CPU: decoding, pages of memory, the LoRA branch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def layer(shape: Shape, double_quant: bool = True) -> dict:
 
 
 def loaded(made: dict) -> dict:
-    """The same layer with its codes read from a file, as a checkpoint's are."""
+    """The layer with its codes read from a file, as from a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.safetensors"
         save_file({"qweight": made["qweight"].data}, path)
@@ -56,7 +56,7 @@ def call(arguments: dict, x: Tensor, repeats: int = 1) -> Tensor:
 
 
 def one_token(settings: Settings) -> Table:
-    """A token against torch's sum over the same number of bytes, with double quantisation and without it."""
+    """One token beside torch's sum over the same number of bytes, with double quantisation and without it."""
     rows = []
     for shape in QUICK if settings.quick else PAGED:
         x = torch.randn(1, shape.K).bfloat16()
@@ -88,7 +88,10 @@ def one_token(settings: Settings) -> Table:
 
 
 def decoding(settings: Settings) -> Table:
-    """Two weights of different height that a core's second cache level holds: their difference has no overhead."""
+    """The difference in time of two weights with different numbers of rows, both in a core's second cache level.
+
+    The overhead of a call is in both times and cancels out.
+    """
     small, large, K, repeats = 64, 256, 4096, 2 if settings.quick else 20
     layers = {N: layer(Shape("", "", N, K)) for N in (small, large)}
     threads, rows = torch.get_num_threads(), []

@@ -1,4 +1,4 @@
-"""converge: whether training in 4 bits with our ops ends where bitsandbytes' and 16-bit LoRA end."""
+"""converge: whether training in 4 bits with nf4lora ends at the loss of bitsandbytes and of 16-bit LoRA."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def run(settings: Settings) -> list[Table]:
 
 
 def trained(**arguments) -> dict:
-    """What a contender found, in a process of its own."""
+    """The losses of a contender, which runs in a process of its own."""
     with Process("converge", **arguments) as process:
         return next(process)
 
 
 def contender(name: str, folder: str, data: str, device: str, evaluated: list[int], optimizer: str = TORCH):
-    """Trains to the last step of `evaluated`; the held-out loss after each of these, the training loss of every one."""
+    """Train to the last step of `evaluated`; yields the held-out losses after these steps and all training losses."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -109,14 +109,14 @@ def contender(name: str, folder: str, data: str, device: str, evaluated: list[in
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the learning rate at a step: linear up, then down along a cosine."""
+    """The factor of the learning rate at a step: it rises linearly, then falls along a cosine."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
 def encoded(path: Path, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """input_ids and labels of each conversation; the last answer and its end of turn are trained."""
+    """input_ids and labels of each conversation; the labels are the last answer and its end of turn."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
@@ -129,7 +129,7 @@ def encoded(path: Path, tokenizer) -> list[tuple[list[int], list[int]]]:
 
 
 def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, Tensor]:
-    """A batch, filled up on the right."""
+    """A batch, padded on the right."""
     length = max(len(ids) for ids, _ in rows)
 
     def filled(values: list[list[int]], filler: int) -> Tensor:
@@ -144,10 +144,10 @@ def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, Te
 
 @torch.no_grad()
 def held_out_loss(model, rows: list[tuple[list[int], list[int]]], device: str) -> float:
-    """Mean over all trained tokens.
+    """The mean loss over all labelled tokens.
 
-    The model stays in training mode, which changes nothing without dropout, because bitsandbytes' layers on a CPU pass
-    no gradient to their input any more once they have been evaluated in evaluation mode.
+    The model stays in training mode, because bitsandbytes' layers on a CPU give no gradient to their input after they
+    have run in evaluation mode. Without dropout the mode makes no other difference.
     """
     total, count = 0.0, 0
     for start in range(0, len(rows), BATCH):

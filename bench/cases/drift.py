@@ -1,4 +1,4 @@
-"""What 8-bit moments make of a parameter whose gradient has ended: part of the case adamw."""
+"""How parameters without a gradient move when their moments are in 8 bits: a table of the case adamw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nf4lora import PagedAdamW
 from ..harness.case import Settings, installed, without
 from ..harness.table import Table
 
-COUNT = 4096  # of fewer, bitsandbytes keeps moments in 32 bits
+COUNT = 4096  # values; for smaller parameters bitsandbytes keeps moments in 32 bits
 STILL, WAITED = 50, 100  # steps with all gradients; steps without every second one until the drift is measured
 Stepper = Callable[[torch.nn.Parameter], torch.optim.Optimizer]
 

@@ -1,4 +1,4 @@
-"""eval: what an evaluation in the middle of training changes."""
+"""eval: whether an evaluation in the middle of training changes the gradients after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .load import write_model
 
 QUESTION = "Does an evaluation in the middle of training change the gradients of the next step?"
 
-NEEDED = "avx512bf16"  # of the processor, for bitsandbytes to repack its weights
+NEEDED = "avx512bf16"  # bitsandbytes repacks its weights only on processors with this instruction set
 EVALUATIONS = {"1 token": 1, "16 tokens": 16, "64 tokens": 64}
 
 
@@ -46,7 +46,7 @@ def row(name: str, folder: str, device: str) -> dict:
 
 
 def notes_on_rival(rows: list[dict]) -> list[str]:
-    """What the rival's row means on this processor."""
+    """A note on the rival's row, which depends on the processor."""
     rival = next((cells for cells in rows if cells["contender"] == RIVAL), None)
     if rival is None:
         return []

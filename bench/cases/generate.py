@@ -1,4 +1,4 @@
-"""generate: tokens a second of a real model that writes 1, 4 and 16 texts at once, with an adapter and without."""
+"""generate: tokens a second of a real model that generates 1, 4 and 16 texts at once, with an adapter and without."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ QUESTION = "How fast are 1, 4 and 16 texts generated, beside the 16-bit model an
 BATCHES = (1, 4, 16)
 PROMPT, ANSWER = 16, 64  # tokens
 NAMES = {SIXTEEN: "not quantised", OURS: "nf4lora", RIVAL: "bitsandbytes"}
-LEAST = 1.5  # times as fast as the 16-bit model for one text, on a CPU
-LEAST_ADAPTED = 1.0  # with an adapter, for 16 texts, over the 16-bit model without
+LEAST = 1.5  # target on a CPU: speed over that of the 16-bit model, for one text
+LEAST_ADAPTED = 1.0  # target on a CPU: speed with an adapter over that of the 16-bit model without, for 16 texts
 
 
 def run(settings: Settings) -> list[Table]:

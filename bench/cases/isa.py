@@ -1,4 +1,4 @@
-"""isa: processors without AVX512-BF16, played by holding both sides to an older instruction set."""
+"""isa: the speed on processors without AVX512-BF16, measured by limiting both sides to an older instruction set."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ QUESTION = "How fast is a layer on a processor with AVX2, or with AVX-512 but no
 
 AVX2 = {"NF4LORA_CPU": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 AVX512 = {"NF4LORA_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
-# What both sides are held to, the dtype, and what our time over torch's must not exceed with 512 tokens, forward. The
-# others show what bfloat16 costs where it is played by float32 instructions: `nf4lora train` follows that.
+# The instruction set of both sides, the dtype, and the target for our time over torch's with 512 tokens, forward. The
+# rows without a target show the cost of bfloat16 computed by float32 instructions, by which `nf4lora train` chooses a
+# dtype.
 HELD: dict[str, tuple[dict[str, str], str, float | None]] = {
     "avx2, float32": (AVX2, "float32", 0.9),
     "avx2, bfloat16": (AVX2, "bfloat16", None),

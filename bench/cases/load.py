@@ -1,4 +1,4 @@
-"""load: what memory and time it takes to get a 16-bit model into 4 bits."""
+"""load: the memory and time for loading a 16-bit model in 4 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION = "How much memory does it take to load a model in 4 bits, over what th
 
 ROUNDS = 3
 MB = 1e6
-ALLOWED = 64 << 20  # over the largest tensor
+ALLOWED = 64 << 20  # target: bytes of the peak above the final memory and the largest tensor
 
 
 def run(settings: Settings) -> list[Table]:
@@ -63,9 +63,9 @@ def row(name: str, results: list[dict]) -> dict:
 
 
 def write_model(folder: Path, quick: bool) -> tuple[int, int, int]:
-    """Bytes of the largest tensor, of all, and the number of files.
+    """Write a random model; returns the bytes of its largest tensor and of all tensors, and the number of files.
 
-    Its linear layers are the largest tensors, so that a load that holds two of them in 16 bits shows.
+    The linear layers are the largest tensors, so that holding two of them in 16 bits at once is visible.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -83,7 +83,7 @@ def write_model(folder: Path, quick: bool) -> tuple[int, int, int]:
         dtype=torch.bfloat16,
     )
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # or it would be made in float32 first
+    torch.set_default_dtype(torch.bfloat16)  # else the model is created in float32 first
     try:
         model = LlamaForCausalLM(config)
     finally:
@@ -94,7 +94,7 @@ def write_model(folder: Path, quick: bool) -> tuple[int, int, int]:
 
 
 def measured(name: str, folder: str, device: str) -> dict:
-    """One load in a process of its own; its memory is watched from here."""
+    """One load in a process of its own, whose memory this process measures from outside."""
     with Process("load", name=name, folder=folder, device=device) as loading:
         before = next(loading)["anonymous"]
         peak = before
@@ -106,8 +106,8 @@ def measured(name: str, folder: str, device: str) -> dict:
 
 
 def contender(name: str, folder: str, device: str):
-    """Imports; then loads."""
-    import peft  # noqa: F401  # as who trains does; our quantizer patches it, so it would else count as ours
+    """Import everything, yield the memory, then load the model and yield the result."""
+    import peft  # noqa: F401  # users import it; our quantizer imports it too, which must not count as loading
     import transformers  # noqa: F401
 
     if name == OURS:
@@ -122,7 +122,7 @@ def contender(name: str, folder: str, device: str):
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Of all parameters and buffers, and of what bitsandbytes keeps beside them."""
+    """Bytes of all parameters and buffers, and of the scales that bitsandbytes keeps beside them."""
     total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

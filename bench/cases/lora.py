@@ -26,12 +26,12 @@ QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and 
 SHAPES = named("Llama-2-7B gate, up", "SmolLM2-135M down", "TinyLlama-1.1B down", "Llama-3.1-8B down")
 TOKENS = (1, 4, 16, 128, 512, 2048)
 MANY_TOKENS = (4096, 8192)  # on a GPU as well
-OTHER_WAYS = ("sliced", "unfused")  # of cuda.KERNELS, on a GPU
-# What our time over torch's must not exceed on a CPU with AVX512-BF16, by tokens: forward on the first shape, forward
-# and backward on all.
+OTHER_WAYS = ("sliced", "unfused")  # of dispatch.KERNELS, on a GPU
+# Targets for our time over torch's on a CPU with AVX512-BF16, by tokens: forward for the first shape, forward and
+# backward for all shapes.
 FORWARD = {4: 0.3, 16: 0.7, 128: 0.97, 512: 0.97, 2048: 0.97}
 BOTH = {1: 1.0, 4: 1.0, 16: 1.0, 512: 1.03, 2048: 1.03}
-OF_BANDWIDTH = 0.95  # of what torch reads, for one token
+OF_BANDWIDTH = 0.95  # target for one token: share of the bandwidth at which torch reads
 
 
 def run(settings: Settings) -> list[Table]:
@@ -81,7 +81,7 @@ def run(settings: Settings) -> list[Table]:
 
 
 def targets(rows: list[dict[str, dict]], kind: str, allowed: dict[int, float]) -> list[tuple[str, bool]]:
-    """One for each row whose number of tokens has a limit."""
+    """A target for each row whose number of tokens has a limit."""
     claims = []
     for row in (by_kind[kind] for by_kind in rows):
         if (limit := allowed.get(row["M"])) is not None:
@@ -92,7 +92,7 @@ def targets(rows: list[dict[str, dict]], kind: str, allowed: dict[int, float]) -
 
 
 def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[dict[str, dict]]:
-    """One row of either table for each number of tokens."""
+    """For each number of tokens a row of either table, by "forward" and "both"."""
     weight = torch.randn(shape.N, shape.K, device=settings.device).mul_(0.02).bfloat16()
     nbytes = sum(parameter.nbytes for parameter in NF4Linear.from_linear(linear(weight)).parameters())
 
@@ -113,7 +113,7 @@ def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[d
     if installed("bitsandbytes"):
         contenders["bitsandbytes"] = (lambda: with_lora(of_bitsandbytes(weight)), nbytes)
     rows: list[dict[str, dict]] = [{} for _ in tokens]
-    for kind in ("forward", "both"):  # layers of their own: bitsandbytes repacks one for good when it is evaluated
+    for kind in ("forward", "both"):  # separate layers: bitsandbytes repacks a layer permanently when it is evaluated
         turns = {name: rotated(make, size, kind) for name, (make, size) in contenders.items()}
         check_answers(shape, turns, kind, settings.device)
         for row, M in zip(rows, tokens, strict=True):
@@ -155,14 +155,14 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
 
 
 def saturated(took: dict[str, Timing]) -> dict:
-    """The card's work alone, and the others' over ours."""
+    """The time of the card alone, and the ratios of the others' to ours."""
     ours = took["nf4lora"]
     others = {name: timing.over(ours) for name, timing in took.items() if name != "nf4lora"}
     return {"saturated, ms": ours.spread(), **{f"saturated: {name} / ours": ratio for name, ratio in others.items()}}
 
 
 def small_adapters(settings: Settings) -> Table:
-    """How much of what a small adapter adds arrives in the output."""
+    """How much of the term that a small adapter adds arrives in the output, in spite of rounding."""
     shape = QUICK[0] if settings.quick else SHAPES[0]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape.N, shape.K, generator=generator).mul_(0.02).bfloat16()
@@ -203,7 +203,7 @@ def arrives(layer: Any, x: Tensor, share: float) -> float:
 
 
 def check_answers(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
-    """Ours against the reference, the rivals against ours: they must at least do the same work."""
+    """Check our answer against the reference, and the rival's roughly, so that it does the same work."""
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(M, size, generator=generator).bfloat16() for size in (shape.K, shape.N))
     layer = turns["nf4lora"]()

@@ -1,4 +1,4 @@
-"""nf4: packing and unpacking a weight, and what is lost on the way."""
+"""nf4: the speed of packing and unpacking a weight, and the error of the round trip."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def speed_of(shape: Shape, settings: Settings) -> dict:
 
 
 def check_packing(weight: torch.Tensor, qweight: torch.Tensor, absmax: torch.Tensor) -> bool | None:
-    """Against the reference, on as many rows as it can do in a moment; then whether bitsandbytes agrees on them all."""
+    """Check the first rows against the reference, which is slow; returns whether bitsandbytes agrees on all rows."""
     rows = max(1, (1 << 20) // weight.shape[1])
     q, a = reference.nf4_quantize(weight[:rows].cpu())
     check_equal("nf4_quantize, codes", qweight[:rows].cpu(), q)

@@ -1,4 +1,4 @@
-"""optimizers: whether training with PagedAdamW ends where it ends with torch's AdamW."""
+"""optimizers: whether training with PagedAdamW ends at the loss of training with torch's AdamW."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of the op costs before it computes anything, for the two ways in which it has its gradient."""
+"""The overhead of a call of the op, for both ways in which it defines its gradient: a table of the case lora."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..harness.timing import alternate
 
 
 def overhead(settings: Settings) -> Table:
-    """Microseconds of a call so small that nothing but its overhead is left."""
+    """Microseconds of a call that is so small that only its overhead takes time."""
     repeats = 20 if settings.quick else 200
     x, A, B = (torch.randn(shape, device=settings.device) for shape in ((1, 64), (4, 64), (64, 4)))
     qweight, absmax = ops.nf4_quantize(torch.randn(64, 64, device=settings.device))

@@ -1,4 +1,4 @@
-"""What it costs that an optimizer's state is elsewhere: tables of the case `adamw`."""
+"""The cost of keeping an optimizer's state in other memory: tables of the case `adamw`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stepping(count: int, device: str, **options) -> PagedAdamW:
 
 
 def evicted(optimizer: PagedAdamW) -> Callable[[], object]:
-    """A step with all state elsewhere when it begins."""
+    """A step that begins with all state evicted."""
 
     def step() -> None:
         optimizer.evict()
@@ -40,13 +40,13 @@ def evicted(optimizer: PagedAdamW) -> Callable[[], object]:
 
 
 def on_card(count: int, settings: Settings) -> list[Table]:
-    """All that is updated at once, and as much as LoRA trains."""
+    """Tables for all values at once, and for as many as LoRA trains."""
     lora = 1 << 16 if settings.quick else LORA
     return [whole_arena(count, settings), *([behind_work(lora, settings)] if count >= lora else [])]
 
 
 def whole_arena(count: int, settings: Settings) -> Table:
-    """Where all fits, where the state is evicted before every step, and where it is always streamed."""
+    """Steps with all state on the card, with the state evicted before every step, and with streamed state."""
     rows = []
     for bits in (32, 8):
         managed, streamed = (stepping(count, "cuda", bits=bits, paging=mode) for mode in ("managed", "streamed"))
@@ -84,7 +84,7 @@ def whole_arena(count: int, settings: Settings) -> Table:
 
 
 def behind_work(count: int, settings: Settings) -> Table:
-    """Whether what leaves the card after a step hides behind the work that follows, as a forward pass does."""
+    """Whether copying state back after a step overlaps with the work that follows, such as a forward pass."""
     matrix = torch.randn(
         1 << (9 if settings.quick else 13), 1 << (9 if settings.quick else 13), device="cuda"
     ).bfloat16()
@@ -144,7 +144,7 @@ def unpaged(optimizer: PagedAdamW) -> Callable[[], object]:
 
 
 def on_disk(count: int, settings: Settings) -> Table:
-    """In RAM, in a file of which all is in the page cache, and with all of it read from the disk and written there."""
+    """Steps with state in RAM, in a file in the page cache, and in a file on disk that each step reads and writes."""
     rows = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for bits in (32, 8):
@@ -187,13 +187,13 @@ def on_disk(count: int, settings: Settings) -> Table:
 
 
 def of_disk(row: dict) -> tuple[str, bool]:
-    """Whether the state came and went at the disk's speed."""
+    """The target that the state is read and written at the disk's speed."""
     ratio = row["plain / ours"]["median"]
     return f"{row['bits']} bits: at least the speed of plain write and read, got {ratio:.2f}", ratio >= 1.0
 
 
 def write_and_read(path: Path, size: int) -> None:
-    """The disk's own speed: `size` bytes there and back."""
+    """Write `size` bytes to the disk and read them back, as a measure of the disk's own speed."""
     block = bytearray(8 << 20)
     with path.open("wb", buffering=0) as file:
         for _ in range(0, size, len(block)):

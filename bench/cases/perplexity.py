@@ -1,4 +1,4 @@
-"""perplexity: whether a model quantised by us predicts text as well as one quantised by bitsandbytes."""
+"""perplexity: whether a model quantised by nf4lora predicts text as well as one quantised by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def row(name: str, results: dict[str, dict[str, list[float]]]) -> dict:
 
 
 def beside(first: list[float], second: list[float]) -> tuple[float, float]:
-    """How far one perplexity lies from another, and the standard error of that, in per cent."""
+    """The difference of two perplexities and its standard error, in per cent."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     return 100 * math.expm1(mean(differences)), 100 * stdev(differences) / math.sqrt(len(differences))
 
@@ -81,7 +81,7 @@ def contender(name: str, folder: str, device: str, quick: bool):
 @torch.no_grad()
 def losses(name: str, folder: str, device: str, quick: bool, dtype: torch.dtype) -> list[float]:
     model = load(RIVAL if name == REPACKED else name, folder, device, dtype)
-    model.train(name != REPACKED)  # no dropout in these models: it decides on bitsandbytes' path alone
+    model.train(name != REPACKED)  # without dropout the mode only selects bitsandbytes' kernel
     values = []
     for ids in windows(folder, length(quick))[: 2 if quick else None].to(device):
         logits = model(ids[None]).logits[0, :-1].float()

@@ -1,4 +1,4 @@
-"""soak: whether a long run of batches of changing length keeps its memory and its speed."""
+"""soak: whether memory and speed stay constant in a long run with batches of changing length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..harness.table import Table
 QUESTION = "Does a run of 1,000 steps of changing length hold its memory and its speed?"
 
 BATCH, SHORTEST, LONGEST = 4, 60, 170
-STEPS, OTHERS = 1000, 100  # steps of ours; of the others, which grow in the first ones
-PERIOD, SETTLED = 50, 200  # a row for so many steps; from here on nothing may grow
-FEW = 10  # steps of the longest batch alone, all alike
+STEPS, OTHERS = 1000, 100  # our steps; the steps of the others, whose memory grows in the first ones
+PERIOD, SETTLED = 50, 200  # steps in a row of the table; the step from which on nothing may grow
+FEW = 10  # steps of the run with batches of the longest length only
 ALONE = "the longest batch alone"
-LEFT_ALONE = "nf4lora, nothing returned"  # what the cures are measured against: heap.py and onednn.py
+LEFT_ALONE = "nf4lora, nothing returned"  # without heap.py and onednn.py, to measure their effect
 # oneDNN's own sizes of its caches
 HELD = {LEFT_ALONE: {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}}
 MB = 1e6
@@ -34,7 +34,7 @@ def run(settings: Settings) -> list[Table]:
     names = [OURS, LEFT_ALONE, *([] if without("bitsandbytes") else [RIVAL])]
     options = {"folder": folder, "device": settings.device, "steps": period}
     alone = {}
-    for name in names:  # one after another: they would disturb each other's peaks
+    for name in names:  # one after the other, since they would change each other's peaks
         with Process("soak", HELD.get(name), name=name, shortest=LONGEST, **options | {"steps": few}) as process:
             alone[name] = next(process)["peak"]
     open_ = [Process("soak", HELD.get(name), name=name, shortest=SHORTEST, **options) for name in names]
@@ -52,7 +52,7 @@ def run(settings: Settings) -> list[Table]:
 
 
 def course(settings: Settings, records: dict[str, list[dict]], period: int) -> Table:
-    """Memory and speed as the steps go by."""
+    """The table of memory and speed by step."""
     rows = []
     for number in range(len(next(iter(records.values())))):
         row: dict = {"steps": (number + 1) * period}
@@ -71,7 +71,7 @@ def course(settings: Settings, records: dict[str, list[dict]], period: int) -> T
 
 
 def summary(settings: Settings, records: dict[str, list[dict]], alone: dict[str, int], period: int) -> Table:
-    """What has changed since the steps after which a run has settled."""
+    """The table of changes between the step SETTLED and the end."""
     rows = []
     for name, parts in records.items():
         settled = parts[max(SETTLED // period - 1, 0) :]  # of the others none

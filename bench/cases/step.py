@@ -1,4 +1,4 @@
-"""step: where the time and the memory of our training step go, by what computes it."""
+"""step: the time of our training step by operator, and its memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .train import BATCH, LENGTH, MB
 
 QUESTION = "Where does the time of our training step go?"
 
-# An operator belongs to the first group one of whose words its name contains.
+# An operator belongs to the first group with a word that its name contains.
 GROUPS = {
     "lora_linear, backward": ("lora_linear_backward",),
     "lora_linear, forward": ("lora_linear",),
@@ -86,6 +86,6 @@ def contender(folder: str, device: str, batch: int, length: int):
     groups = dict.fromkeys([*GROUPS, REST], 0.0)
     for event in events:
         groups[group_of(event.key)] += event.self_cpu_time_total / 1e6
-    # The backward pass runs in a thread of its own, so "a step" waits for it: that time is not its own.
+    # "a step" includes waiting for the backward pass, which runs in another thread, so its own time is a difference.
     groups[REST] = max(0.0, total - sum(seconds for group, seconds in groups.items() if group != REST))
     yield {"seconds": total, "groups": list(groups.items()), "before": before, "peak": peak}

@@ -1,4 +1,4 @@
-"""train: one step of QLoRA on a real model, in time and memory."""
+"""train: the time and memory of one QLoRA step on a real model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MB = 1e6
 
 
 def run(settings: Settings) -> list[Table]:
-    settings.folder()  # absent: said before anything is made
+    settings.folder()  # raises if there is no model, before any process starts
     batch, length, steps = (2, 32, 2) if settings.quick else (BATCH, LENGTH, STEPS)
     rivals = [SIXTEEN] if without("bitsandbytes") else [RIVAL, KBIT, IN_BF16, SIXTEEN]
     rivals = rivals[: 1 if settings.quick else None]
@@ -43,7 +43,7 @@ def process(name: str, settings: Settings, checkpointing: bool, batch: int, leng
 
 
 def taking_turns(ours: Process, rival: Process, steps: int) -> tuple[list[dict], list[dict]]:
-    """What each said of each step; the first, which warms up, is checked and dropped."""
+    """The results of each side for each step, without the first step, which warms up and whose losses are compared."""
     first = next(ours), next(rival)
     if not abs(first[0]["loss"] / first[1]["loss"] - 1) < 0.2:  # 4 bits are not 16, but it is the same batch
         raise WrongAnswer(f"loss of the first step: {ours.name} {first[0]['loss']}, {rival.name} {first[1]['loss']}")
@@ -95,7 +95,7 @@ def table(settings: Settings, rows: list[dict], checkpointing: bool, batch: int,
 
 
 def limit(rows: list[dict], rival: str, key: str, most: float) -> tuple[str, bool]:
-    """A target: the most that we may take of what a rival takes."""
+    """The target that our value is at most `most` times the rival's."""
     cell = next(row for row in rows if row["rival"] == rival)[key]
     value = cell["median"] if isinstance(cell, dict) else cell
     return f"{key.partition(',')[0]} at most {most} of {rival}'s, got {value:.2f}", value <= most

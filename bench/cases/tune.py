@@ -1,6 +1,6 @@
-"""tune: every way that lora_linear has on a GPU, timed, and the rules of heuristics.json that follow.
+"""tune: times every kernel of lora_linear on a GPU and derives the rules of heuristics.json.
 
-Runs by name alone: it rewrites python/nf4lora/ops/kernels/heuristics.json for the card's architecture.
+The case runs only if it is named: it rewrites python/nf4lora/ops/kernels/heuristics.json for the card's architecture.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SHAPES = named(
 )
 QUICK = named("SmolLM2-135M q, o", "Llama-3.1-8B q, o")
 TOKENS = tuple(2**power for power in range(14))
-SMALL = 1 << 22  # weights: between what is measured, 0.9 million of SmolLM2 and 17 million of Llama, by ratio
-TOLERANCE = 0.02  # bf16, S and T rounded to it: a few last places of 2**-8
+SMALL = 1 << 22  # weights of a small layer: the geometric middle of the measured 0.9 (SmolLM2) and 17 million (Llama)
+TOLERANCE = 0.02  # a few units of bf16's last place, 2**-8, to which S and T are rounded
 PATH = TOP / "python/nf4lora/ops/kernels/heuristics.json"
 
 Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
@@ -47,10 +47,10 @@ Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of each kernel that can take so many tokens of an N x K layer.
+    """Times of all kernels that support this number of tokens, for a layer N x K.
 
-    seconds: of a call among many in a row, which is what it adds to a step: the rules follow it
-    saturated: of the card's work alone
+    seconds: of a call among many in a row, by kernel; the rules follow these
+    saturated: of the card's work alone, by kernel
     """
 
     direction: str
@@ -85,7 +85,7 @@ def run(settings: Settings) -> list[Table]:
 
 
 def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Time]:
-    """Both directions of one layer, in bf16 with LoRA; each way's answer is compared with unfused's first."""
+    """Times of both directions of one layer, in bf16 with LoRA. First each answer is checked against unfused's."""
     device = settings.device
     weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
     qweight, scales = ops.nf4_quantize(weight)
@@ -128,14 +128,14 @@ def _on_next(kernel: Callable[[Packed], object], turn: Iterator[Packed]) -> obje
 
 
 def check_kernels(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
-    """All ways against unfused, which torch multiplies."""
+    """Check the answers of all kernels against unfused, whose product torch computes."""
     for name, answer in answers.items():
         for number, (result, wanted) in enumerate(zip(answer, answers["unfused"], strict=True)):
             check_close(f"{name}, {what}, result {number}", result, wanted, TOLERANCE)
 
 
 def table_of(direction: str, times: Iterable[Time], rules: Iterable[dispatch.Rule]) -> Table:
-    """Milliseconds of each way, and how much longer the chosen one takes than the fastest that may be chosen."""
+    """Milliseconds of each kernel, and the time of the chosen one over that of the fastest one that may be chosen."""
     rules = list(rules)
     rows = []
     for time in times:
@@ -169,10 +169,10 @@ def _milliseconds(seconds: dict[str, float], name: str) -> float | None:
 
 
 def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> list[dispatch.Rule]:
-    """Rules for small layers, then for all: each kernel up to the number of tokens where the next one overtakes it.
+    """Rules for small layers, then for all: each kernel is used up to the number of tokens where the next is faster.
 
-    What is compared is the geometric mean over the layers of a size. Where a size was not measured, it has the rules
-    of the other. Small layers get none of their own where they would be the same.
+    The times are geometric means over the layers of a size. A size that was not measured gets the rules of the other.
+    Small layers get no rules of their own if these would be the same.
 
     >>> for rule in rules_from(
     ...     [Time("backward", 4096, 4096, M, {"fused": M, "sliced": 100 + M / 2}) for M in (64, 128, 256, 512)]
@@ -219,10 +219,10 @@ def means(times: Iterable[Time]) -> Means:
 
 
 def ranges(took: Means, kernels: Sequence[str]) -> dict[str, list[int]]:
-    """The numbers of tokens that each kernel is to take, in the order of `kernels`, without those that take none.
+    """The numbers of tokens for each kernel, in the order of `kernels`, without kernels that get none.
 
-    Of all ways to cut the numbers into successive ranges the one with the least time, as a geometric mean over them:
-    one number that noise has turned does not move a limit far. Of equal ones the earlier kernel takes the more.
+    Of all ways to cut the numbers into successive ranges this takes the one with the least geometric mean of the times,
+    so that noise in one number does not move a limit far. Of equal ways it takes the one with more for earlier kernels.
     """
     numbers = list(took)
 
@@ -241,13 +241,13 @@ def ranges(took: Means, kernels: Sequence[str]) -> dict[str, list[int]]:
 
 
 def limits(by_kernel: dict[str, list[int]]) -> list[tuple[str, int | None]]:
-    """Each kernel with its largest number of tokens; the last one takes any."""
+    """Each kernel with its largest number of tokens; None for the last one, which has no limit."""
     last = list(by_kernel)[-1:]
     return [(kernel, None if kernel in last else tokens[-1]) for kernel, tokens in by_kernel.items()]
 
 
 def reason(kernel: str, tokens: Sequence[int], took: Means, kernels: Sequence[str]) -> str:
-    """How much longer the best of the others takes."""
+    """A text that says how much longer the best of the other kernels takes."""
     span = f"for {tokens[0]} to {tokens[-1]} tokens" if len(tokens) > 1 else f"for {tokens[0]} tokens"
     best: dict[int, str] = {}
     for number in tokens:

@@ -1,1 +1,1 @@
-"""What the cases measure with: contenders, processes, timing, tables, and results on disk."""
+"""Tools of the cases: contenders, processes, timing, tables, and results on disk."""

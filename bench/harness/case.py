@@ -1,4 +1,4 @@
-"""What every case is given, and how it says that it cannot answer.
+"""The settings of a case, its errors, and checks of answers.
 
 A case is a module with QUESTION, one sentence, and `run(settings) -> list[Table]`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# bitsandbytes warns at import that the package `kernels` is absent; each result's environment says that.
+# bitsandbytes warns at import if the package `kernels` is absent; the environment in each result records that.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
@@ -21,7 +21,7 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: sizes that take seconds and mean nothing, to see that everything runs."""
+    """quick: tiny sizes that take seconds, to test that a case runs; their figures mean nothing."""
 
     quick: bool = False
     device: str = "cpu"
@@ -35,31 +35,31 @@ class Settings:
 
 
 class Absent(Exception):
-    """What a case needs is not on this machine; the message says what, and where it comes from."""
+    """Something that a case needs is not on this machine; the message says what, and where to get it."""
 
 
 class WrongAnswer(Exception):
-    """A contender computed something else than it was asked for: nothing is timed then."""
+    """A contender computed a wrong result; nothing is timed then."""
 
 
 def installed(package: str) -> bool:
-    """Whether a rival can take part."""
+    """Whether a rival's package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
 def without(package: str) -> list[str]:
-    """The note where a rival cannot take part."""
+    """A note for the table, if a rival's package is not installed."""
     return [] if installed(package) else [f"{package} is absent: not compared with"]
 
 
 def check_equal(who: str, result: Tensor, expected: Tensor) -> None:
-    """Bit for bit."""
+    """Require equal bits."""
     if not torch.equal(result, expected):
         raise WrongAnswer(f"{who}: {int((result != expected).sum())} of {result.numel()} values differ")
 
 
 def check_close(who: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The largest difference, as a share of the largest value."""
+    """Require that the largest difference is at most `tolerance` times the largest value."""
     error = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
     if not error <= tolerance:
         raise WrongAnswer(f"{who}: off by {error:.2g} of the largest value, {tolerance:.2g} is allowed")

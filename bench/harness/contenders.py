@@ -1,4 +1,5 @@
-"""Who takes part where a whole model runs: the same folder, loaded and given LoRA of rank 16 on every linear layer."""
+"""The contenders of cases that run a whole model: each loads the same folder and adds LoRA of rank 16 to all linear
+layers."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ EXACT = "the 4-bit weights in float32, PEFT"  # what the 4-bit contenders approx
 
 
 def load(name: str, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model as the contender's users load it, in NF4 with double quantisation but for the 16-bit one."""
+    """The model as the contender's users load it: in NF4 with double quantisation, or in 16 bits for SIXTEEN."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
@@ -65,7 +66,7 @@ def adapted(name: str, folder: Path | str, checkpointing: bool = False, device: 
 
 
 def start_alike(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw each lora_A from its name and the seed, as PEFT would from the global one: equal for all contenders."""
+    """Draw each lora_A as PEFT does, but from its name and the seed, so that it is equal for all contenders."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:

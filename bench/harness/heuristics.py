@@ -1,4 +1,4 @@
-"""The table of rules by which a CUDA kernel is chosen: read with every check, and rewritten after a measurement."""
+"""Reading, checking and rewriting the table of rules that choose a CUDA kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def read_rules(path: Path) -> list[Rule]:
     """The rules of a file.
 
     Raises:
-        ValueError: a rule that says nothing sensible, or a direction of an architecture without an answer for all
-            shapes.
+        ValueError: a rule is not valid, or the rules of a direction and architecture do not cover all shapes.
     """
     lines = json.loads(path.read_text())
     if not isinstance(lines, list):
@@ -47,12 +46,12 @@ def rewrite(path: Path, architecture: str, rules: Iterable[Rule]) -> None:
 
 
 def text(rules: Iterable[Rule]) -> str:
-    """One line for a rule, so that a diff shows which have changed."""
+    """The table as JSON with one line for each rule, so that a diff shows which have changed."""
     return "[\n" + ",\n".join(f"  {json.dumps(asdict(rule))}" for rule in rules) + "\n]\n"
 
 
 def check_rules(rules: Iterable[Rule]) -> None:
-    """Refuse what cannot be a table; raises ValueError as read_rules says."""
+    """Refuse rules that do not form a table; raises ValueError as read_rules says."""
     rules = list(rules)
     for rule in rules:
         _check_rule(rule)

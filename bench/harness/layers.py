@@ -1,4 +1,4 @@
-"""One linear layer as each contender has it, and what is called on it."""
+"""One linear layer as each contender makes it, and the calls that are timed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def of_bitsandbytes(weight: Tensor) -> Any:
 
 
 def with_lora(base: Any) -> Any:
-    """PEFT's layer over the base, as get_peft_model makes it: adapters in float32. B is set to something."""
+    """PEFT's layer over the base, as get_peft_model makes it, with adapters in float32 and a B that is not zero."""
     import peft
 
     from nf4lora.adapters import lora_layer
@@ -48,7 +48,7 @@ def with_lora(base: Any) -> Any:
 
 
 def taking(kernel: str, call: Callable) -> Callable:
-    """The call, with one of dispatch.KERNELS taken on a GPU, forward and backward, whatever another could do."""
+    """The call with a kernel of dispatch.KERNELS forced on a GPU, in the forward and the backward pass."""
 
     def taken(*arguments: Any) -> Any:
         with dispatch.forcing(kernel):

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: device, versions, commit; and the machine's own speed, as yardsticks."""
+"""What figures depend on besides the code: device, versions and commit; and the machine's own bandwidth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP = Path(__file__).resolve().parents[2]  # the folder that this package lies i
 
 
 def environment(device: str) -> dict:
-    """Plain values that go with every result."""
+    """Device, versions and commit as plain values, which are stored with every result."""
     info = build_info()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
@@ -45,7 +45,7 @@ def version(package: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The name that the processor gives itself."""
+    """The name of the processor."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -54,7 +54,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """Of the sources that were measured; a trailing + says that they were changed since. None outside a repository."""
+    """The commit of the measured sources, with a + at the end if they were changed since; None outside a repository."""
 
     def git(*words: str) -> str | None:
         try:
@@ -70,19 +70,19 @@ def commit() -> str | None:
 
 
 def file_name(machine: dict) -> str:
-    """Of the results: device and, on a CPU, what decides its speed.
+    """The name of a result file: the device and, on a CPU, the instruction set and the number of threads.
 
     >>> file_name({"device": "AMD EPYC", "cuda": None, "instruction_set": "avx512bf16", "threads": 2})
     'amd-epyc-avx512bf16-2-threads.json'
     """
-    parts = [machine["device"]] + (
-        [] if machine["cuda"] else [machine["instruction_set"], f"{machine['threads']} threads"]
-    )
+    parts = [machine["device"]]
+    if not machine["cuda"]:
+        parts += [machine["instruction_set"], f"{machine['threads']} threads"]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-") + ".json"
 
 
 def bandwidth(device: str, mebibytes: int = 256) -> dict[str, float]:
-    """Bytes a second that torch itself reaches: reading (sum of int64), writing (fill_), and both (copy_)."""
+    """Bytes a second that torch reaches when it reads (sum of int64), writes (fill_), and does both (copy_)."""
     source = torch.ones(mebibytes << 17, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     took = alternate(
@@ -95,7 +95,7 @@ def bandwidth(device: str, mebibytes: int = 256) -> dict[str, float]:
 
 
 def peak_bandwidth(properties: object) -> float | None:
-    """Bytes a second of a card's memory by its clock and the width of its bus; None where torch does not tell them.
+    """Bytes a second of a card's memory, from its clock and the width of its bus; None if torch does not know them.
 
     >>> from types import SimpleNamespace
     >>> peak_bandwidth(SimpleNamespace(memory_clock_rate=3_201_000, memory_bus_width=6144)) / 1e12  # kHz, bits: an H200

@@ -1,7 +1,7 @@
-"""Contenders that need a process of their own: fresh memory, fresh caches, no library that another has patched.
+"""Runs a contender in a process of its own, with fresh memory and caches and no library that another has patched.
 
-In the child a contender is a generator, `contender(**arguments)` of a case's module; in the parent `next()` lets it run
-to its next yield and returns what it yields. So contenders can be alive side by side and still take turns.
+In the child process a contender is a generator, `contender(**arguments)` of a case's module. In the parent `next()`
+lets it run to its next yield and returns the yielded value. So several contenders can be alive and take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Process:
     """A contender in a fresh Python process, with these variables added to its environment.
 
     Raises:
-        RuntimeError: it died; with the end of what it had to say.
+        RuntimeError: the process ended early; the text has the end of its output.
     """
 
     def __init__(self, module: str, environment: dict[str, str] | None = None, /, **arguments: object) -> None:
@@ -60,7 +60,7 @@ class Process:
         self.log.close()
 
     def start(self) -> None:
-        """Let it run on; result() waits for what it yields."""
+        """Let the contender run on; result() waits for the value that it yields."""
         try:
             self.child.stdin.write("\n")
             self.child.stdin.flush()
@@ -68,7 +68,7 @@ class Process:
             self.fail()
 
     def running(self, seconds: float) -> bool:
-        """Whether it has not answered after so many more seconds."""
+        """Whether the contender has not yielded after so many more seconds."""
         return not select.select([self.child.stdout], [], [], seconds)[0]
 
     def result(self) -> dict:
@@ -86,12 +86,12 @@ class Process:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Memory of a process that no file backs."""
+    """Bytes of a process's memory that are not backed by a file."""
     return status(pid, "RssAnon")
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Most memory this process has held since `forget_peak`: resident on a CPU, allocated on a GPU."""
+    """The most memory that this process has used since `forget_peak`: resident on a CPU, allocated on a GPU."""
     if device == "cuda":
         import torch
 
@@ -100,7 +100,7 @@ def peak_bytes(device: str = "cpu") -> int:
 
 
 def forget_peak(device: str = "cpu") -> None:
-    """Count the peak from here on."""
+    """Measure the peak from now on."""
     if device == "cuda":
         import torch
 
@@ -111,7 +111,7 @@ def forget_peak(device: str = "cpu") -> None:
 
 
 def status(pid: int | str, key: str) -> int:
-    """A line of /proc/<pid>/status, in bytes."""
+    """The value of a line of /proc/<pid>/status, in bytes."""
     with open(f"/proc/{pid}/status") as lines:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
@@ -119,7 +119,7 @@ def status(pid: int | str, key: str) -> int:
 def main() -> None:
     module, arguments = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # libraries that print must not write between the answers
     steps = importlib.import_module(f"..cases.{module}", __package__).contender(**json.loads(arguments))
     for _ in sys.stdin:
         print(json.dumps(next(steps)), file=answers, flush=True)

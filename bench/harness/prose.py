@@ -18,12 +18,12 @@ def tokens(folder: Path | str) -> Tensor:
 
 
 def windows(folder: Path | str, length: int) -> Tensor:
-    """The text in windows that do not overlap, the rest dropped: [count, length] int64."""
+    """The text in windows that do not overlap, without the tokens left at the end: [count, length] int64."""
     ids = tokens(folder)
     return ids[: len(ids) // length * length].reshape(-1, length)
 
 
 def batches(folder: Path | str, batch: int, length: int) -> list[Tensor]:
-    """As many whole batches as the text has: [batch, length] int64 each."""
+    """All full batches of the text: [batch, length] int64 each."""
     pieces = windows(folder, length)
     return list(pieces[: len(pieces) // batch * batch].split(batch))

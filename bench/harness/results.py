@@ -27,7 +27,7 @@ def append(path: Path, record: dict) -> None:
 
 
 def keep(record: dict, folder: Path = FOLDER) -> Path:
-    """Put the record into its device's file, in place of the one of that case."""
+    """Write the record into its device's file, where it replaces the record of the same case."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(record["environment"])
     cases = json.loads(path.read_text())["cases"] if path.is_file() else {}
@@ -40,10 +40,10 @@ def write(page: Path, folder: Path = FOLDER) -> list[Path]:
     """Write each device's page beside its results, and all targets between the markers of `page`.
 
     Returns:
-        the files of results that are shown
+        the result files that the page shows
 
     Raises:
-        ValueError: the page has no markers; nothing is written then.
+        ValueError: the page does not have both markers once; nothing is written then.
     """
     text = page.read_text()
     if text.count(START) != 1 or text.count(END) != 1:
@@ -59,7 +59,7 @@ def write(page: Path, folder: Path = FOLDER) -> list[Path]:
 
 
 def summary(by_device: dict[Path, dict[str, dict]]) -> list[str]:
-    """The lines of a table of all targets: what was wanted and found, where, and whether it is met."""
+    """The lines of a table of all targets, with device, case and whether the target is met."""
     rows = [["device", "case", "target", ""]]
     for path, cases in by_device.items():
         for record in cases.values():

@@ -1,12 +1,12 @@
-"""Timing of calls that take turns, and what can be known about who else was working.
+"""Timing of calls that take turns, and a measure of what else was running on the machine.
 
-What is done: everybody is called once to warm up; then all contenders are called in turn, forwards in one round and
-backwards in the next, so that a drift of the clock or the load hits all of them alike; ratios are taken within a round.
-Weights are rotated through copies that together exceed the last cache level twice, so that each call finds its own in
-memory, as a model of many layers does. The median and the range from 20 to 80 % are kept.
+Every contender is called once to warm up. Then all contenders are called in turn, in one order in even rounds and in
+the reverse order in odd ones, so that a drift of the clock or the load affects all of them alike. Ratios are taken
+within a round. Weights rotate through copies that together are twice as large as the last cache level, so that each
+call reads its weight from memory, as in a model of many layers. The median and the range from 20 to 80 % are kept.
 
-What is not controlled: the clock frequency and its boost, other guests on the same host, which core and which memory
-bank a thread lands on, huge pages, the state of the page cache. Absolute times on a CPU hold for that machine on that
+The following is not controlled: the clock frequency and its boost, other guests on the same host, the core and the
+memory bank of a thread, huge pages, the state of the page cache. Absolute times on a CPU hold for one machine on one
 day; quote ratios.
 """
 
@@ -39,7 +39,7 @@ def spread(values: list[float], scale: float = 1.0) -> Spread:
     """
     if len(values) == 1:
         values = values * 2
-    fifths = quantiles(values, n=5, method="inclusive")  # stays within what was measured
+    fifths = quantiles(values, n=5, method="inclusive")  # "inclusive": no result outside of the measured range
     return {"median": median(values) * scale, "low": fifths[0] * scale, "high": fifths[3] * scale}
 
 
@@ -58,7 +58,7 @@ class Timing:
         return spread(self.seconds, scale)
 
     def over(self, other: Timing) -> Spread:
-        """How many times as long as the other this one took, round by round."""
+        """The ratio of this time to the other one, round by round."""
         return spread([this / that for this, that in zip(self.seconds, other.seconds, strict=True)])
 
 
@@ -73,7 +73,7 @@ def alternate(
 ) -> dict[str, Timing]:
     """Call the contenders in turn for about so many seconds, in at least and at most so many rounds.
 
-    `clock` times one call: by default one alone, from the host's start to its end; see also CLOCKS.
+    `clock` times one call. By default this is a single call, from its start to its end on the host; see also CLOCKS.
     """
     clock = clock or (timed_on_cuda if device == "cuda" else timed)
     for call in calls.values():  # the first call builds caches and thread pools, the second tells the time
@@ -95,10 +95,10 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def timed_on_cuda(call: Callable[[], object], calls: int = 1, ahead: bool = False) -> float:
-    """Seconds of a call on the card, of so many that follow each other.
+    """Seconds of a call on the card, as the mean over `calls` calls in a row.
 
-    With `ahead` the card first waits for as long as the host takes to ask for all of them: what is timed is then the
-    card's work alone. Without it a call takes what the slower of host and card takes, and a single one both.
+    With `ahead` the card first waits until the host has queued all calls, so that only the card's work is timed.
+    Without it the time of a call is that of the slower one of host and card, and of both together for a single call.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = 2_000_000  # a millisecond
@@ -108,7 +108,7 @@ def timed_on_cuda(call: Callable[[], object], calls: int = 1, ahead: bool = Fals
         start.record()
         for _ in range(calls):
             call()
-        is_ahead = not start.query()  # the card has not begun when the host is done
+        is_ahead = not start.query()  # the host has queued everything before the card begins
         end.record()
         end.synchronize()
         if is_ahead or not ahead:
@@ -117,8 +117,9 @@ def timed_on_cuda(call: Callable[[], object], calls: int = 1, ahead: bool = Fals
     raise RuntimeError("timing: the host could not get ahead of the card; somebody else seems to be working")
 
 
-# How a call is timed, by device. alone: its latency; in_a_row: what it adds to a step, host or card, whichever takes
-# longer; saturated: the card's work, behind a queue that hides the host. A processor does its own work: all are one.
+# How a call is timed, by device. alone: its latency; in_a_row: the time that it adds to a step, which is that of the
+# host or the card, whichever takes longer; saturated: the card's work, with a queue that hides the host. On a CPU all
+# three are the same.
 CLOCKS: dict[str, dict[str, Clock]] = {
     "cpu": dict.fromkeys(("alone", "in_a_row", "saturated"), timed),
     "cuda": {
@@ -130,12 +131,12 @@ CLOCKS: dict[str, dict[str, Clock]] = {
 
 
 def rotation(make: Callable[[int], T], nbytes: int, device: str = "cpu") -> Iterator[T]:
-    """An endless turn through copies made by `make(index)`, enough to exceed the last cache level twice."""
+    """Cycle through copies made by `make(index)` that together are twice as large as the last cache level."""
     return itertools.cycle([make(index) for index in range(copies(nbytes, last_cache(device)))])
 
 
 def copies(nbytes: int, cache: int) -> int:
-    """How many things of so many bytes exceed the cache twice; never fewer than two.
+    """How many objects of `nbytes` bytes are together twice as large as the cache; at least two.
 
     >>> copies(8 << 20, 32 << 20), copies(1 << 30, 32 << 20)
     (9, 2)
@@ -152,9 +153,9 @@ def last_cache(device: str = "cpu") -> int:
 
 
 class Watch:
-    """What else ran on the machine meanwhile: `with Watch() as watch: ...`, then `watch.record()`.
+    """Measures what else ran on the machine meanwhile: `with Watch() as watch: ...`, then `watch.record()`.
 
-    Processor time that the system spent, less our own and that of our ended children, is somebody else's.
+    The processor time of the whole system, less that of this process and of its ended children, was used by others.
     """
 
     def __enter__(self) -> Watch:
@@ -195,7 +196,7 @@ def busy_seconds() -> float:
 
 
 def warning(record: dict) -> str | None:
-    """What to say where somebody else was working while this was measured."""
+    """A warning, if other processes used a tenth of a core or more during the measurement."""
     others, load = record["cores_used_by_others"], record["load_average"]
     if others < 0.1:
         return None
@@ -206,6 +207,6 @@ def warning(record: dict) -> str | None:
 
 
 def warning_before() -> str | None:
-    """What to say before anything has run, when the load average can only be somebody else's."""
+    """A warning before the first case runs, if the load average shows that other processes are working."""
     load = os.getloadavg()[0]
     return None if load < 0.5 else f"load average {load:.1f} before anything ran: somebody else seems to be working"
