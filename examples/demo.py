@@ -1,9 +1,9 @@
-"""What `make demo` shows: SmolLM2-135M learns, in 4 bits, to answer a bicycle shop's customers with strict JSON.
+"""The demo of `make demo`: SmolLM2-135M learns, in 4 bits, to answer a bicycle shop's customers with strict JSON.
 
     python examples/demo.py
 
-Gets the model, runs `nf4lora train examples/tickets.yaml`, then compares the answers to held-out messages before and
-after. Before is the same 4-bit model with the adapter switched off.
+The script gets the model, runs `nf4lora train examples/tickets.yaml`, and compares the answers to held-out messages
+before and after training. "Before" is the same 4-bit model with its adapter switched off.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ANSWER = 96  # tokens; the longest answer in the data has 88
 
 
 def parse(answer: str) -> dict | None:
-    """The ticket in an answer, or None where it is not what the shop's software would accept."""
+    """The ticket in an answer; None if the shop's software would not accept it."""
     try:
         ticket = json.loads(answer)
     except ValueError:
@@ -43,7 +43,7 @@ def parse(answer: str) -> dict | None:
 
 
 def load(base: str, adapter: Path):
-    """The 4-bit model with the trained adapter, as the training's last lines say, and its tokenizer."""
+    """The 4-bit model with the trained adapter, loaded as the last lines of the training show, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -66,7 +66,7 @@ def load(base: str, adapter: Path):
 
 
 def answers(model, tokenizer, conversations: list[list[dict]], tell: Callable[[str], None]) -> list[str]:
-    """Greedy answers to conversations that end with the customer's message; `tell` hears how far it is."""
+    """Greedy answers to conversations that end with the customer's message; `tell` is called with the progress."""
     import torch
 
     texts = [
@@ -80,7 +80,7 @@ def answers(model, tokenizer, conversations: list[list[dict]], tell: Callable[[s
         rows, prompt = inputs["input_ids"].shape
 
         def progress(ids, scores, finished=start, rows=rows, prompt=prompt, **kwargs):
-            """generate() asks after each token whether a row shall stop; this one only listens."""
+            """A stopping criterion, called by generate() after each token, that shows progress and stops no row."""
             finished += int(torch.isin(ids[:, prompt:], ends).any(1).sum())
             tell(f"{finished} of {len(texts)} are done, token {ids.shape[1] - prompt} of at most {ANSWER}")
             return ids.new_zeros(rows, dtype=torch.bool)
@@ -92,7 +92,7 @@ def answers(model, tokenizer, conversations: list[list[dict]], tell: Callable[[s
 
 
 def paragraph(label: str, text: str, width: int = 78) -> str:
-    """Text under a label, wrapped, at most five lines."""
+    """A label and a text, wrapped to at most five lines."""
     indent = " " * 11
     return textwrap.fill(
         " ".join(text.split()) or "(nothing)",
@@ -105,7 +105,7 @@ def paragraph(label: str, text: str, width: int = 78) -> str:
 
 
 def show_examples(rows: list[list[dict]], before: list[str], after: list[str]) -> None:
-    """The first three held-out messages of different categories, with both answers."""
+    """Print the first three held-out messages of different categories with both answers."""
     print("\nThree messages that were held out\n")
     shown: list[str] = []
     for row, old, new in zip(rows, before, after, strict=True):
@@ -151,7 +151,7 @@ def main() -> int:
         return 1
     command = ["train", str(CONFIG.relative_to(ROOT)), "--overwrite_output_dir"]
     print(f"$ nf4lora {' '.join(command)}\n", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # the training says itself what it saved
+    with contextlib.suppress(KeyboardInterrupt):  # the training prints what it saved
         training = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
         training.wait()
     if training.wait():

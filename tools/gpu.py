@@ -1,12 +1,13 @@
-"""Everything that needs a GPU, in one go: build for the card that is there, test, sanitize, measure, write it down.
+"""Does everything that needs a GPU: build for this machine's card, test, sanitize, measure, write the results.
 
     make gpu                      python tools/gpu.py
     make gpu ARGS=--quick         three minutes: fewer tests under the sanitizer, tiny benchmark sizes, nothing kept
     make gpu ARGS="build tests"   some of the parts
 
-It needs torch with CUDA, nvcc, cmake, ninja, scikit-build-core, pybind11, pytest and hypothesis in the Python that runs
-it, and no network. The package goes into build/gpu/site, so that nothing is changed in that Python. Rivals and trl may
-be absent; each is named. A part that fails ends nothing: the rest still runs, and the summary and the exit code tell.
+The Python that runs this script needs torch with CUDA, nvcc, cmake, ninja, scikit-build-core, pybind11, pytest and
+hypothesis; a network is not needed. The package is installed into build/gpu/site, so that this Python is not changed.
+Rivals and trl may be absent; the output names those that are. If a part fails, the others still run, and the summary
+and the exit code show the failure.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ask() -> dict:
-    """What torch says of the card, in a process of its own, and which packages are absent."""
+    """The card as torch sees it, and the packages that are absent, found in a process of its own."""
     code = ASK % ((*NEEDED, *WELCOME),)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if result.returncode:
@@ -95,7 +96,7 @@ def names() -> list[str]:
 
 
 def parts(architecture: str, quick: bool) -> list[Part]:
-    """What is done, in this order."""
+    """The parts, in the order in which they run."""
     python = sys.executable
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation"]
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
@@ -117,7 +118,7 @@ def parts(architecture: str, quick: bool) -> list[Part]:
 
 
 def run(part: Part, architecture: str) -> tuple[float, str]:
-    """Seconds, and "passed" or what went wrong; the output goes to the terminal and to a log."""
+    """Run a part, with output to the terminal and a log; returns its seconds, and "passed" or what went wrong."""
     print(f"\n== {part.name}: {' '.join(part.command)}", flush=True)
     real = architecture + ("a" if architecture in SUFFIXED else "") + "-real"
     env = os.environ | {"NF4LORA_CUDA": "ON", "NF4LORA_CUDA_ARCHS": real, "NF4LORA_REQUIRE_CUDA": "1"}
@@ -130,7 +131,7 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
         )  # fmt: skip
     except FileNotFoundError:
         return time.monotonic() - start, f"failed: {part.command[0]} is not there"
-    timer = threading.Timer(part.limit_s, os.killpg, (child.pid, signal.SIGKILL))  # it, and what it started
+    timer = threading.Timer(part.limit_s, os.killpg, (child.pid, signal.SIGKILL))  # the child and its children
     timer.start()
     with child, log.open("w") as file:
         for line in child.stdout or ():
@@ -142,7 +143,7 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
         return seconds, f"failed: stopped after {part.limit_s} s"
     if child.returncode:
         return seconds, f"failed: exit code {child.returncode}"
-    if part.name == "tune":  # the parts that follow are to take what it has chosen
+    if part.name == "tune":  # the next parts use the new rules
         shutil.copy(ROOT / "python" / HEURISTICS, SITE / HEURISTICS)
     if part.name == "tests" and (skipped := skips(LOGS / "tests.xml")):
         return seconds, f"failed: {len(skipped)} tests skipped, the first because {skipped[0]}"
@@ -150,7 +151,7 @@ def run(part: Part, architecture: str) -> tuple[float, str]:
 
 
 def skips(report: Path) -> list[str]:
-    """Why tests were skipped, but for packages that are absent."""
+    """The reasons for which tests were skipped, except absent packages."""
     skipped = [(skip.get("message", ""), skip.text or "") for skip in ElementTree.parse(report).iter("skipped")]
     return [why for why, where in skipped if not re.search("could not import|is not installed", why + where)]
 

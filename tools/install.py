@@ -1,8 +1,8 @@
-"""pip, with a line that says what it fetches, how large that is, and what it does.
+"""Runs pip with a status line that says what pip is fetching, how large that is, and what it is doing.
 
-    python tools/install.py TITLE [PIP ARGUMENTS]      as `pip install PIP ARGUMENTS`, or `wheel ...`, `download ...`
+    python tools/install.py TITLE COMMAND [PIP ARGUMENTS]      COMMAND is install, wheel or download
 
-It runs the pip of the Python that runs it. If pip fails, everything that it said is printed.
+The script runs the pip of its own Python. If pip fails, all of pip's output is printed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from status import EVERY_S, Status
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-# Downloads that are told in a line of their own; smaller ones are over before anybody asks.
+# Downloads of this size and more are printed on a line that stays; smaller ones take too little time.
 LARGE = 20 << 20
 UNITS = {"bytes": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
 class Reader:
-    """What pip's lines mean, as a few words for the status."""
+    """Turns the lines that pip prints into a few words for the status."""
 
     def __init__(self, tell: Callable[[str], None], note: Callable[[str], None]) -> None:
         self.tell, self.note = tell, note  # what is happening now; a line that stays
@@ -53,7 +53,7 @@ class Reader:
 
 
 def run(title: str, command: Sequence[str], every: float = EVERY_S) -> int:
-    """Run pip under a status; returns its exit code, after printing all that it said where that is not 0."""
+    """Run pip under a status; returns its exit code, and prints all of its output if that is not 0."""
     output: list[str] = []
     with Status(title, every=every) as status:
         with subprocess.Popen(

@@ -1,6 +1,6 @@
-"""The machine code of the CUDA kernels as cuobjdump shows it: of objects, or of the module in a wheel.
+"""Lists the machine code of the CUDA kernels with cuobjdump, from objects or from the module in a wheel.
 
-cuobjdump is on PATH, or in the Python that runs this: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+cuobjdump must be on PATH, or in the Python that runs this: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def disassembler() -> tuple[str, dict[str, str]] | None:
 
 
 def listing(option: str, compiled: list[Path]) -> str:
-    """What cuobjdump says of each file: `-sass` are instructions, `-res-usage` registers and memory."""
+    """The output of cuobjdump for all files: with `-sass` instructions, with `-res-usage` registers and memory."""
     cuobjdump, environment = disassembler()
     text = ""
     for path in compiled:
@@ -37,7 +37,7 @@ def listing(option: str, compiled: list[Path]) -> str:
 
 
 def listing_of_wheel(option: str, wheel: Path) -> str:
-    """The same of the compiled module in a wheel: that which ships."""
+    """The output of cuobjdump for the compiled module in a wheel, which is what users install."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith("nf4lora/_C") and name.endswith(".so")]
         return listing(option, [Path(archive.extract(name, folder)) for name in names])

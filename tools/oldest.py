@@ -1,10 +1,10 @@
-"""The lowest versions that pyproject.toml names, as constraints for pip; and what of them is installed.
+"""The lowest versions that pyproject.toml allows, as constraints for pip, and a check of the installed versions.
 
-    python tools/oldest.py constraints FILE     write them, and say which of them the package index does not have
-    python tools/oldest.py installed            say which of them this Python has; 1 where one differs
+    python tools/oldest.py constraints FILE     write the constraints; print the versions that pip cannot install
+    python tools/oldest.py installed            print the installed versions; exit code 1 if one differs
 
-`make oldest` runs the tests with them. A bound that cannot be installed is left out of the file, so that the rest is
-tested, and named again at the end.
+`make oldest` runs the tests with these versions. A version that cannot be installed is left out of the file, so that
+the others are tested, and is printed again at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def bounds(pyproject: Path = PYPROJECT) -> dict[str, str]:
-    """Package -> lowest version, for everything that running or testing nf4lora needs and that names one."""
+    """Lowest version by package, for all requirements of nf4lora and its tests that give one."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -36,7 +36,7 @@ def bounds(pyproject: Path = PYPROJECT) -> dict[str, str]:
 
 
 def can_be_installed(name: str, version: str) -> bool:
-    """Whether pip finds that version; its dependencies are not asked for."""
+    """Whether pip finds this version; its dependencies are not checked."""
     command = [*PIP, "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", f"{name}=={version}"]
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
@@ -68,7 +68,7 @@ def show_installed() -> int:
 
 
 def is_same(version: str, bound: str) -> bool:
-    """Whether a version is the bound: 2.11.0+cpu is 2.11."""
+    """Whether a version equals the bound; 2.11.0+cpu equals 2.11."""
 
     def release(text: str) -> str:
         return re.sub(r"(\.0)*$", "", text.split("+")[0])

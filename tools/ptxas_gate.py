@@ -1,14 +1,14 @@
-"""What every CUDA kernel costs on every architecture, held against a table that is checked in.
+"""Compares the registers and memory of every CUDA kernel on every architecture with a table in the repository.
 
     python tools/ptxas_gate.py            compiles csrc/cuda/*.cu and compares with tools/ptxas_baseline.json
-    python tools/ptxas_gate.py --write    rewrites the table: do so when a change is worth what it costs, and say why
+    python tools/ptxas_gate.py --write    rewrites the table: do so if a change is worth its cost, and say why
     python tools/ptxas_gate.py --log LOG  reads the output of a build with `-Xptxas -v` instead of compiling
-    python tools/ptxas_gate.py --wheel WHEEL     asks cuobjdump of the module in a wheel; compiles where there is none
-    python tools/ptxas_gate.py --objects FOLDER  keeps what it compiles there, for tools/sass_gate.py
+    python tools/ptxas_gate.py --wheel WHEEL     runs cuobjdump on the module in a wheel; compiles without cuobjdump
+    python tools/ptxas_gate.py --objects FOLDER  keeps the compiled objects there, for tools/sass_gate.py
 
-It fails where a kernel spills or uses local memory, where it needs more registers or shared memory than the table
-says, and where the table and the sources name different kernels. Registers depend on the compiler: with another nvcc
-than the table's, only spills and local memory count.
+The gate fails if a kernel spills or uses local memory, if it needs more registers or shared memory than in the table,
+or if the table and the sources have different kernels. Registers depend on the compiler: if nvcc has another version
+than in the table, only spills and local memory are checked.
 """
 
 import argparse
@@ -26,15 +26,15 @@ import machine_code
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tools" / "ptxas_baseline.json"
 FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v"]
-MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory; what is spilled lies in the stack
+MUST_BE_ZERO = ("stack", "spill_stores", "spill_loads")  # bytes of local memory; spilled registers are on the stack
 MUST_NOT_GROW = ("registers", "shared")
-RESERVED = 1024  # bytes of shared memory for the system itself, which cuobjdump counts from Hopper on, ptxas never
+RESERVED = 1024  # bytes of shared memory for the system; cuobjdump counts them from Hopper on, ptxas does not
 
 Costs = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> resource -> amount
 
 
 def architectures() -> list[str]:
-    """Those that CMakeLists.txt builds machine code for."""
+    """The architectures for which CMakeLists.txt builds machine code."""
     default = re.search(r'set\(NF4LORA_CUDA_ARCHS "([^"]*)"', (ROOT / "CMakeLists.txt").read_text())
     if default is None:
         raise SystemExit("ptxas_gate: CMakeLists.txt must set NF4LORA_CUDA_ARCHS, found no such line")
@@ -42,7 +42,7 @@ def architectures() -> list[str]:
 
 
 def compile_objects(wanted: list[str], folder: Path) -> str:
-    """What ptxas says of every kernel; the folder then holds the objects of these sources and of no others."""
+    """The output of ptxas for every kernel. The folder then holds the objects of these sources and no others."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.o"):
@@ -87,7 +87,7 @@ def read_log(log: str) -> Costs:
 
 
 def read_resources(listing: str) -> Costs:
-    """The costs in the output of `cuobjdump -res-usage`, which counts no spills: they show in the stack."""
+    """The costs in the output of `cuobjdump -res-usage`, which does not count spills; they are on the stack."""
     architecture, mangled, entries = "", "", []
     for line in listing.splitlines():
         if match := re.match(r"arch = sm_(\w+)", line):
@@ -103,7 +103,7 @@ def read_resources(listing: str) -> Costs:
 
 
 def by_name(entries: list[tuple[str, str, dict[str, int]]]) -> Costs:
-    """Of mangled names."""
+    """The costs by short name of the kernel, from entries with mangled names."""
     costs: Costs = {}
     names = short_names([mangled for mangled, _, _ in entries])
     for (_, architecture, cost), name in zip(entries, names, strict=True):
@@ -132,7 +132,7 @@ def table_text(version: str, costs: Costs) -> str:
 
 
 def compare(costs: Costs, table: Costs, same_compiler: bool) -> list[str]:
-    """One line for each thing that is wrong."""
+    """One line for each difference that is not allowed."""
     wrong = []
     for kernel, by_architecture in sorted(costs.items()):
         for architecture, cost in sorted(by_architecture.items()):

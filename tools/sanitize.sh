@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the CPU code and the pager under AddressSanitizer and UndefinedBehaviorSanitizer and runs their tests.
-# VENV names a virtual environment that `make test` has made; `tools/sanitize.sh build` only builds.
+# Builds the CPU code and the pager with AddressSanitizer and UndefinedBehaviorSanitizer, and runs their tests.
+# VENV is a virtual environment made by `make test`; `tools/sanitize.sh build` only builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$PWD/${VENV:-.venv}/bin/python"
@@ -15,12 +15,12 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$("$python" -c 'import nin
 cmake --build "$build" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-2}"
 if [ "${1:-}" = build ]; then exit; fi
 
-# The package as it is in the tree, with the instrumented module.
+# Copy the package from the source tree, and add the instrumented module.
 rm -rf "$build/site" && mkdir -p "$build/site"
 cp -r python/nf4lora "$build/site/"
 rm -f "$build"/site/nf4lora/_C*.so && cp "$build"/_C*.so "$build/site/nf4lora/"
 
-# Python itself is not instrumented, so the runtimes come first in the process; its own leaks are not ours.
+# Python itself is not instrumented, so the sanitizers' runtimes are preloaded. Leaks of Python are not reported.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 tests=(tests/test_nf4.py tests/test_absmax.py tests/test_lora.py tests/test_lora_few.py tests/test_adamw.py tests/test_optim_state.py
        tests/test_pager.py tests/test_unified.py tests/test_amx.py)

@@ -1,13 +1,13 @@
-"""Which instructions the machine code of the CUDA kernels holds on every architecture, against the demands below.
+"""Checks that the machine code of the CUDA kernels has the instructions below on every architecture.
 
     python tools/sass_gate.py                   compiles csrc/cuda/*.cu and disassembles it
     python tools/sass_gate.py --wheel WHEEL     takes the module in a wheel, which has compiled them
     python tools/sass_gate.py --objects FOLDER  takes the objects that `ptxas_gate.py --objects FOLDER` left
     python tools/sass_gate.py --counts          prints every count
-    python tools/sass_gate.py --require         fails where no disassembler is found; else that is said, and passes
+    python tools/sass_gate.py --require         fails if no disassembler is found; without this option it passes
 
-A source can ask for tensor cores, wide loads or asynchronous copies and the compiler can still make something else of
-it. Where the disassembler is looked for: machine_code.py.
+The compiler may replace the tensor cores, wide loads or asynchronous copies of a source by other instructions.
+machine_code.py finds the disassembler.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEMANDS: dict[str, dict[str, str]] = {  # kernel -> instruction -> why it must b
     "lora_gemm_kernel": TENSOR_CORES | ASYNCHRONOUS_TILES | {"PRMT": "codes are looked up by byte permutation"},
     "tall_skinny_kernel": TENSOR_CORES | ASYNCHRONOUS_TILES,
 }
-LOCAL_MEMORY = ("LDL", "STL")  # in no kernel: registers must suffice
+LOCAL_MEMORY = ("LDL", "STL")  # must be in no kernel: its values must fit into registers
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "PRMT", "LDG.E.128", *LOCAL_MEMORY)
 
 Counts = dict[str, dict[str, Counter[str]]]  # kernel -> architecture -> instruction -> how often
@@ -59,13 +59,13 @@ def counts_of(folder: Path) -> Counts:
 
 
 def is_a(instruction: str, name: str) -> bool:
-    """LDG.E.NA.128.CONSTANT is an LDG.E.128: cache hints stand between the parts."""
+    """Whether an instruction has all parts of a name; LDG.E.NA.128.CONSTANT is an LDG.E.128 with cache hints."""
     parts, wanted = instruction.split("."), name.split(".")
     return parts[0] == wanted[0] and set(wanted) <= set(parts)
 
 
 def compare(counts: Counts, demands: dict[str, dict[str, str]], architectures: list[str]) -> list[str]:
-    """One line for each thing that is wrong."""
+    """One line for each instruction that is missing or not allowed."""
     wrong = []
     for kernel, by_architecture in sorted(counts.items()):
         needed = demands.get(kernel.split("<")[0], {})

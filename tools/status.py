@@ -1,9 +1,9 @@
-"""One line that says what is happening: rewritten on a terminal; elsewhere a line now and then.
+"""A status line that says what is happening. A terminal shows one line that changes; a log gets a new line at times.
 
     with Status("converting the model") as status:
         status("3 of 12 tensors")
 
-Standard library only: it also shows what pip does before anything is installed.
+This file needs only the standard library, because it also shows what pip does before anything is installed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ EVERY_S = 3.0  # between two lines elsewhere
 
 
 class Status:
-    """What is happening since the block was entered, what of it just now, and how long it has taken.
+    """Shows a title, a detail and the seconds since the block was entered.
 
-    The line comes from a thread of its own, so that it appears while the block computes. `every` is the longest time in
-    seconds without a line where the stream is no terminal.
+    A thread writes the line, so that it appears while the block computes. If the stream is not a terminal, `every` is
+    the time in seconds between two lines.
     """
 
     def __init__(self, title: str, stream: TextIO | None = None, every: float = EVERY_S) -> None:
@@ -36,15 +36,15 @@ class Status:
         self.thread = threading.Thread(target=self._show, daemon=True)
 
     def __call__(self, detail: str) -> None:
-        """Say what is done just now."""
+        """Set the detail: what is happening now."""
         self.detail = detail
 
     def note(self, line: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         self._write(f"  {line}\n")
 
     def fail(self, why: str) -> None:
-        """The block did not do what it was for; it ends with these words."""
+        """Mark the block as failed; its last line then ends with `why`."""
         self.failure = why
 
     def __enter__(self) -> Status:
