@@ -196,12 +196,12 @@ def test_another_blocksize_than_the_checkpoints_is_refused_with_the_right_one(lo
     [
         ([1], "must have a quant_state that is a JSON object, got list"),
         ({"dtype": "bfloat61"}, "must have a dtype that torch knows, got 'bfloat61'"),
-        ({"dtype": 7}, "must have dtype of another kind in its quant_state, got 7"),
-        ({"shape": 7}, "must have shape of another kind"),
+        ({"dtype": 7}, "must have a text as dtype in its quant_state, got 7"),
+        ({"shape": 7}, "must have a list as shape"),
         ({"shape": ["a", "b"]}, "must have a shape of whole numbers"),
-        ({"blocksize": "64"}, "must have blocksize of another kind"),
-        ({"nested_offset": None}, "must have nested_offset of another kind"),
-        ({"quant_type": 4}, "must have quant_type of another kind"),
+        ({"blocksize": "64"}, "must have a whole number as blocksize"),
+        ({"nested_offset": None}, "must have a number as nested_offset"),
+        ({"quant_type": 4}, "must have a text as quant_type"),
     ],
 )
 def test_a_quant_state_of_another_shape_names_the_layer(load_with_bnb, tmp_path, meta, text):

@@ -1,1 +1,1 @@
-"""A model in NF4: how it is packed, loaded and saved; transformers' hooks, and bitsandbytes' format."""
+"""Models in NF4: packing, loading and saving them, transformers' hooks, and bitsandbytes' format."""

@@ -1,7 +1,7 @@
-"""What bitsandbytes packs in 4 bits, read without a copy: its checkpoint tensors and its live layers.
+"""Reads what bitsandbytes packs in 4 bits, without a copy: the tensors of its checkpoints, and its layers in memory.
 
-Its bytes are ours (same code, same nibble order, same nested map), so nothing is quantised twice. bitsandbytes itself
-is never imported: a live layer is known by its class's name.
+bitsandbytes' bytes mean the same as ours (same code, same nibble order, same nested map), so no weight is quantised
+again. bitsandbytes itself is never imported: a layer in memory is recognised by the name of its class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nf4lora.nn.model_tree import base_name, output_head, replace_layers
 from nf4lora.quantization.config import NF4Config, mark_as_packed
 from nf4lora.quantization.weight_readers import read_weights
 
-# The keys of one layer in a checkpoint, after the name of the layer; "weight" last, it begins all the others.
+# The keys of one layer in a checkpoint, after the name of the layer. "weight" comes last, as a prefix of all others.
 SERIALIZED = [
     "weight.absmax",
     "weight.quant_map",
@@ -38,7 +38,7 @@ HEAD = "output head, packed by bitsandbytes: dequantised"
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight as bitsandbytes packed it, checked; blocks run through the flattened [N, K] weight."""
+    """A weight as bitsandbytes packed it, after the checks; its blocks are those of the flattened [N, K] weight."""
 
     name: str
     qweight: Tensor  # [ceil(N*K/2)] uint8
@@ -50,7 +50,7 @@ class PackedWeight:
 
     @property
     def straddles(self) -> bool:
-        """Whether a block holds weights of two rows, which NF4Linear cannot express."""
+        """Whether a block holds weights of two rows, which NF4Linear does not allow."""
         return self.shape[1] % self.blocksize != 0
 
     def state(self) -> dict[str, Tensor]:
@@ -63,7 +63,8 @@ class PackedWeight:
         return state | {"weight_absmax": absmax, "weight_nested": self.nested.view(torch.int32)}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[N, K]; bitsandbytes' CPU kernel differs where blocks straddle rows: it begins a new block at each row."""
+        """The weight, [N, K]. bitsandbytes' CPU kernel gives another one where blocks straddle rows: it starts a new
+        block at each row."""
         count = self.shape[0] * self.shape[1]
         absmax = self.absmax if self.nested is None else ops.absmax_dequantize(self.absmax, self.nested)
         bytes_of_whole_blocks = absmax.numel() * self.blocksize // 2
@@ -76,7 +77,7 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
     """The weight that a checkpoint holds under the keys of SERIALIZED.
 
     Raises:
-        ValueError: fp4; a tensor that is missing, cut off or of another code book; always with the layer's name.
+        ValueError: fp4; a tensor that is missing, cut off or of another code book. The text names the layer.
     """
     states = {key: value for key, value in tensors.items() if "quant_state" in key}
     if len(states) != 1:
@@ -105,14 +106,16 @@ def from_checkpoint(name: str, tensors: dict[str, Tensor]) -> PackedWeight:
 
 
 def _check_meta(name: str, meta: Any) -> None:
-    """The JSON of a quant_state: what is there must be of its kind; what is missing is told when it is read."""
+    """Check the types of a quant_state's entries; an entry that is missing is reported where it is read."""
     if not isinstance(meta, dict):
         raise _error(name, "must have a quant_state that is a JSON object", type(meta).__name__)
-    kinds: dict[str, Any] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
-    kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
+    text, whole_number = ("a text", str), ("a whole number", int)
+    kinds: dict[str, tuple[str, Any]] = {"quant_type": text, "dtype": text, "shape": ("a list", list)}
+    kinds |= {"blocksize": whole_number, "nested_blocksize": whole_number, "nested_offset": ("a number", (int, float))}
     for key in kinds.keys() & meta.keys():
-        if not isinstance(meta[key], kinds[key]):
-            raise _error(name, f"must have {key} of another kind in its quant_state", repr(meta[key]))
+        kind, types = kinds[key]
+        if not isinstance(meta[key], types):
+            raise _error(name, f"must have {kind} as {key} in its quant_state", repr(meta[key]))
     if not all(isinstance(size, int) for size in meta.get("shape", [])):
         raise _error(name, "must have a shape of whole numbers", f"{meta['shape']}")
     if not isinstance(getattr(torch, meta.get("dtype", "float32"), None), torch.dtype):
@@ -120,7 +123,7 @@ def _check_meta(name: str, meta: Any) -> None:
 
 
 def from_layer(name: str, layer: nn.Module) -> PackedWeight:
-    """The weight of a live `bitsandbytes.nn.Linear4bit`, sharing its memory.
+    """The weight of a `bitsandbytes.nn.Linear4bit` in memory, shared and not copied.
 
     Raises:
         ValueError: fp4; no quant_state; a weight that bitsandbytes repacked for its CPU kernel; another code book.
@@ -153,24 +156,24 @@ def from_layer(name: str, layer: nn.Module) -> PackedWeight:
 
 
 def is_linear4bit(module: nn.Module) -> bool:
-    """Whether this is bitsandbytes' 4-bit layer (or one derived from it), told without importing it."""
+    """Whether this is bitsandbytes' 4-bit layer or a subclass of it; does not import bitsandbytes."""
     return _has_bitsandbytes_base(module, "Linear4bit")
 
 
 def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Turn every 4-bit layer of a live bitsandbytes model into an NF4Linear over the same memory, in place.
+    """Replace every 4-bit layer of a model that bitsandbytes has packed by an NF4Linear over the same memory, in place.
 
-    Works under a PEFT wrapper too. The model is then ours for transformers as well: `save_pretrained` writes the native
-    layout, and `is_loaded_in_4bit` is gone. All layers are checked before the first is replaced.
+    This works inside a PEFT wrapper too. transformers then treats the model as one of nf4lora: `save_pretrained` writes
+    the native layout, and `is_loaded_in_4bit` is removed. All layers are checked before the first is replaced.
 
     Args:
-        keep: reason by name of further layers that are to be dequantised
+        keep: reason by name of further layers to dequantise
 
     Returns:
-        names of the layers that could only be dequantised, and why; also kept in `model.nf4lora_skipped`
+        reason by name of the layers that were dequantised; also kept in `model.nf4lora_skipped`
 
     Raises:
-        ValueError: a layer that from_layer refuses, or one that bitsandbytes holds in 8 bits; always with its name.
+        ValueError: a layer that from_layer refuses, or one that bitsandbytes holds in 8 bits. The text names the layer.
     """
     packed = packed_weights(model)
     names, wanted = list(packed), to_dequantize(model) | dict(keep or {})
@@ -188,12 +191,12 @@ def adopt(model: nn.Module, keep: Mapping[str, str] | None = None) -> dict[str, 
     double_quant = any(weight.nested is not None and not weight.straddles for weight in packed.values())
     replace_layers(model, names, adopted)
     if names:
-        _take_over(model, double_quant, blocksizes[-1], reasons)
+        _take_over(model, blocksizes[-1], double_quant, reasons)
     return reasons
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
-    """The weights of all 4-bit layers of a live bitsandbytes model, by name, sharing their memory; changes nothing.
+    """The weights of all 4-bit layers of a model that bitsandbytes has packed, by name, shared and not copied.
 
     Raises:
         ValueError: as `adopt`.
@@ -205,7 +208,7 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
 
 
 def to_dequantize(model: nn.Module) -> dict[str, str]:
-    """Layers of a bitsandbytes model that must be in 16 bits, although they are packed: reason by name."""
+    """Layers that bitsandbytes has packed, but that must be in 16 bits: reason by name."""
     head, readers = output_head(model), read_weights(model)
     heads = tuple(f"{name}." for name in task_heads(model))
     reasons: dict[str, str] = {}
@@ -246,8 +249,8 @@ def _dequantized_layer(layer: Any, weight: PackedWeight) -> nn.Linear:
     return result.train(layer.training)
 
 
-def _take_over(model: nn.Module, double_quant: bool, blocksize: int, reasons: dict[str, str]) -> None:
-    """Tell transformers whose model it is now; `is_loaded_in_4bit` would make TRL round the adapters to bfloat16."""
+def _take_over(model: nn.Module, blocksize: int, double_quant: bool, reasons: dict[str, str]) -> None:
+    """Mark the model as packed by nf4lora; with `is_loaded_in_4bit` TRL would round the adapters to bfloat16."""
     owner: Any
     for owner in model.modules():
         owner.__dict__.pop("is_loaded_in_4bit", None)
@@ -255,8 +258,14 @@ def _take_over(model: nn.Module, double_quant: bool, blocksize: int, reasons: di
             continue
         old = owner.hf_quantizer.quantization_config
         compute_dtype = getattr(old, "bnb_4bit_compute_dtype", None)
-        kept = [*(getattr(old, "llm_int8_skip_modules", None) or []), *reasons]
-        mark_as_packed(owner, NF4Config(double_quant, blocksize, kept or None, compute_dtype), dict(reasons))
+        not_packed = [*(getattr(old, "llm_int8_skip_modules", None) or []), *reasons]
+        config = NF4Config(
+            blocksize=blocksize,
+            double_quant=double_quant,
+            modules_to_not_convert=not_packed or None,
+            compute_dtype=compute_dtype,
+        )
+        mark_as_packed(owner, config, dict(reasons))
 
 
 def _checked(
@@ -278,7 +287,7 @@ def _checked(
     _check_map(name, "quant_map", code, lambda device: ops.nf4_dequantize(*_unit_codes(device), 32, torch.float32)[:16])
     count = shape[0] * shape[1]
     blocks = -(-count // blocksize)
-    qweight = weight.contiguous().view(torch.uint8).view(-1)  # stored as another dtype where FSDP asked for it
+    qweight = weight.contiguous().view(torch.uint8).view(-1)  # bitsandbytes stores another dtype for FSDP
     _check_size(name, "weight", qweight, -(-count // 2), torch.uint8)
     _check_size(name, "absmax", absmax, blocks, torch.float32 if nested is None else torch.uint8)
     if nested is None:
@@ -304,9 +313,10 @@ def _check_finite(name: str, what: str, scales: Tensor) -> None:
         raise _error(name, f"must have finite {what}", "NaN or Inf; the checkpoint is damaged")
 
 
-def _check_map(name: str, what: str, got: Tensor, ours: Callable[[torch.device], Tensor]) -> None:
-    # One unit in the last place is what two builds of bitsandbytes may differ by; anything else is another format.
-    if got.numel() not in (16, 256) or not torch.allclose(got.view(-1).float(), ours(got.device), rtol=1e-6, atol=0):
+def _check_map(name: str, what: str, code: Tensor, expected: Callable[[torch.device], Tensor]) -> None:
+    # Two builds of bitsandbytes may differ by one unit in the last place; a larger difference means another format.
+    values = code.view(-1).float()
+    if len(values) not in (16, 256) or not torch.allclose(values, expected(code.device), rtol=1e-6, atol=0):
         raise _error(name, f"must have the {what} of NF4", "another one; quantise the 16-bit model with NF4Config")
 
 

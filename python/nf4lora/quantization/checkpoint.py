@@ -1,7 +1,7 @@
-"""What a checkpoint must hold: asked of the files before anything is read, and of the model once it is loaded.
+"""Checks of a checkpoint: of its files before anything is read, and of the model once it is loaded.
 
-transformers only warns of a tensor that is missing, and draws it at random; in the layers of a frozen model that is
-never right.
+transformers only warns of a missing tensor and initialises it at random. In the layers of a frozen model that is never
+right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_files(files: list[str], packed_file: bool) -> None:
-    """Refuse, before anything is read, a safetensors file that is cut off, or packed where 16 bits are expected.
+    """Refuse a safetensors file that is cut off, or packed where 16 bits are expected, before anything is read.
 
     Raises:
         ValueError: naming the file and the tensors.
@@ -35,12 +35,12 @@ def check_files(files: list[str], packed_file: bool) -> None:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            whole = size >= 8 and start <= size
+            is_complete = size >= 8 and start <= size
             try:
-                header = json.loads(file.read(start - 8)) if whole else {}
+                header = json.loads(file.read(start - 8)) if is_complete else {}
             except (ValueError, RecursionError):
-                whole = False
-        if not whole:
+                is_complete = False
+        if not is_complete:
             raise ValueError(
                 f"NF4Config: {path} must be a safetensors file, got {size} bytes and no whole header; download again"
             )
@@ -58,7 +58,7 @@ def check_files(files: list[str], packed_file: bool) -> None:
             )
         packed = [name for name in header if name.endswith((".weight_absmax", ".weight_nested"))]
         packed += [name for name in header if f"{name}_absmax" in header]
-        # transformers would cast them to integers on the way in
+        # transformers would cast these to integers while it loads them
         rounded = [name for name in packed if packed_file and header[name]["dtype"] in FLOATS]
         if rounded:
             raise ValueError(
@@ -74,27 +74,27 @@ def check_files(files: list[str], packed_file: bool) -> None:
 
 
 def _is_entry(tensor: Any) -> bool:
-    """Whether this is what a safetensors header says of one tensor."""
+    """Whether this is a valid entry of a tensor in a safetensors header."""
 
-    def numbers(value: Any) -> bool:
+    def are_integers(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(number, int) for number in value)
 
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return False
     offsets = tensor.get("data_offsets")
-    return numbers(tensor.get("shape")) and numbers(offsets) and len(offsets) == 2  # type: ignore[arg-type]
+    return are_integers(tensor.get("shape")) and are_integers(offsets) and len(offsets) == 2  # type: ignore[arg-type]
 
 
 def check_loaded(
     model: Any, shapes: dict[str, torch.Size], packed_file: bool, new: Container[str] = frozenset()
 ) -> None:
-    """Refuse a model in which a tensor is missing or of the wrong kind, or, from a packed file, a scale is not finite.
+    """Refuse a model with a tensor that is missing or of the wrong kind, or with a scale of a packed file that is NaN.
+
+    For a missing parameter that belongs to no layer there is a warning instead.
 
     Args:
-        shapes: of all parameters that are not packed, as the model's config makes them
+        shapes: of all parameters that are not packed, by the model's config
         new: parameters that the checkpoint cannot hold, since it was saved from a model of another class
-
-    A parameter that stands alone among layers is warned of.
 
     Raises:
         ValueError: naming the tensors.
@@ -113,23 +113,24 @@ def check_loaded(
             device="meta",
         )
         for key, expected in likeness.named_parameters():
-            name, got = f"{prefix}.{key}", layer.get_parameter(key)
+            name, loaded = f"{prefix}.{key}", layer.get_parameter(key)
             packed.add(name)
-            if not was_loaded(got):
+            if not was_loaded(loaded):
                 wrong[name] = "nothing"
-            elif got.shape != expected.shape or (key != "bias" and got.dtype != expected.dtype):
-                wrong[name] = f"{describe(got)} for {describe(expected)}"
+            elif loaded.shape != expected.shape or (key != "bias" and loaded.dtype != expected.dtype):
+                wrong[name] = f"{describe(loaded)} for {describe(expected)}"
         largest = layer.weight_nested if layer.double_quant else layer.weight_absmax
         if packed_file and not wrong and not largest.is_meta and not largest.view(torch.float32).isfinite().all():
             wrong[f"{prefix}.weight_{'nested' if layer.double_quant else 'absmax'}"] = "NaN or Inf"
     is_computed = computed_by_model(model)
-    # Only what another class than the one that was saved has, and the head of a task, which may have had another number
-    # of classes, may be new: transformers draws it and says so.
+    # Two kinds of parameters may be missing, which transformers initialises with a warning: those that the saved class
+    # does not have, and those of a task's head, which may have had another number of classes.
     heads = tuple(f"{name}." for name in task_heads(model))
-    whole = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
+    all_expected = model.base_model is model or type(model).__name__ in (model.config.architectures or [])
     missing: set[str] = set()
     for name, parameter in model.named_parameters():
-        expected_in_file = (whole or name.startswith(f"{model.base_model_prefix}.")) and not name.startswith(heads)
+        in_saved_class = all_expected or name.startswith(f"{model.base_model_prefix}.")
+        expected_in_file = in_saved_class and not name.startswith(heads)
         if name in packed:
             continue
         if expected_in_file and name not in new and not was_loaded(parameter):
@@ -137,16 +138,18 @@ def check_loaded(
                 missing.add(name)
         elif name in shapes and parameter.shape != shapes[name]:  # transformers until 5.22 lets this pass
             wrong[name] = f"{describe(parameter)} for shape {list(shapes[name])}"
-    # A parameter that stands alone among layers (a vector that training masks with) is often left out of a file.
+    # A parameter that belongs to no layer (such as the vector that training masks with) is often missing in a file.
     _, alone = modules_of(model, missing)
     wrong |= dict.fromkeys(sorted(missing.difference(alone)), "nothing")
     if wrong:
-        first, what = next(iter(wrong.items()))
+        first, problem = next(iter(wrong.items()))
         more = f" (and {len(wrong) - 1} more: {listed(list(wrong)[1:])})" if len(wrong) > 1 else ""
         advice = "it is damaged, or its config.json is another's"
         if first in packed and not packed_file:
             advice = f"name {first.rpartition('.')[0]} in modules_to_not_convert if it is meant to be new"
-        raise ValueError(f"NF4Config: {first} must be in the checkpoint as its config says, got {what}{more}; {advice}")
+        raise ValueError(
+            f"NF4Config: {first} must be in the checkpoint as its config says, got {problem}{more}; {advice}"
+        )
     if alone:
         warnings.warn(
             f"NF4Config: {listed(alone)} must be in the checkpoint as its config says, got nothing; transformers has "

@@ -1,4 +1,4 @@
-"""NF4Config: what `from_pretrained(..., quantization_config=...)` takes and what a checkpoint's config.json holds."""
+"""NF4Config: the quantization_config of `from_pretrained`, which is saved in a checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHOD = "nf4lora"
 FORMAT_VERSION = 1
 LAYOUTS = ("native", "bitsandbytes")
 
-# What people type who come from BitsAndBytesConfig, GPTQ or torchao.
+# Option names of BitsAndBytesConfig, GPTQ and torchao.
 OTHER_NAMES = {
     "bnb_4bit_use_double_quant": "use double_quant",
     "bnb_4bit_compute_dtype": "use compute_dtype",
@@ -36,13 +36,14 @@ OTHER_NAMES = {
 
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """Load a model's linear layers in NF4: each weight is quantised as it is read, the 16-bit model never in memory.
+    """Load a model's linear layers in NF4, each weight quantised when it is read: the 16-bit model is never in memory.
 
-    The output head, what is tied to it and the embeddings stay in 16 bits, as transformers' rule for all quantisers
-    says. A layer whose width is no multiple of blocksize takes the largest legal blocksize that divides it, or stays.
+    The output head, weights tied to it and the embeddings stay in 16 bits, which is transformers' rule for all
+    quantisers. A layer whose width is not a multiple of blocksize gets the largest legal blocksize that divides the
+    width, or stays in 16 bits if there is none.
 
-    For a checkpoint that is packed already, in the native layout or by bitsandbytes, compute_dtype is applied; the
-    other options are those of the checkpoint, and an error where they are given and differ.
+    For a checkpoint that is packed already, in the native layout or by bitsandbytes, compute_dtype is applied. The
+    other options then have the checkpoint's values; giving another value is an error.
 
     Args:
         double_quant: store the scales in 8 bits (4.127 bits a weight instead of 4.5 at blocksize 64); True if left out
@@ -51,15 +52,15 @@ class NF4Config(QuantizationConfigMixin):
         compute_dtype: what the layers compute in; None: the dtype of their input, or autocast's
 
     Raises:
-        TypeError: an unknown keyword, with the name that was probably meant; a value of the wrong kind.
+        TypeError: an unknown keyword, for which the text suggests a known one; a value of the wrong kind.
         ValueError: a blocksize or compute_dtype that is not legal.
 
     >>> NF4Config(blocksize=128).to_dict()["blocksize"]
     128
     """
 
-    # Which options were given, and not left to their defaults: a checkpoint that is packed already may contradict
-    # these. A slot, because what stands in __dict__ is what transformers and people compare and print.
+    # The options that were given and not left to their defaults: a packed checkpoint must agree with them. This is a
+    # slot, because transformers and users compare and print the attributes in __dict__.
     __slots__ = ("given",)
 
     def __init__(
@@ -72,7 +73,7 @@ class NF4Config(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise TypeError(_unknown_keyword(next(iter(unknown))))
-        options = {"double_quant": double_quant, "blocksize": blocksize, "compute_dtype": compute_dtype}
+        options = {"blocksize": blocksize, "double_quant": double_quant, "compute_dtype": compute_dtype}
         self.given = frozenset(name for name, value in options.items() if value is not None)
         double_quant = True if double_quant is None else double_quant
         blocksize = 64 if blocksize is None else blocksize
@@ -87,7 +88,7 @@ class NF4Config(QuantizationConfigMixin):
                 f"NF4Config: modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.double_quant, self.blocksize = double_quant, blocksize
+        self.blocksize, self.double_quant = blocksize, double_quant
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.compute_dtype = _dtype(compute_dtype)
         self.layout = "native"  # of the checkpoint that is about to be read
@@ -96,7 +97,7 @@ class NF4Config(QuantizationConfigMixin):
     def from_dict(  # type: ignore[override]
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """The config that a checkpoint's config.json holds; a newer format_version is refused by name."""
+        """The config in a checkpoint's config.json. A newer format_version is an error that says so."""
         values = dict(config_dict)
         method, version = values.pop("quant_method", METHOD), values.pop("format_version", FORMAT_VERSION)
         layout = values.pop("layout", "native")
@@ -116,11 +117,11 @@ class NF4Config(QuantizationConfigMixin):
 
     @classmethod
     def from_bnb(cls, config: Any, blocksize: int = 64) -> NF4Config:
-        """The config that reads a checkpoint which bitsandbytes packed, without bitsandbytes.
+        """The config for loading a checkpoint that bitsandbytes packed; bitsandbytes itself is not needed.
 
         Args:
-            config: transformers' BitsAndBytesConfig, or the dict that the checkpoint's config.json holds
-            blocksize: what the checkpoint was packed with; its config does not say, and it is 64 unless asked otherwise
+            config: transformers' BitsAndBytesConfig, or the dict in the checkpoint's config.json
+            blocksize: of the checkpoint, which its config does not contain; bitsandbytes' default is 64
 
         Raises:
             ValueError: the checkpoint is not in NF4.
@@ -137,11 +138,11 @@ class NF4Config(QuantizationConfigMixin):
         values = config if isinstance(config, dict) else config.to_dict()
         kind = values.get("bnb_4bit_quant_type", "fp4")
         if not (values.get("load_in_4bit") or values.get("_load_in_4bit")) or kind != "nf4":
-            got = "load_in_8bit" if values.get("load_in_8bit") else f"bnb_4bit_quant_type {kind!r}"
-            raise ValueError(f"NF4Config.from_bnb: the model must be packed in nf4 with load_in_4bit, got {got}")
+            packing = "load_in_8bit" if values.get("load_in_8bit") else f"bnb_4bit_quant_type {kind!r}"
+            raise ValueError(f"NF4Config.from_bnb: the model must be packed in nf4 with load_in_4bit, got {packing}")
         result = cls(
-            double_quant=bool(values.get("bnb_4bit_use_double_quant", False)),
             blocksize=blocksize,
+            double_quant=bool(values.get("bnb_4bit_use_double_quant", False)),
             modules_to_not_convert=values.get("llm_int8_skip_modules"),
             compute_dtype=values.get("bnb_4bit_compute_dtype"),
         )
@@ -149,7 +150,7 @@ class NF4Config(QuantizationConfigMixin):
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds under quantization_config."""
+        """The entry quantization_config of config.json."""
         values = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -160,7 +161,7 @@ class NF4Config(QuantizationConfigMixin):
         }
         return values if self.layout == "native" else values | {"layout": self.layout}
 
-    def __eq__(self, other: object) -> bool:  # the mixin's, a dataclass of one field, compares quant_method alone
+    def __eq__(self, other: object) -> bool:  # that of the mixin, a dataclass of one field, compares only quant_method
         return isinstance(other, NF4Config) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
@@ -184,10 +185,10 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def mark_as_packed(model: Any, config: NF4Config, skipped: dict[str, str]) -> None:
-    """Tell transformers that the model is packed: it saves, reloads, dequantises and trains as one loaded in NF4.
+    """Mark the model as packed, so that transformers saves, reloads, dequantises and trains it as one loaded in NF4.
 
     Args:
-        skipped: layers that stay in 16 bits, reason by name
+        skipped: reason by name of the layers that stay in 16 bits
     """
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.hf_quantizer.keep_names(model)

@@ -1,7 +1,7 @@
-"""Bring a loaded model to NF4 in place, layer by layer: from 16 or 32 bits, or from what bitsandbytes packed.
+"""Packs a loaded model in NF4 in place, layer by layer, from 16 or 32 bits or from bitsandbytes' layers.
 
-First `plan_packing` looks and refuses, then `pack` does it. A run that is stopped in between (out of memory, Ctrl-C)
-leaves a model of which some layers are packed; the same two steps then finish it.
+First `plan_packing` checks everything and raises errors, then `pack` changes the model. If `pack` is interrupted (out
+of memory, Ctrl-C), some layers of the model are packed; the same two calls then pack the rest.
 """
 
 from __future__ import annotations
@@ -34,40 +34,40 @@ class Packing:
     config: NF4Config
     blocksizes: dict[str, int]  # by name of each layer to pack
     skipped: dict[str, str]  # reason by name of each layer that stays in 16 bits
-    adopt: bool = False  # the layers are bitsandbytes'
-    keep: dict[str, str] = field(default_factory=dict)  # reason by name of layers that the adapter trains in full
+    adopt: bool = False  # whether the layers come from bitsandbytes
+    keep: dict[str, str] = field(default_factory=dict)  # reason by name of the layers that are trained in full
 
 
 def plan_packing(base: nn.Module, config: NF4Config | None, trained: Mapping[str, str]) -> Packing:
     """Decide which layers become NF4; changes nothing.
 
     Args:
-        config: how to pack; None: as the model says of itself, or the defaults
-        trained: reason by name of the modules that are trained in full, which a packed layer cannot be
+        config: how to pack; None: as the model is packed already, or else the defaults
+        trained: reason by name of the modules that are trained in full; a packed layer cannot be
 
     Raises:
-        ValueError: no layer to pack; other options than the model is packed with; a layer that is to be trained is
-            packed; NaN or Inf in a weight.
+        ValueError: there is no layer to pack; the model is packed with other options; a layer in `trained` is packed;
+            NaN or Inf in a weight.
     """
     if config is not None:
         _check_same_packing(base, config)
-    own = _own_config(base)
+    own_config = _own_config(base)
     also = (config.modules_to_not_convert or []) if config is not None else []
-    config = copy.deepcopy(own or config or NF4Config())
-    config.layout = "native"  # a foreign layout is read from a file, never made
+    config = copy.deepcopy(own_config or config or NF4Config())
+    config.layout = "native"  # other layouts are only read from files, never written
     keep_in_16_bits(config, also)
     if any(bitsandbytes_format.is_linear4bit(module) for module in base.modules()):
         bitsandbytes_format.packed_weights(base)
         keep = {base_name(name): reason for name, reason in _below(base, trained).items()}
         return Packing(config, {}, {}, adopt=True, keep=keep)
-    held = {name for name, module in base.named_modules() if isinstance(module, NF4Linear)}
-    if packed := sorted(map(base_name, held & _below(base, trained).keys())):
+    in_nf4 = {name for name, module in base.named_modules() if isinstance(module, NF4Linear)}
+    if packed := sorted(map(base_name, in_nf4 & _below(base, trained).keys())):
         raise ValueError(
             f"prepare: modules_to_save must name layers in 16 or 32 bits, got {listed(packed)}, packed in NF4; "
             f"load the model with NF4Config(modules_to_not_convert={packed[:3]}), or leave modules_to_save out"
         )
     blocksizes, skipped, keep = _layers(base, config, trained)
-    if not blocksizes and not held:
+    if not blocksizes and not in_nf4:
         raise ValueError(
             f"prepare: model must have a torch.nn.Linear to pack whose width is a multiple of {BLOCKSIZES[0]}, "
             f"got {type(base).__name__} without one"
@@ -86,9 +86,9 @@ def plan_packing(base: nn.Module, config: NF4Config | None, trained: Mapping[str
 
 
 def pack(base: nn.Module, plan: Packing) -> list[str]:
-    """Bring a model to NF4 in place; adapters on it stay. Returns what was done, in words: nothing where it was in NF4.
+    """Pack a model in NF4 in place; its adapters stay. Returns texts about the changes, none if it was packed before.
 
-    At most one layer exists twice at any moment: each 16-bit weight is freed when it is packed, on the device it is on.
+    Each weight is packed on its own device and its 16-bit version is freed at once: at most one layer exists twice.
     """
     if plan.adopt:
         dequantised = bitsandbytes_format.adopt(base, plan.keep)
@@ -98,7 +98,7 @@ def pack(base: nn.Module, plan: Packing) -> list[str]:
         ]
     if not plan.blocksizes:
         return []
-    base.nf4lora_packing = plan.config  # type: ignore[assignment]  # who finishes a run that was stopped asks for it
+    base.nf4lora_packing = plan.config  # type: ignore[assignment]  # for a later call, if this one is interrupted
     again = any(isinstance(module, NF4Linear) for module in base.modules())
     dtypes = set()
 
@@ -119,14 +119,14 @@ def pack(base: nn.Module, plan: Packing) -> list[str]:
     return [f"{len(plan.blocksizes)} {'more ' if again else ''}layers from {from_dtypes} to NF4"]
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_packable(base: nn.Module) -> None:
-    """Refuse a model that `plan_packing` has no business with.
+    """Refuse a model that cannot be packed, whatever the options.
 
     Raises:
-        ValueError: no torch.nn.Linear, weights that are not in memory, or another quantisation.
+        ValueError: it has no torch.nn.Linear, its weights are not in memory, or it is quantised in another way.
     """
     if not any(isinstance(module, nn.Linear) for module in base.modules()):
         raise ValueError(
@@ -149,23 +149,23 @@ def check_packable(base: nn.Module) -> None:
 
 
 def _check_same_packing(base: nn.Module, config: NF4Config) -> None:
-    """Refuse options that differ from how a model is packed already; one in 16 or 32 bits passes."""
+    """Refuse options that differ from those with which the model is packed already, if it is."""
     for name, module in base.named_modules():
         if isinstance(module, NF4Linear):
-            found: dict[str, Any] = {"blocksize": module.blocksize, "double_quant": module.double_quant}
-            found["compute_dtype"] = module.compute_dtype
+            present: dict[str, Any] = {"blocksize": module.blocksize, "double_quant": module.double_quant}
+            present["compute_dtype"] = module.compute_dtype
         elif bitsandbytes_format.is_linear4bit(module):
             state: Any = module.weight.quant_state
-            found = {"blocksize": state.blocksize, "double_quant": state.nested}
+            present = {"blocksize": state.blocksize, "double_quant": state.nested}
         else:
             continue
         blocksize = blocksize_for(module.in_features, config.blocksize)  # type: ignore[arg-type]
         asked: dict[str, Any] = {"blocksize": blocksize, "double_quant": config.double_quant}
         asked |= {"compute_dtype": config.compute_dtype} if config.compute_dtype is not None else {}
-        for option in asked.keys() & found.keys():
-            if asked[option] != found[option]:
+        for option in asked.keys() & present.keys():
+            if asked[option] != present[option]:
                 raise ValueError(
-                    f"prepare: {option} must be what the model is packed with, {found[option]} in {base_name(name)}, "
+                    f"prepare: {option} must be what the model is packed with, {present[option]} in {base_name(name)}, "
                     f"got {asked[option]}; leave quantization_config out, or load the 16-bit model"
                 )
 
@@ -174,14 +174,14 @@ def _check_same_packing(base: nn.Module, config: NF4Config) -> None:
 
 
 def _own_config(base: nn.Module) -> NF4Config | None:
-    """How the model was packed, as far as it was: by loading it, or by a `pack` that may not have come to its end."""
+    """The config with which the model was packed, by loading it or by `pack`, which may have been interrupted."""
     config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     config = config if isinstance(config, NF4Config) else getattr(base, "nf4lora_packing", None)
     return config if isinstance(config, NF4Config) else None
 
 
 def _below(base: nn.Module, trained: Mapping[str, str]) -> dict[str, str]:
-    """The linear layers in the modules of these names, at their place under PEFT's wrappers, with the reason."""
+    """The linear layers inside the given modules: reason by full name, with PEFT's wrappers in it."""
     reasons = {}
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear):
@@ -195,9 +195,9 @@ def _below(base: nn.Module, trained: Mapping[str, str]) -> dict[str, str]:
 def _layers(
     base: nn.Module, config: NF4Config, trained: Mapping[str, str]
 ) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:
-    """As `layers_to_pack`, for a model that may have PEFT's layers in it, or come from elsewhere than transformers.
+    """As `layers_to_pack`, but also for a model with PEFT's layers in it, or one that is not from transformers.
 
-    Returns also the reason by name of the layers that are not packed for being trained in full.
+    The third result is the reason by name of the layers that are not packed because they are trained in full.
     """
     if isinstance(base, PreTrainedModel):
         packed, skipped = layers_to_pack(base, config)

@@ -1,7 +1,8 @@
-"""What `from_pretrained(..., quantization_config=NF4Config(...))` means for a checkpoint that is quantised already.
+"""Handles `from_pretrained(..., quantization_config=NF4Config(...))` for a checkpoint that is quantised already.
 
-transformers takes the configuration of the checkpoint and drops what is given beside it, with a warning; it refuses two
-classes of configurations without saying what to do. So the one function that decides on this is replaced.
+transformers uses the configuration of the checkpoint and ignores the given one with a warning. If the two have
+different classes, it raises an error that does not say what to do. So this file replaces the function of transformers
+that decides on this.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nf4lora.quantization.config import METHOD, NF4Config
 
 
 def way_to_16_bits(method: str) -> str:
-    """How to bring a checkpoint of another quantisation to NF4, as an advice at the end of an error."""
+    """Advice for an error text: how to get a checkpoint with another quantisation into NF4."""
     config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     for option, value in (("dequantize", True), ("run_compressed", False)):
         if config is not None and option in inspect.signature(config).parameters:
@@ -28,10 +29,10 @@ def way_to_16_bits(method: str) -> str:
 
 
 def merged(of_checkpoint: Any, asked: NF4Config) -> NF4Config:
-    """The checkpoint's configuration with what was asked for and can still be chosen.
+    """The checkpoint's configuration, with the options of the user's that can still be chosen.
 
     Raises:
-        ValueError: the checkpoint is quantised in another way, or packed with other options than were given.
+        ValueError: the checkpoint is quantised in another way, or packed with other options than the given ones.
     """
     values = of_checkpoint if isinstance(of_checkpoint, dict) else of_checkpoint.to_dict()
     method = values.get("quant_method")
@@ -52,11 +53,11 @@ def merged(of_checkpoint: Any, asked: NF4Config) -> NF4Config:
                 f"NF4Config: {option} must be what the checkpoint is packed with, {packed}, got {wanted}; leave it "
                 f"out, or quantise the 16-bit model"
             )
-    kept = set(config.modules_to_not_convert or [])
-    if new := [name for name in asked.modules_to_not_convert or [] if name not in kept]:
+    not_packed = set(config.modules_to_not_convert or [])
+    if new := [name for name in asked.modules_to_not_convert or [] if name not in not_packed]:
         raise ValueError(
-            f"NF4Config: modules_to_not_convert must name what the checkpoint left in 16 bits, {sorted(kept)}, got "
-            f"{new}; leave it out, or quantise the 16-bit model"
+            f"NF4Config: modules_to_not_convert must name what the checkpoint left in 16 bits, {sorted(not_packed)}, "
+            f"got {new}; leave it out, or quantise the 16-bit model"
         )
     if "compute_dtype" in asked.given:
         config.compute_dtype = asked.compute_dtype
@@ -64,7 +65,7 @@ def merged(of_checkpoint: Any, asked: NF4Config) -> NF4Config:
 
 
 def install() -> None:
-    """Let transformers ask `merged` where an NF4Config is given; a second call does nothing."""
+    """Make transformers call `merged` where an NF4Config is given. A second call does nothing."""
     original: Any = AutoHfQuantizer.merge_quantization_configs
     if getattr(original, "installed_by_nf4lora", False):
         return

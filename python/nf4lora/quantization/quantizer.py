@@ -1,7 +1,7 @@
 """The transformers quantizer behind NF4Config: packs each weight as it is read, and reads packed checkpoints.
 
-transformers catches what a conversion raises, goes on, and points to a report that may have been silenced; so the first
-failure, of whatever kind, is kept, the rest of the work skipped, and `_process_model_after_weight_loading` raises it.
+transformers catches an error in a conversion, goes on loading, and refers to a report that may be silenced. So this
+quantizer keeps the first error, skips all further work, and raises the error in `_process_model_after_weight_loading`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def layers_to_pack(
         skipped: reason by name of the layer or weight
     """
     modules = dict(model.named_modules())
-    # The rule names the last parameter, which may be a bias; meant is its layer.
+    # transformers' rule may return the name of a layer's last parameter, such as its bias, in place of the layer's.
     rule = HfQuantizer.get_modules_to_not_convert(model)
     by_rule = [name if name in modules else name.rpartition(".")[0] for name in rule]
     heads, readers = task_heads(model), read_weights(model)
@@ -98,33 +98,33 @@ def layers_to_pack(
 
 
 def keep_in_16_bits(config: NF4Config, names: list[str]) -> None:
-    """Have the configuration that is saved with a model say that these layers are not packed."""
+    """Add these layers to modules_to_not_convert, so that the configuration saved with a model names them."""
     if more := [name for name in names if name not in (config.modules_to_not_convert or [])]:
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *more]
 
 
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):
-    """What transformers asks while it loads, saves and trains a model with NF4Config.
+    """The methods that transformers calls while it loads, saves and trains a model with NF4Config.
 
-    `model.nf4lora_skipped` says by name which layers stayed in 16 bits, and why.
+    `model.nf4lora_skipped` holds the reason by name of the layers that stayed in 16 bits.
     """
 
     requires_calibration = False
     quantization_config: NF4Config
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # loading writes into it, and it is the caller's
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # a copy: loading changes it
         onednn.bound_caches()
         self.failure: Exception | None = None
         self.shapes: dict[str, torch.Size] = {}
         self.new: set[str] = set()  # parameters that the checkpoint cannot hold
-        self.freed = 0  # bytes of 16-bit weights that are packed, since memory was last returned
+        self.freed = 0  # bytes of 16-bit weights that were packed since memory was last returned
 
     # ---- before loading ----
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse what no layer can be packed from."""
+        """Refuse a dtype from which layers cannot be packed."""
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"NF4Config: dtype must be float32, bfloat16 or float16, got {dtype}")
         return dtype
@@ -136,12 +136,12 @@ class NF4Quantizer(HfQuantizer):
         return device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is a tensor of a packed layer; transformers then leaves its shape to us to check."""
+        """Whether this is a tensor of a packed layer; transformers then does not check its shape."""
         module, key = get_module_from_name(model, param_name)
         return isinstance(module, NF4Linear) and key != "bias"
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """One byte for what will hold two codes, although it is a float until it is packed."""
+        """Bytes of an element. A weight to pack is [N, K/2] in a float dtype until then, and takes one byte after."""
         return 1 if self.param_needs_quantization(model, param_name) and param.is_floating_point() else param.itemsize
 
     def _process_model_before_weight_loading(
@@ -150,7 +150,7 @@ class NF4Quantizer(HfQuantizer):
         check_files(checkpoint_files or [], packed_file=self.pre_quantized)
         config = self.quantization_config
         if not self.pre_quantized:
-            config.layout = "native"  # a layout is read, never made
+            config.layout = "native"  # other layouts are only read, never written
         native = self.pre_quantized and config.layout == "native"
         self.new = set() if self.pre_quantized else not_in_checkpoint(model)
         packed, model.nf4lora_skipped = layers_to_pack(model, config, self.new)
@@ -190,13 +190,13 @@ class NF4Quantizer(HfQuantizer):
         return PackWeight(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """Collects the tensors of a layer in a foreign layout; native keys are the parameters' own."""
+        """Collects the tensors of a layer in bitsandbytes' layout; in the native one the keys are parameter names."""
         if not self.pre_quantized or self.quantization_config.layout == "native":
             return []
         return [WeightConverter(bitsandbytes_format.SERIALIZED, "weight", [ReadBitsandbytes(self)])]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None where a cast would round a scale: ReadBitsandbytes casts what it does not unpack."""
+        """None where a cast would round a scale; ReadBitsandbytes itself casts the tensors that are not packed."""
         if self.quantization_config.layout != "native":
             return None
         return super().get_new_dtype(converter, param, dtype)
@@ -216,42 +216,42 @@ class NF4Quantizer(HfQuantizer):
                 codes: Any = parameters_of(layer)["weight"]
                 codes.data = in_huge_pages(codes.data)
         if new := [name for name in model.nf4lora_skipped if f"{name}.weight" in self.new]:
-            keep_in_16_bits(self.quantization_config, new)  # as a checkpoint of this model will have them
+            keep_in_16_bits(self.quantization_config, new)  # a checkpoint of this model will hold them in 16 bits
         if self.quantization_config.layout == "bitsandbytes":
             self.quantization_config.layout = "native"  # what save_pretrained writes
             straddling = [name for name, why in model.nf4lora_skipped.items() if why == bitsandbytes_format.STRADDLES]
             keep_in_16_bits(self.quantization_config, straddling)
         self.keep_names(model)
         self.return_memory()
-        # So that plain PEFT puts its layers over ours by itself; not earlier, `import nf4lora` must not import PEFT.
+        # From now on PEFT puts the right layers over an NF4Linear. Not earlier: `import nf4lora` must not import PEFT.
         from nf4lora.adapters import lora_layer
 
         lora_layer.install()
-        chunk_loss(model)  # for whatever puts an adapter on it and freezes its head
+        chunk_loss(model)  # takes effect once an adapter has been added and the head is frozen
         return model
 
     def return_memory(self, above: int = 0) -> None:
-        """Give the system what 16-bit copies left behind, once it is more than `above` bytes.
+        """Return freed memory of 16-bit copies to the system, once it is more than `above` bytes.
 
-        Where the file is not in the dtype asked for, each weight has a copy; glibc keeps the freed ones for itself,
-        which came to nearly the size of the model (430 MB on 470 MB).
+        If the file is not in the requested dtype, each weight is copied. glibc keeps the freed copies for itself, which
+        came to nearly the size of the model (430 MB for a model of 470 MB).
         """
         if self.freed > above:
             self.freed = 0
             heap.trim()
 
     def keep_names(self, model: Any) -> None:
-        """Save under the parameters' own names: transformers' way back to the 16-bit file knows no packed tensors."""
+        """Save parameters under their own names: transformers' mapping to the 16-bit file has no packed tensors."""
         save_under_own_names(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """What save_pretrained writes: with PEFT's layers in the model, the base under its own names."""
+        """What save_pretrained writes. If the model has PEFT's layers, that is the base under its own names."""
         if carries_adapter(model):
             return None, {}  # transformers then writes the adapter alone
         return base_state_dict(model), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Every NF4Linear becomes an nn.Linear again, one at a time; works under a PEFT wrapper too."""
+        """Replace every NF4Linear by an nn.Linear, one at a time; also inside a PEFT wrapper."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
         replace_layers(model, names, lambda _, packed: _dequantized(packed, dtype))
@@ -264,7 +264,7 @@ class NF4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: adapters train on it; the packed weights stay frozen."""
+        """True: adapters over the packed layers can be trained; the packed weights stay frozen."""
         return True
 
     @property
@@ -273,7 +273,7 @@ class NF4Quantizer(HfQuantizer):
 
 
 def mostly_16_bits(model: Any, packed: Iterable[str], skipped: Mapping[str, str]) -> str:
-    """What to warn of where most of a model is not packed, embeddings and output head left aside; else nothing."""
+    """A warning, if most of a model is not packed, embeddings and output head not counted; else ""."""
     aside = {id(getattr(layer, "weight", None)) for layer in token_layers(model)}
     sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) not in aside}
     in_4_bits = sum(model.get_submodule(name).weight.numel() for name in packed)
@@ -300,13 +300,13 @@ def _dequantized(packed: NF4Linear, dtype: torch.dtype) -> nn.Linear:
 
 
 class _LoadOperation(ConversionOps):
-    """A conversion whose failure reaches the user; see the head of this file."""
+    """A conversion whose error reaches the user: see the top of this file."""
 
     def __init__(self, quantizer: NF4Quantizer) -> None:
         self.quantizer = quantizer
 
     def __deepcopy__(self, memo: Any) -> _LoadOperation:
-        return self  # transformers copies an operation for each layer, and all of them report to one quantizer
+        return self  # transformers copies an operation for each layer, but all must use the same quantizer
 
     def convert(  # type: ignore[override]
         self,
@@ -319,10 +319,10 @@ class _LoadOperation(ConversionOps):
         try:
             if self.quantizer.failure is None:
                 return self.load(input_dict, full_layer_name, model)
-        except Exception as error:  # out of memory, too; KeyboardInterrupt goes through by itself
+        except Exception as error:  # also out of memory; KeyboardInterrupt is not caught
             self.quantizer.failure = error
         if missing_keys is not None:
-            missing_keys.clear()  # the model is thrown away: nothing is to be drawn at random, no report to be printed
+            missing_keys.clear()  # the model is useless now: nothing must be initialised or reported
         return {}
 
     @abstractmethod
@@ -336,7 +336,7 @@ class PackWeight(_LoadOperation):
     def load(self, tensors: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
         result: dict[str, Any] = {}
         while tensors:
-            name, weight = tensors.popitem()  # the last reference but ours, so that each is freed once it is packed
+            name, weight = tensors.popitem()  # the only other reference: the weight is freed once it is packed
             weight = weight[0] if isinstance(weight, list) else weight
             layer, key = get_module_from_name(model, name)
             if not isinstance(layer, NF4Linear) or key != "weight":

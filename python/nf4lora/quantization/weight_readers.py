@@ -1,9 +1,9 @@
-"""Which linear layers are more than called: layers whose weight is read by the code of the modules around them.
+"""Finds linear layers whose weight is read by the code of other modules, and which therefore must not be packed.
 
-Packed codes stand for a weight only where the layer is called. A module whose forward multiplies by `self.proj.weight`
-itself (Mamba), or casts its input to `self.proj.weight.dtype` (LongT5), computes nonsense with them, so such layers are
-found before a model is packed. What is searched is the source of a module's forward, and of the methods and functions
-that it hands itself or its children to.
+Packed codes work only where the layer itself is called. A module whose forward multiplies by `self.proj.weight`
+(Mamba), or casts its input to `self.proj.weight.dtype` (LongT5), would compute nonsense with them, so such layers are
+found before a model is packed. The search reads the source of each module's forward, and of the methods and functions
+to which the forward passes the module or its children.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import nn
 
 from nf4lora.compat.torch import children_of
 
-Chain = tuple[str, ...]  # the way from a module to one of its descendants; "*" stands for any child
+Chain = tuple[str, ...]  # the path from a module to one of its descendants; "*" stands for any child
 
 EACH = "*"
-DEPTH = 4  # calls that are followed, from a forward on
-BASES = ("torch.nn.modules.module", "transformers.modeling_utils")  # what every module has: nothing of its own
-HARMLESS = {"device", "requires_grad", "grad", "is_cuda", "is_meta"}  # of a weight: the same for codes
+DEPTH = 4  # how many nested calls are followed from a forward
+BASES = ("torch.nn.modules.module", "transformers.modeling_utils")  # methods that every module has are not searched
+HARMLESS = {"device", "requires_grad", "grad", "is_cuda", "is_meta"}  # attributes that are the same for packed codes
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads a layer's weight, and whether the numbers in it or only their dtype."""
+    """The class that reads a layer's weight, and whether it reads the numbers or only their dtype."""
 
-    module: str  # its class
+    module: str  # name of the class
     numbers: bool
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Reader:
 
 
 def read_weights(model: nn.Module) -> dict[int, Reader]:
-    """Linear layers whose weight is read otherwise than by calling the layer: the reader, by id of the layer.
+    """The linear layers whose weight is read other than by calling the layer: the reader, by id of the layer.
 
     >>> class Tied(nn.Module):
     ...     def __init__(self):
@@ -54,20 +54,20 @@ def read_weights(model: nn.Module) -> dict[int, Reader]:
     >>> str(read_weights(model)[id(model.down)])                               # doctest: +SKIP
     'Tied reads its weight'
     """
-    found: dict[int, Reader] = {}
+    readers: dict[int, Reader] = {}
     for module in model.modules():
         if "base_layer" in children_of(module):  # PEFT's
             continue
         for chain, numbers in chains_read(cast("Hashable", type(module))).items():
             for layer in _descendants(module, chain):
-                if isinstance(layer, nn.Linear) and (numbers or id(layer) not in found):
-                    found[id(layer)] = Reader(type(module).__name__, numbers)
-    return found
+                if isinstance(layer, nn.Linear) and (numbers or id(layer) not in readers):
+                    readers[id(layer)] = Reader(type(module).__name__, numbers)
+    return readers
 
 
 def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
     if not chain:
-        while "base_layer" in children_of(module):  # PEFT's layer shows its base's weight as its own
+        while "base_layer" in children_of(module):  # PEFT's layer has its base's weight as an attribute
             module = module.get_submodule("base_layer")
         yield module
     elif chain[0] == EACH:
@@ -80,26 +80,26 @@ def _descendants(module: nn.Module, chain: Chain) -> Iterator[nn.Module]:
 @functools.cache
 def chains_read(cls: Any) -> dict[Chain, bool]:
     """The descendants whose `weight` the forward of a class reads, and whether it reads more than the dtype."""
-    found: dict[Chain, bool] = {}
+    reads: dict[Chain, bool] = {}
     for base in cls.__mro__:  # a forward may call that of its base class
         forward = base.__dict__.get("forward")
         if isinstance(forward, types.FunctionType) and base.__module__ not in BASES:
-            _Search(cls, found, set()).function(forward, {"self": frozenset({()})}, DEPTH)
-    found.pop((), None)  # a module's own weight is its own affair
-    return found
+            _Search(cls, reads, set()).function(forward, {"self": frozenset({()})}, DEPTH)
+    reads.pop((), None)  # a module may read its own weight
+    return reads
 
 
 class _Search(ast.NodeVisitor):
-    """Follows one function, in which some names are known to hold the module or its descendants."""
+    """Searches one function, in which some names are known to hold the module or its descendants."""
 
-    def __init__(self, cls: type, found: dict[Chain, bool], visited: set[Any]) -> None:
-        self.cls, self.found, self.visited = cls, found, visited
+    def __init__(self, cls: type, reads: dict[Chain, bool], visited: set[Any]) -> None:
+        self.cls, self.reads, self.visited = cls, reads, visited
         self.names: dict[str, frozenset[Chain]] = {}
         self.globals: dict[str, Any] = {}
         self.depth = 0
 
     def function(self, function: types.FunctionType, arguments: dict[str, frozenset[Chain]], depth: int) -> None:
-        """Search a function whose arguments of these names are descendants of the module."""
+        """Search a function that gets descendants of the module as the arguments of these names."""
         function = inspect.unwrap(function)
         key = (function.__code__, tuple(sorted(arguments.items())))
         body = _source(function)
@@ -109,10 +109,10 @@ class _Search(ast.NodeVisitor):
         self.names, self.globals, self.depth = dict(arguments), function.__globals__, depth
         self.visit(body)
 
-    # ---- which names hold what ----
+    # ---- which names hold which modules ----
 
     def chains(self, node: ast.AST | None) -> frozenset[Chain]:
-        """The descendants that an expression may be."""
+        """The descendants that may be the value of an expression."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, frozenset())
         if isinstance(node, ast.Attribute):
@@ -133,7 +133,7 @@ class _Search(ast.NodeVisitor):
             self.names[target.id] = self.names.get(target.id, frozenset()) | chains
 
     def bind_elements(self, target: ast.AST, container: ast.AST) -> None:
-        """For `for target in container`, with enumerate, zip, reversed, .items() and .values()."""
+        """Bind the target of `for target in container`; knows enumerate, zip, reversed, .items() and .values()."""
         if isinstance(container, ast.Call):
             called = container.func
             if isinstance(called, ast.Name) and called.id in ("enumerate", "zip", "reversed", "list", "tuple"):
@@ -174,19 +174,19 @@ class _Search(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _visit_comprehension_expression(self, node: Any) -> None:
-        for generator in node.generators:  # before the element, which stands first in the tree
+        for generator in node.generators:  # before the element, which comes first in the tree
             self.visit(generator)
         self.generic_visit(node)
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _visit_comprehension_expression
 
-    # ---- what is read, and where the search goes on ----
+    # ---- what is read, and which calls are followed ----
 
     def visit_If(self, node: ast.If) -> None:
         words = {getattr(part, "attr", getattr(part, "id", None)) for part in ast.walk(node.test)}
-        if "pretraining_tp" in words:  # slices of weights, for a kind of model that is no longer made
+        if "pretraining_tp" in words:  # code that slices weights, for models that are no longer made
             self._visit_all(node.orelse)
-        elif "uint8" in words:  # it asks whether the weight is packed before it uses its dtype
+        elif "uint8" in words:  # code that tests whether the weight is packed before using its dtype
             self._visit_all(node.orelse)
         else:
             self.generic_visit(node)
@@ -198,18 +198,18 @@ class _Search(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if isinstance(weight := node.value, ast.Attribute) and weight.attr == "weight":
             if node.attr == "dtype":
-                self.found |= {chain: False for chain in self.chains(weight.value) if chain not in self.found}
+                self.reads |= {chain: False for chain in self.chains(weight.value) if chain not in self.reads}
             if node.attr == "dtype" or node.attr in HARMLESS:
                 self.visit(weight.value)
                 return
         owners = self.chains(node.value)
         if node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            self.found |= dict.fromkeys(owners, True)
+            self.reads |= dict.fromkeys(owners, True)
         if () in owners:
-            own = inspect.getattr_static(self.cls, node.attr, None)
-            getter = own.fget if isinstance(own, property) else own
+            attribute = inspect.getattr_static(self.cls, node.attr, None)
+            getter = attribute.fget if isinstance(attribute, property) else attribute
             if isinstance(getter, types.FunctionType) and getter.__module__ not in BASES:
-                self.follow(getter, {"self": frozenset({()})})  # called here or handed on: searched in any case
+                self.follow(getter, {"self": frozenset({()})})  # searched whether it is called here or passed on
         self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
@@ -241,13 +241,13 @@ class _Search(ast.NodeVisitor):
             self.follow(callee, arguments)
 
     def follow(self, function: types.FunctionType, arguments: dict[str, frozenset[Chain]]) -> None:
-        _Search(self.cls, self.found, self.visited).function(function, arguments, self.depth - 1)
+        _Search(self.cls, self.reads, self.visited).function(function, arguments, self.depth - 1)
 
 
 def _source(function: types.FunctionType) -> ast.AST | None:
     """The parsed source of a function; None where there is none (a compiled module, a deleted file).
 
-    inspect.getsource is not used: it asks every loaded module for its file, which imports transformers' lazy ones.
+    inspect.getsource is not used: it reads __file__ of every loaded module, which imports transformers' lazy modules.
     """
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
