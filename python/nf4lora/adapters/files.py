@@ -103,9 +103,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     parameters = other_parameters(model)
     tensors |= {ROOT + key: parameters[key] for key in _only_here(base, parameters, {*map(base_name, tensors)})}
     in_file = {id(parameters[key]) for key in parameters.keys() & {*map(base_name, tensors)}}
-    with_base = sorted(
-        key for key, parameter in parameters.items() if id(parameter) in in_file
-    )  # tied ones under each name
+    # Tied parameters are listed under each of their names.
+    with_base = sorted(key for key, parameter in parameters.items() if id(parameter) in in_file)
     record = {
         "format_version": FORMAT_VERSION,
         "blocksize": max(layer.blocksize for layer in layers),  # layers too narrow for it have a smaller one

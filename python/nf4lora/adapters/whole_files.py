@@ -23,9 +23,8 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Path(
-        tempfile.mkdtemp(prefix=".writing-", dir=folder)
-    )  # inside the folder, since os.replace cannot move to another disk
+    # Inside the folder itself, because os.replace cannot move a file to another disk.
+    stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
         mode = mode_of_a_new_file(stage)
         yield stage

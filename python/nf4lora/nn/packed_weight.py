@@ -34,15 +34,8 @@ ARITHMETIC = {
     "matmul",
     "linear",
 }
-CREATES = (
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_",
-)  # these read no code
+# Functions that read no code.
+CREATES = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 COPIES = {"clone", "contiguous", "to", "cpu", "cuda"}  # a copy of codes is guarded too: merging begins with one
 
 
