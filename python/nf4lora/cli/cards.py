@@ -1,4 +1,4 @@
-"""The card that a process of the command line uses: the others are hidden from it."""
+"""Chooses the card of a command-line process, and hides the other cards from it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def choose_card(wanted: str) -> Device:
-    """The device that an option means, as the only one that this process sees, or, where CUDA has started already, as
+    """The device that an option names. It becomes the only card that this process sees or, if CUDA has started already,
     the current one. Call this before anything starts CUDA.
 
-    A library that asks for card 0 by itself would otherwise take half a gigabyte on a card that others use.
+    If the other cards were visible, a library that uses card 0 would take half a gigabyte on a card that others use.
 
     Raises:
-        UsageError: CUDA was asked for and cannot be had.
+        UsageError: the option asks for CUDA, which is not available.
     """
     import torch
 
     visible, index = os.environ.get(VISIBLE), int(wanted.partition(":")[2] or 0)
     if wanted != "cpu" and not torch.cuda.is_initialized():
-        # The driver reads this once, when it is first asked for anything: before we know how many cards there are.
+        # The driver reads this variable once, at its first call, which is before we know how many cards there are.
         names = [str(index)] if visible is None else [name for name in visible.split(",") if name][index : index + 1]
         os.environ[VISIBLE] = ",".join(names)
         missing = why_no_cuda()
@@ -33,7 +33,7 @@ def choose_card(wanted: str) -> Device:
         if index and missing == NO_DEVICE:
             cards = "those of this machine" if visible is None else visible
             raise UsageError(f"device {wanted}: there is no such card among {cards}")
-    device = choose_device(wanted)  # the driver had been asked before, so that the variable hides nothing any more
+    device = choose_device(wanted)  # the driver was called before, so the variable has no effect
     if device.kind == "cuda":
         torch.cuda.set_device(device.index)
     return device

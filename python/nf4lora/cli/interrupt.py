@@ -21,9 +21,9 @@ class Interrupt(StopRequest):
     """A context in which a signal sets `requested` instead of killing the run.
 
     SIGHUP (the terminal was closed, the connection was lost) may come several times for one event, so it never counts
-    as the second request; nor does what comes within a second of the first, because `timeout` and others signal a
-    process and then its whole group. A signal that was ignored when the program started stays ignored: that is how
-    `nohup` asks a program to go on without its terminal.
+    as the second request. A signal within a second of the first does not count either, because `timeout` and others
+    signal a process and then its whole group. A signal that was ignored when the program started stays ignored: `nohup`
+    ignores SIGHUP so that a program continues without its terminal.
 
     >>> with Interrupt() as interrupt:
     ...     interrupt.requested
@@ -60,8 +60,8 @@ class Interrupt(StopRequest):
 
 
 def _tell(text: bytes) -> None:
-    """Write to stderr from a signal handler: not by print, which the signal may have come in the middle of, and only
-    if somebody reads."""
+    """Write to stderr from a signal handler, if the write would not block. The signal may have interrupted a print, so
+    this does not use print."""
     with contextlib.suppress(OSError, ValueError):
         if select.select([], [2], [], 0)[1]:
             os.write(2, text)

@@ -1,8 +1,8 @@
-"""stdout and stderr while a run goes on: whatever happens to their reader, training continues.
+"""stdout and stderr during a run: if nobody can read them any more, training continues.
 
 `nf4lora train ... | head` closes the pipe after ten lines, a terminal window is closed, a log file fills its disk, a
-reader stops reading. An ordinary print raises an error or waits for ever in these cases, ours and those of the
-libraries alike. It also raises UnicodeEncodeError where the encoding of the terminal lacks a character of the data.
+reader stops reading. In these cases an ordinary print, by nf4lora or by a library, raises an error or waits forever. A
+print also raises UnicodeEncodeError if the terminal's encoding does not have a character of the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stream:
 
     def __init__(self, inner: Any, hurry: Callable[[], bool]) -> None:
         self.inner, self.hurry = inner, hurry
-        self.gone = False  # whether the reader is, for good
+        self.gone = False  # whether the reader has gone for good
         self.encoding = getattr(inner, "encoding", None) or "utf-8"
         try:
             self.descriptor = inner.fileno()
@@ -69,7 +69,7 @@ class Stream:
 
 @contextlib.contextmanager
 def enduring_output(hurry: Callable[[], bool]) -> Iterator[None]:
-    """Put such streams in place of sys.stdout and sys.stderr."""
+    """Replace sys.stdout and sys.stderr by streams of this kind inside the block."""
     before = sys.stdout, sys.stderr
     for stream in before:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # None where the descriptor was closed
@@ -86,8 +86,8 @@ def enduring_output(hurry: Callable[[], bool]) -> Iterator[None]:
 
 
 def _discard_what_nobody_reads(stream: Stream) -> None:
-    """Where the reader is gone, lead what is printed later into nothing: Python's last flush would fail, and exit with
-    an error message and code 120."""
+    """If the reader has gone, redirect later output to /dev/null: Python's flush at exit would otherwise fail, with an
+    error message and exit code 120."""
     try:
         stream.inner.flush()
     except (OSError, ValueError, AttributeError):

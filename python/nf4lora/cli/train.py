@@ -1,7 +1,7 @@
-"""`nf4lora train`: a run that has a process of its own, and what only such a process may do.
+"""`nf4lora train`: a run in a process of its own, with the changes that only such a process may make.
 
-It takes Ctrl-C and its relatives for requests to stop, goes on whatever happens to its output, hides the cards that it
-does not use, and silences the libraries. `nf4lora.train.run.train` does nothing of this where others call it.
+The command takes Ctrl-C, SIGTERM and SIGHUP as requests to stop, continues if its output cannot be written, hides the
+cards that it does not use, and silences the libraries. `nf4lora.train.run.train` itself does none of this.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _fail(text: str, code: int) -> int:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> int:
-    """One run as all that this process is for; returns the exit code.
+    """Run a training that has this process for itself; returns the exit code.
 
     Raises:
         UsageError, RunError: with the text to print.
@@ -80,8 +80,8 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
 
 
 def quiet() -> None:
-    """Silence the libraries' own bars and advice; what a user needs to know, we say."""
-    # PEFT imports bitsandbytes, which misses a package that is not needed here, and says so.
+    """Silence the libraries' progress bars and advice: nf4lora prints what a user needs to know."""
+    # PEFT imports bitsandbytes, which warns of an absent package that is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import huggingface_hub.constants

@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 
 def recomputation(wanted: bool) -> dict[str, Any]:
-    """Whether activations are computed again in the backward pass, as options of SFTConfig under this release's names:
-    transformers 5.24 warns of those that all earlier ones have."""
+    """The options of SFTConfig for computing activations again in the backward pass, by their names in this release:
+    transformers 5.24 warns of the former names, which are the only ones in earlier releases."""
     names = {field.name for field in fields(SFTConfig)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
