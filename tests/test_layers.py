@@ -146,6 +146,16 @@ def test_loops_know_no_torch():
         assert all(n in allowed or (CSRC / "cpu/isa" / n).exists() for n in names), f"{path.name}: {names}"
 
 
+def test_only_the_files_of_instruction_sets_know_one():
+    build = (ROOT / "CMakeLists.txt").read_text()
+    sets = re.findall(r'^    "(\w+) ', build.split("set(instruction_sets")[1].split(")")[0], re.MULTILINE)
+    assert "scalar" in sets
+    # Tiles are AMX's own; flushing subnormals is a mode of the processor.
+    own = {path for name in sets for path in (CSRC / "cpu/isa").glob(f"{name}*.h")} | {CSRC / "cpu/isa/denormals.h"}
+    for path in set((CSRC / "cpu").rglob("*.*")) - own:
+        assert not re.search(r"__(AVX|SSE|ARM|aarch64)|\b_mm\d*_|immintrin|arm_neon", path.read_text()), path.name
+
+
 def test_cpu_and_cuda_never_include_each_other():
     for path in (CSRC / "cpu").rglob("*.*"):
         assert not any("cuda" in name for name in includes(path)), path.name

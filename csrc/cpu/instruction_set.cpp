@@ -11,6 +11,12 @@
 #include <stdexcept>
 
 namespace nf4lora {
+
+// CMake writes a line for each set of this machine, the best last: NF4LORA_SET(its name, whether the processor has it).
+#define NF4LORA_SET(name, available) const Loops& loops_##name();
+#include "instruction_sets.inc"
+#undef NF4LORA_SET
+
 namespace {
 
 struct Candidate {
@@ -47,23 +53,16 @@ const Loops& loops_amx() {
 std::vector<Candidate> candidates() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  // VBMI is in all processors with BF16 but the first, Cooper Lake.
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-  return {
-      {loops_scalar, true},
-      {loops_avx2, avx2},
-      {loops_avx512, avx512},
-      {loops_avx512bf16, bf16},
-#if defined(NF4LORA_AMX)
-      {loops_amx, bf16 && amx_is_permitted()},
 #endif
+  std::vector<Candidate> sets = {
+#define NF4LORA_SET(name, available) {loops_##name, available},
+#include "instruction_sets.inc"
+#undef NF4LORA_SET
   };
-#else
-  return {{loops_scalar, true}};
+#if defined(NF4LORA_AMX)
+  sets.push_back({loops_amx, sets.back().available && amx_is_permitted()});
 #endif
+  return sets;
 }
 
 const Loops& find(const std::string& name, const char* who) {

@@ -1,7 +1,7 @@
 // Products through the table of csrc/cpu/isa/amx.h, over emulated instructions, walked as csrc/cpu/product.h walks them.
 #include "tiles.h"
 
-#define NF4LORA_ISA emulated
+#define NF4LORA_ISA scalar
 #include "cpu/isa/amx.h"
 
 #include <algorithm>
@@ -11,11 +11,16 @@ using namespace nf4lora;
 
 namespace {
 
+// Of a panel's elements as far as they do not come from a packed weight.
 struct Pair {
-  using Tag = emulated::Bf16;
+  using Tag = scalar::Bf16;
   static constexpr int kStep = 2;
+  template <class... Any>
+  static void decode_rows(Any...) {}
+  template <class... Any>
+  static void decode_pair(Any...) {}
 };
-const Gemm& gemm = emulated::kTiles<Pair>;
+const Gemm& gemm = scalar::kTiles<Pair>;
 
 // Memory in which nothing is a number.
 template <class T>

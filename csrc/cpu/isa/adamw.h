@@ -4,9 +4,10 @@
 #include "../../adamw.h"
 #include "absmax.h"
 #include "dtype.h"
-#include "moment.h"
 
 namespace nf4lora::NF4LORA_ISA {
+
+inline constexpr int kMomentVectors = kMomentGroup / kLanes;
 
 // The numbers of a step in every lane.
 struct Step {
@@ -111,6 +112,24 @@ static int64_t adamw_values(const Step& step, typename T::Element* param, const 
   std::memcpy(exp_avg_sq + whole, second, values * sizeof *second);
   return skipped;
 }
+
+// |value| / absmax, correctly rounded: by the inverse and what its product leaves (Markstein), where absmax allows it.
+struct Quotient {
+  Float absmax, inverse;
+  bool divides;  // a subnormal inverse, an infinite one, or the mantissa for which the method is off by one
+
+  NF4LORA_INLINE Quotient of(float absmax) {
+    const uint32_t bits = bits_of(absmax);
+    const bool divides = absmax < 0x1p-100f || absmax > 0x1p100f || (bits & 0x7FFFFF) == 0x7FFFFF;
+    return {broadcast(absmax), broadcast(1.0f / absmax), divides};
+  }
+  __attribute__((always_inline)) Float operator()(Float value) const {
+    const Float size = magnitude(value);
+    if (__builtin_expect(divides, 0)) return divide(size, absmax);
+    const Float q = multiply(size, inverse);
+    return fused(fused(multiply(q, broadcast(-1.0f)), absmax, size), inverse, q);
+  }
+};
 
 // The moments of a block as codes, by their largest magnitude.
 template <void (*kEncode)(uint8_t*, const Float*, const Float*)>

@@ -3,6 +3,6 @@
 
 namespace nf4lora {
 
-const Gemm& gemm_amx() { return NF4LORA_ISA::kTiles<NF4LORA_ISA::DotProduct>; }
+const Gemm& gemm_amx() { return NF4LORA_ISA::kTiles<NF4LORA_ISA::PairProduct>; }
 
 }  // namespace nf4lora

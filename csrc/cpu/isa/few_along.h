@@ -13,39 +13,6 @@ inline constexpr int kTogether = 16;  // rows of W whose sums are added up side 
 inline constexpr int64_t kMostColumns = 8192;  // whose scales are decoded at a time
 inline constexpr int kMostAlong = 8;           // rows of x that are multiplied with k along the lanes
 
-// out[i] = the sum of the lanes of v[i * stride], for i < count.
-NF4LORA_INLINE void sum_lanes(const Float* v, int64_t stride, int count, float* out) {
-#if defined(__AVX512F__)
-  int i = 0;
-  for (; i + 4 <= count; i += 4, v += 4 * stride) {
-    const __m512 v0 = v[0], v1 = v[stride], v2 = v[2 * stride], v3 = v[3 * stride];
-    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x44), _mm512_shuffle_f32x4(v0, v1, 0xEE));
-    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(v2, v3, 0x44), _mm512_shuffle_f32x4(v2, v3, 0xEE));
-    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1));
-    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
-    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-    _mm_storeu_ps(out + i, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sum)));
-  }
-  for (; i < count; ++i, v += stride) {
-    __m512 sum = _mm512_add_ps(*v, _mm512_shuffle_f32x4(*v, *v, 0x4E));
-    sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xB1));
-    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1));
-    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
-    out[i] = _mm512_cvtss_f32(sum);
-  }
-#else
-  for (int i = 0; i < count; ++i, v += stride) {
-    float lanes[kLanes];
-    store(lanes, *v);
-    for (int width = kLanes / 2; width; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    out[i] = lanes[0];
-  }
-#endif
-}
-
 // sums[m] = S times row n of B, for m < M.
 template <class T>
 NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, int M, Float* sums) {
@@ -66,9 +33,8 @@ NF4LORA_INLINE void begin_sums(const LowRank& low, int64_t n, int M, Float* sums
 
 // Sums of a row of x, so that additions that follow each other do not wait for each other.
 constexpr int sums_for(int M) {
-  const int most = kLanes == 16 ? 16 : 8;
   int sums = 1;
-  while (2 * sums * M <= most && sums < 8) sums *= 2;
+  while (2 * sums * M <= kRegisters / 2 && sums < 8) sums *= 2;
   return sums;
 }
 

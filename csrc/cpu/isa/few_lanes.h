@@ -7,30 +7,20 @@
 
 namespace nf4lora::NF4LORA_ISA {
 
-inline constexpr int kAcross = kMostFewRows / kLanes;                   // vectors of rows of x
-inline constexpr int kTile = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 2;   // rows of W whose sums registers hold
-inline constexpr int kTiles = kLanes == 16 ? 2 : kLanes == 8 ? 5 : 16;  // that use a span of x while it is near
-inline constexpr int kSpanChunks = 2;                                   // of x and W at a time
+inline constexpr int kAcross = kMostFewRows / kLanes;  // vectors of rows of x
+inline constexpr int kSpanChunks = 2;                  // of x and W at a time
 inline constexpr int kSpanSteps = kSpanChunks * kSteps;
 
 // out[step][row] = in[row][step]: a chunk of x into the lanes.
 static void put_in_lanes(const uint32_t (&in)[kMostFewRows][kSteps], uint32_t* out) {
-#if defined(__AVX2__)
-  for (int step = 0; step < kSteps; step += 8) {
+  for (int step = 0; step < kSteps; step += kTransposed) {
     for (int row = 0; row < kMostFewRows; row += 8) {
-      __m256i v[8];
-      for (int i = 0; i < 8; ++i) v[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in[row + i] + step));
-      transpose8(v);
-      for (int i = 0; i < 8; ++i) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (step + i) * kMostFewRows + row), v[i]);
-      }
+      const uint8_t* rows[8];
+      NF4LORA_UNROLL
+      for (int i = 0; i < 8; ++i) rows[i] = reinterpret_cast<const uint8_t*>(in[row + i]);
+      transpose_words(rows, 8, step, out + row, kMostFewRows);
     }
   }
-#else
-  for (int step = 0; step < kSteps; ++step) {
-    for (int row = 0; row < kMostFewRows; ++row) out[step * kMostFewRows + row] = in[row][step];
-  }
-#endif
 }
 
 // sums = S times row n of B.
@@ -84,9 +74,9 @@ static __attribute__((noinline)) void decode_span(const uint8_t* bytes, const fl
 // sums[row of W][row of x] += a tile of W times x.
 template <class Math>
 static __attribute__((noinline)) void multiply_tile(const uint32_t* W, const uint8_t* x, int64_t steps, float* sums) {
-  Float sum[kTile][kAcross];
+  Float sum[kFewTileRows][kAcross];
   NF4LORA_UNROLL
-  for (int r = 0; r < kTile; ++r) {
+  for (int r = 0; r < kFewTileRows; ++r) {
     NF4LORA_UNROLL
     for (int v = 0; v < kAcross; ++v) sum[r][v] = load(sums + r * kMostFewRows + v * kLanes);
   }
@@ -96,13 +86,13 @@ static __attribute__((noinline)) void multiply_tile(const uint32_t* W, const uin
     NF4LORA_UNROLL
     for (int v = 0; v < kAcross; ++v) column[v] = load(of_x + v * kLanes);
     NF4LORA_UNROLL
-    for (int r = 0; r < kTile; ++r) {
+    for (int r = 0; r < kFewTileRows; ++r) {
       NF4LORA_UNROLL
       for (int v = 0; v < kAcross; ++v) sum[r][v] = Math::multiply_add(sum[r][v], W[r * kSpanSteps + s], column[v]);
     }
   }
   NF4LORA_UNROLL
-  for (int r = 0; r < kTile; ++r) {
+  for (int r = 0; r < kFewTileRows; ++r) {
     NF4LORA_UNROLL
     for (int v = 0; v < kAcross; ++v) store(sums + r * kMostFewRows + v * kLanes, sum[r][v]);
   }
@@ -112,18 +102,18 @@ template <class Math>
 static void multiply_lanes(const Packed& W, int64_t begin, int64_t end, const uint8_t* x, int rows, const LowRank& low,
                            const float* bias, void* y, int64_t stride) {
   using T = typename Math::Tag;
-  constexpr int kGroup = kTile * kTiles;
+  constexpr int kGroup = kFewTileRows * kFewTiles;
   constexpr int64_t kColumns = Math::kColumns, kSpan = kSpanChunks * kColumns;
   constexpr int64_t kStepBytes = kMostFewRows * 4;
   const int64_t unit = smaller(W.blocksize, 64);
   float room[kGroup * kMostColumns / kMinBlocksize];
   const float* scales[kGroup];
-  alignas(64) uint32_t tile[kTile * kSpanSteps];
+  alignas(64) uint32_t tile[kFewTileRows * kSpanSteps];
   alignas(64) float sums[kGroup * kMostFewRows];
   for (int64_t first = begin; first < end; first += kGroup) {
     // Past the end, the last row stands in, and its sums are not used.
     const auto row_of = [&](int64_t i) { return smaller(first + i, end - 1); };
-    const int64_t count = smaller(kGroup, end - first), used = (count + kTile - 1) / kTile * kTile;
+    const int64_t count = smaller(kGroup, end - first), used = (count + kFewTileRows - 1) / kFewTileRows * kFewTileRows;
     for (int64_t i = 0; i < used; ++i) begin_lanes<T>(low, row_of(i), sums + i * kMostFewRows);
     prefetch_scales(W, first + kGroup, kGroup);
     for (int64_t k = 0; k < W.K; k += kSpan) {
@@ -133,8 +123,8 @@ static void multiply_lanes(const Packed& W, int64_t begin, int64_t end, const ui
         for (int64_t i = count; i < used; ++i) scales[i] = scales[count - 1];
       }
       const bool is_last = k + kSpan >= W.K;
-      for (int64_t i = 0; i < used; i += kTile) {
-        for (int r = 0; r < kTile; ++r) {
+      for (int64_t i = 0; i < used; i += kFewTileRows) {
+        for (int r = 0; r < kFewTileRows; ++r) {
           const uint8_t* bytes = W.qweight + (row_of(i + r) * W.K + k) / 2;
           const uint8_t* later = is_last ? W.qweight + (row_of(kGroup + i + r) * W.K) / 2 : bytes + kSpan / 2;
           const float* scale = scales[i + r] + k % kMostColumns / unit;

@@ -11,8 +11,9 @@ struct Width {
   static constexpr int value = kNumber;
 };
 
+// BLIS' micro-kernel: kRows rows by kWidth vectors of sums, in registers from the first step to the last.
 template <class Math, int kWidth>
-NF4LORA_INLINE void multiply_add(Float (&sum)[kRows][kWidth], const uint32_t* A, const float* B, int64_t steps) {
+NF4LORA_INLINE void micro_kernel(Float (&sum)[kRows][kWidth], const uint32_t* A, const float* B, int64_t steps) {
   for (int64_t s = 0; s < steps; ++s, A += kRows, B += kWidth * kLanes) {
     Float b[kWidth];
     NF4LORA_UNROLL
@@ -20,7 +21,7 @@ NF4LORA_INLINE void multiply_add(Float (&sum)[kRows][kWidth], const uint32_t* A,
     NF4LORA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       NF4LORA_UNROLL
-      for (int j = 0; j < kWidth; ++j) sum[r][j] = Math::apply(sum[r][j], A[r], b[j]);
+      for (int j = 0; j < kWidth; ++j) sum[r][j] = Math::multiply_add(sum[r][j], A[r], b[j]);
     }
   }
 }
@@ -36,7 +37,7 @@ static __attribute__((noinline)) void begin_tile(const Start& start, const void*
     for (int j = 0; j < kWidth; ++j) sum[r][j] = broadcast(0.0f);
   }
   if (start.steps) {
-    multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(start.A), static_cast<const float*>(start.B),
+    micro_kernel<Math, kWidth>(sum, static_cast<const uint32_t*>(start.A), static_cast<const float*>(start.B),
                                start.steps);
     const Float scale = broadcast(start.scale);
     NF4LORA_UNROLL
@@ -59,7 +60,7 @@ static __attribute__((noinline)) void begin_tile(const Start& start, const void*
       for (int j = 0; j < kWidth; ++j) sum[r][j] = add(sum[r][j], load(start.offset + j * kLanes));
     }
   }
-  multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(A), static_cast<const float*>(B), steps);
+  micro_kernel<Math, kWidth>(sum, static_cast<const uint32_t*>(A), static_cast<const float*>(B), steps);
   NF4LORA_UNROLL
   for (int r = 0; r < kRows; ++r) {
     NF4LORA_UNROLL
@@ -75,7 +76,7 @@ static __attribute__((noinline)) void add_tile(const void* A, const void* B, int
     NF4LORA_UNROLL
     for (int j = 0; j < kWidth; ++j) sum[r][j] = load(sums + (r * kWidth + j) * kLanes);
   }
-  multiply_add<Math, kWidth>(sum, static_cast<const uint32_t*>(A), static_cast<const float*>(B), steps);
+  micro_kernel<Math, kWidth>(sum, static_cast<const uint32_t*>(A), static_cast<const float*>(B), steps);
   NF4LORA_UNROLL
   for (int r = 0; r < kRows; ++r) {
     NF4LORA_UNROLL
@@ -89,10 +90,12 @@ NF4LORA_INLINE void with_width(int lanes, Fn&& fn) {
   switch (lanes / kLanes) {
     case 1: return fn(Width<1>{});
     case 2: return fn(Width<2>{});
-#if defined(__AVX512F__)
-    case 3: return fn(Width<3>{});
-    case 4: return fn(Width<4>{});
-#endif
+    case 3:
+      if constexpr (kVectors > 2) return fn(Width<3>{});
+      break;
+    case 4:
+      if constexpr (kVectors > 2) return fn(Width<4>{});
+      break;
   }
 }
 

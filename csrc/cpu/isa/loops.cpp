@@ -2,7 +2,6 @@
 #include "loops.h"
 
 #include "adamw.h"
-#include "encode.h"
 #include "few.h"
 #include "gemm.h"
 #include "philox.h"
@@ -26,25 +25,27 @@ static void keep_row(const void* values, const uint32_t* keep, int64_t count, Dt
   select(static_cast<const uint16_t*>(values), static_cast<uint16_t*>(out));
 }
 
-#if defined(__AVX512BF16__)
-using Bf16Math = DotProduct;
-using Bf16Few = Paired;
-#else
-using Bf16Math = Multiply<Bf16>;
-using Bf16Few = Widened<Bf16>;
-#endif
+// What a set has of its own, or else what any has.
+template <class Own, class Any>
+struct Prefer {
+  using Math = Own;
+};
+template <class Any>
+struct Prefer<void, Any> {
+  using Math = Any;
+};
+using Bf16Product = Prefer<PairProduct, FloatProduct<Bf16>>::Math;
+using Bf16Row = Prefer<PairRow, Widened<Bf16>>::Math;
 
 }  // namespace NF4LORA_ISA
 
 #define NF4LORA_JOIN(a, b) a##b
 #define NF4LORA_TABLE(isa) NF4LORA_JOIN(loops_, isa)
-#define NF4LORA_TEXT(isa) #isa
-#define NF4LORA_NAME(isa) NF4LORA_TEXT(isa)
 
 const Loops& NF4LORA_TABLE(NF4LORA_ISA)() {
   using namespace NF4LORA_ISA;
   static constexpr Loops table = {
-      NF4LORA_NAME(NF4LORA_ISA),
+      NF4LORA_EXPANDED(NF4LORA_ISA),
       nf4_quantize,
       nf4_dequantize,
       absmax_quantize,
@@ -53,8 +54,8 @@ const Loops& NF4LORA_TABLE(NF4LORA_ISA)() {
       dropout_mask,
       widen_row,
       keep_row,
-      {&kGemm<Multiply<F32>>, &kGemm<Bf16Math>, &kGemm<Multiply<F16>>},
-      {&kFew<Widened<F32>>, &kFew<Bf16Few>, &kFew<Widened<F16>>},
+      {&kGemm<FloatProduct<F32>>, &kGemm<Bf16Product>, &kGemm<FloatProduct<F16>>},
+      {&kFew<Widened<F32>>, &kFew<Bf16Row>, &kFew<Widened<F16>>},
   };
   return table;
 }

@@ -179,10 +179,6 @@ struct Loops {
   const Few* few[3];
 };
 
-const Loops& loops_scalar();
-const Loops& loops_avx2();
-const Loops& loops_avx512();
-const Loops& loops_avx512bf16();
 const Gemm& gemm_amx();  // of bfloat16
 
 }  // namespace nf4lora
