@@ -21,7 +21,7 @@ settings.load_profile("nf4lora")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
+KNOWN_SETS = ["scalar", "avx2", "avx512", "avx512bf16", "amx", "neon"]
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

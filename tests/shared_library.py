@@ -1,5 +1,5 @@
-"""Shared libraries that tests compile from C++. They are kept in build/fakes until a source, a flag or the compiler
-changes: compiling takes longer than the tests, and a second run of them, on another torch say, needs the same ones."""
+"""What tests compile from C++. It is kept in build/fakes until a source, a flag or the compiler changes: compiling
+takes longer than the tests, and a second run of them, on another torch say, needs the same files."""
 
 import hashlib
 import os
@@ -22,23 +22,30 @@ def compile_library(name: str, sources: list[Path], flags: list[str]) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
-    here = sources[0].parent
+    flags = [*flags, "-shared", "-fPIC"]
     more = os.environ.get("CXXFLAGS", "").split()
-    command = [compiler, *flags, "-shared", "-fPIC", f"-I{here}", f"-I{ROOT / 'csrc'}", *more, *map(str, sources)]
-    command += ["-lstdc++"]  # which a compiler called gcc leaves out
+    return compiled(f"{name}.so", [compiler, *flags, f"-I{sources[0].parent}", f"-I{ROOT / 'csrc'}", *more], sources)
+
+
+def compiled(name: str, command: list[str], sources: list[Path]) -> Path:
+    """What `command`, which begins with a compiler, makes of these sources, under this name."""
+    stem, suffix = Path(name).stem, Path(name).suffix
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}  # is not the compiler's
-    kind = f"{name}-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:8]}"
-    digest = hashlib.sha256(subprocess.run([compiler, "--version"], capture_output=True, env=environment).stdout)
-    for path in sorted([*here.glob("*.*"), *(ROOT / "csrc").rglob("*.*")]):
+    kind = f"{stem}-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(subprocess.run([command[0], "--version"], capture_output=True, env=environment).stdout)
+    for path in sorted({*sources, *sources[0].parent.glob("*.*"), *(ROOT / "csrc").rglob("*.*")}):
         digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
-    library = KEPT / f"{kind}-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
+    kept = KEPT / f"{kind}-{digest.hexdigest()[:16]}{suffix}"
+    if not kept.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT) as scratch:
-            made = Path(scratch) / library.name
-            result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, env=environment)
+            made = Path(scratch) / kept.name
+            whole = [*command, *map(str, sources), "-o", str(made)]
+            if suffix == ".so":
+                whole += ["-lstdc++"]  # which a compiler called gcc leaves out
+            result = subprocess.run(whole, capture_output=True, text=True, env=environment)
             assert result.returncode == 0, result.stderr
-            for stale in KEPT.glob(f"{kind}-*.so"):
+            for stale in KEPT.glob(f"{kind}-*{suffix}"):
                 stale.unlink(missing_ok=True)
-            os.replace(made, library)  # at once, so that a process beside this one finds all of it or nothing
-    return library
+            os.replace(made, kept)  # at once, so that a process beside this one finds all of it or nothing
+    return kept

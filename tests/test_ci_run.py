@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not RUN.exists(), reason="no .ci/run outside a c
 def run(folder, fails):
     (folder / ".ci").mkdir()
     shutil.copy(RUN, folder / ".ci" / "run")
-    for name, text in (("make", MAKE), ("nvcc", "#!/bin/sh\n")):
+    absent = "#!/bin/sh\nexit 1\n"  # nothing is installed, which is no failure
+    for name, text in (("make", MAKE), ("nvcc", "#!/bin/sh\n"), ("apt-get", absent)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "FAILS": fails}

@@ -242,8 +242,8 @@ def test_unknown_instruction_set_is_an_error_with_the_choices():
 
 def test_forcing_what_the_processor_lacks_is_an_error():
     for name in ("scalar", "avx2", "avx512", "avx512bf16"):
-        if name not in _C.cpu_instruction_sets():
-            with pytest.raises(ValueError, match=f"this processor has no {name}"):
+        if name not in _C.cpu_instruction_sets():  # on another machine than x86 they are unknown
+            with pytest.raises(ValueError, match=f"this processor has no {name}|must be one of scalar"):
                 _C.force_cpu_instruction_set(name)
     with pytest.raises(ValueError, match="must be one of"):
-        _C.force_cpu_instruction_set("neon")
+        _C.force_cpu_instruction_set("mmx")

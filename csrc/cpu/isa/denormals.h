@@ -13,6 +13,14 @@ namespace nf4lora::NF4LORA_ISA {
 inline constexpr uint64_t kFlush = 0x8040;  // of MXCSR: results to zero, operands as zero
 NF4LORA_INLINE uint64_t float_mode() { return _mm_getcsr(); }
 NF4LORA_INLINE void set_float_mode(uint64_t mode) { _mm_setcsr(static_cast<unsigned>(mode)); }
+#elif defined(__aarch64__)
+inline constexpr uint64_t kFlush = 1 << 24;  // of FPCR
+NF4LORA_INLINE uint64_t float_mode() {
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+NF4LORA_INLINE void set_float_mode(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
 #else
 inline constexpr uint64_t kFlush = 0;
 NF4LORA_INLINE uint64_t float_mode() { return 0; }
