@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cuda/launch.h"
 #include "cuda/paged_module.h"
 #include "format.h"
 
@@ -25,12 +26,17 @@ PYBIND11_MODULE(_C, m) {
   std::vector<int> blocksizes;
   for (int size = kMinBlocksize; size <= kMaxBlocksize; size *= 2) blocksizes.push_back(size);
   m.attr("BLOCKSIZES") = py::tuple(py::cast(blocksizes));
+  m.attr("PHILOX_MULTIPLIER") = py::make_tuple(kPhiloxMultiplier[0], kPhiloxMultiplier[1]);
+  m.attr("PHILOX_WEYL") = py::make_tuple(kPhiloxWeyl[0], kPhiloxWeyl[1]);
+  m.attr("PHILOX_ROUNDS") = kPhiloxRounds;
 
   m.attr("COMPILER") = NF4LORA_COMPILER;
   m.attr("CUDA_VERSION") = NF4LORA_CUDA_VERSION;  // of the toolkit this was built with, "" without CUDA
   m.attr("CUDA_ARCHS") = NF4LORA_CUDA_ARCHS;
   m.attr("BUILD_TORCH") = NF4LORA_BUILD_TORCH;
 
+  m.attr("CUDA_FEW_ROWS") = cuda::kMostFewRows;
+  m.attr("CUDA_CHUNK") = cuda::kChunk;
   cuda::bind_pager(m);
   m.def("cpu_instruction_set", [] { return std::string(loops().name); });
   m.def("cpu_instruction_sets", &instruction_sets);

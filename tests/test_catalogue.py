@@ -34,7 +34,7 @@ def test_op_is_complete(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{op}: no CUDA kernel"
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel, f"{op}: no fake in ops.py"
     assert hasattr(reference, plain), f"{op}: no reference.{plain}"
-    assert f"check_{plain}(" in (ROOT / "csrc/check.h").read_text(), f"{op}: no check in csrc/check.h"
+    assert f"check_{plain}(" in (ROOT / f"csrc/check/{concept(name)}.h").read_text(), f"{op}: no check"
     assert (ROOT / f"csrc/cpu/{concept(name)}.cpp").exists(), f"{op}: no csrc/cpu/{concept(name)}.cpp"
     assert (HERE / f"test_{concept(name)}.py").exists(), f"{op}: no tests/test_{concept(name)}.py"
     assert (ROOT / f"bench/cases/{concept(name)}.py").exists(), f"{op}: no bench/cases/{concept(name)}.py"

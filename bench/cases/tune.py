@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nf4lora import ops
+from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward
 from nf4lora.ops.kernels import dispatch
 
 from ..harness import heuristics
@@ -93,14 +95,13 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
     nbytes = sum(tensor.nbytes for tensor in packed)
     turn = rotation(lambda _: tuple(tensor.clone() for tensor in packed), nbytes, device)
     A, B = (torch.randn(size, device=device).mul_(0.02) for size in ((RANK, shape.K), (shape.N, RANK)))
+    adapter: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": ALPHA / RANK}
 
     def forward(x: Tensor, packed: Packed) -> tuple[Tensor, ...]:
-        return torch.ops.nf4lora.lora_linear(x, *packed, None, A, B, ALPHA / RANK, 0.0, None, ops.BLOCKSIZE)
+        return torch.ops.nf4lora.lora_linear(*LoraLinear(x, *packed, **adapter))
 
     def backward(dy: Tensor, x: Tensor, S: Tensor, packed: Packed) -> tuple[Tensor, ...]:
-        return torch.ops.nf4lora.lora_linear_backward(
-            dy, x, S, *packed, A, B, ALPHA / RANK, 0.0, None, ops.BLOCKSIZE, True
-        )
+        return torch.ops.nf4lora.lora_linear_backward(*LoraLinearBackward(dy, x, S, *packed, **adapter))
 
     times = []
     for M in tokens:

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../check/absmax.h"
 #include "instruction_set.h"
+#include "memory.h"
 
 namespace nf4lora {
 namespace {

@@ -1,7 +1,8 @@
 // The scales of a weight as the loops take them, whether they were quantised again or not.
 #pragma once
 
-#include "tensors.h"
+#include "../tensors.h"
+#include "isa/loops.h"
 
 namespace nf4lora {
 

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "../ceil_div.h"
+#include "../check/adamw.h"
 #include "instruction_set.h"
-#include "tensors.h"
 
 namespace nf4lora {
 namespace {

@@ -1,47 +1,50 @@
-// Dropout of the LoRA branch. Nothing is stored: a seed and an index give every element of the mask.
+// The mask of dropout on the CPU. Nothing is stored: a seed and an index give every element.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
+#include "../dropout.h"
 #include "instruction_set.h"
-#include "tensors.h"
+#include "memory.h"
 
 namespace nf4lora {
 
-// The dropout mask over [M, K]: all bits of an element set where it is kept.
-struct Dropout {
-  const Loops& isa;
-  double probability;
-  uint64_t seed;
-  int64_t K;
+// Of [M, K]: all bits of an element set where it is kept.
+class DropoutMask {
+ public:
+  DropoutMask(const Loops& isa, const Dropout& dropout, int64_t K)
+      : isa_(isa),
+        active_(dropout.seed.has_value()),
+        seed_(active_ ? *static_cast<const uint64_t*>(dropout.seed->const_data_ptr()) : 0),
+        threshold_(dropout.threshold),
+        K_(K) {}
 
-  bool active() const { return probability > 0.0; }
-  double inverse_keep() const { return active() ? 1.0 / (1.0 - probability) : 1.0; }
+  bool active() const { return active_; }
   void keep(int64_t row, int64_t column, int64_t count, uint32_t* out) const {
-    isa.dropout_mask(seed, dropout_threshold(probability), row * K + column, count, out);
+    isa_.dropout_mask(seed_, threshold_, row * K_ + column, count, out);
   }
+  // x with the dropped elements zeroed, for rows [first, first + rows): [rows, K] of x's dtype.
+  Scratch<uint8_t> masked_rows(const Dense& x, int64_t first, int64_t rows) const {
+    const int64_t row_bytes = K_ * bytes_of(x.dtype);
+    Scratch<uint8_t> out(rows * row_bytes);
+    const auto* source = static_cast<const uint8_t*>(x.data) + first * row_bytes;
+    uint8_t* target = out.get();
+    torch::stable::parallel_for(0, rows, 1 + 4096 / (K_ + 1), [&](int64_t begin, int64_t end) {
+      Scratch<uint32_t> kept(K_);
+      for (int64_t row = begin; row < end; ++row) {
+        keep(first + row, 0, K_, kept.get());
+        isa_.keep(source + row * row_bytes, kept.get(), K_, x.dtype, target + row * row_bytes);
+      }
+    });
+    return out;
+  }
+
+ private:
+  const Loops& isa_;
+  bool active_;
+  uint64_t seed_;
+  uint32_t threshold_;
+  int64_t K_;
 };
-
-inline Dropout dropout_of(const Loops& isa, double probability, const OptionalTensor& seed, const LinearShape& shape) {
-  const bool active = probability > 0.0 && shape.R > 0;
-  return {isa, active ? probability : 0.0,
-          active ? *static_cast<const uint64_t*>(contiguous_view(*seed).const_data_ptr()) : 0, shape.K};
-}
-
-// x with the dropped elements zeroed, for rows [first, first + rows): [rows, K] of x's dtype.
-inline Scratch<uint8_t> masked_rows(const Dropout& dropout, const Dense& x, int64_t first, int64_t rows) {
-  const int64_t K = dropout.K, row_bytes = K * bytes_of(x.dtype);
-  Scratch<uint8_t> out(rows * row_bytes);
-  const auto* source = static_cast<const uint8_t*>(x.data) + first * row_bytes;
-  uint8_t* target = out.get();
-  torch::stable::parallel_for(0, rows, 1 + 4096 / (K + 1), [&](int64_t begin, int64_t end) {
-    Scratch<uint32_t> keep(K);
-    for (int64_t row = begin; row < end; ++row) {
-      dropout.keep(first + row, 0, K, keep.get());
-      dropout.isa.keep(source + row * row_bytes, keep.get(), K, x.dtype, target + row * row_bytes);
-    }
-  });
-  return out;
-}
 
 }  // namespace nf4lora

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../check/lora.h"
 #include "absmax.h"
 #include "dropout.h"
 #include "product.h"
@@ -38,22 +39,22 @@ struct Layer {
   Tensor qweight, absmax;
   OptionalTensor nested, lora_A, lora_B;
   Packed W;
+  Dropout dropout;
+  DropoutMask mask;
 
-  Layer(const LinearShape& shape_, const Tensor& x, const Tensor& qweight_, const Tensor& absmax_,
-        const OptionalTensor& nested_, const OptionalTensor& A, const OptionalTensor& B, int64_t blocksize)
+  Layer(const LinearShape& shape_, Dtype dtype, const PackedTensors& weight, const Adapter& adapter)
       : isa(loops()),
-        gemm(*isa.gemm[static_cast<int>(dtype_of(x))]),
-        few(*isa.few[static_cast<int>(dtype_of(x))]),
+        gemm(*isa.gemm[static_cast<int>(dtype)]),
+        few(*isa.few[static_cast<int>(dtype)]),
         shape(shape_),
-        qweight(contiguous_view(qweight_)),
-        absmax(contiguous_view(absmax_)) {
-    if (nested_) nested = contiguous_view(*nested_);
-    if (A) {
-      lora_A = contiguous_view(*A);
-      lora_B = contiguous_view(*B);
-    }
-    W = {static_cast<const uint8_t*>(qweight.const_data_ptr()), scales_of(absmax, nested), shape.K, blocksize};
-  }
+        qweight(contiguous_view(weight.qweight)),
+        absmax(contiguous_view(weight.absmax)),
+        nested(contiguous_view(weight.nested)),
+        lora_A(contiguous_view(adapter.A)),
+        lora_B(contiguous_view(adapter.B)),
+        W{static_cast<const uint8_t*>(qweight.const_data_ptr()), scales_of(absmax, nested), shape.K, weight.blocksize},
+        dropout(adapter),
+        mask(isa, dropout, shape.K) {}
 
   // A and B are rounded once to x's dtype.
   void round_lora(ScalarType dtype) {
@@ -83,14 +84,14 @@ template <class Fill>
 LowRankStart(const Gemm&, const Tiles*, float, Fill) -> LowRankStart<Fill>;
 
 // Few rows: x W^T with k along the lanes, every row of W streamed once.
-void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const Dropout& dropout, float scaling,
-                  const float* offsets, const Dense& S, const Dense& y) {
+void few_rows(const Layer& layer, const Dense& x, const Dense& masked, float scaling, const float* offsets,
+              const Output& S, const Output& y) {
   const Few& few = layer.few;
   const int64_t M = layer.shape.M, N = layer.shape.N, K = layer.shape.K, R = layer.shape.R;
   if (R) {
     torch::stable::parallel_for(0, R, 1 + (1 << 16) / (K * M + 1), [&](int64_t begin, int64_t end) {
-      few.low_rank(masked, M, dense(*layer.lora_A), begin, end, K, static_cast<float>(dropout.inverse_keep()),
-                   const_cast<void*>(S.data), R);
+      few.low_rank(masked, M, dense(*layer.lora_A), begin, end, K, static_cast<float>(layer.dropout.inverse_keep),
+                   S.data, R);
     });
   }
   const auto rows = static_cast<int>(M);
@@ -113,40 +114,37 @@ void multiply_few(const Layer& layer, const Dense& x, const Dense& masked, const
   // Every thread starts on a cache line of y, and a thread is worth waking for 2^16 weights.
   const int64_t unit = 32, grain = 1 + (1 << 16) / (unit * K + 1);
   torch::stable::parallel_for(0, (N + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
-    few.multiply(layer.W, begin * unit, std::min(end * unit, N), prepared.get(), rows, low, offsets,
-                 const_cast<void*>(y.data), N);
+    few.multiply(layer.W, begin * unit, std::min(end * unit, N), prepared.get(), rows, low, offsets, y.data, N);
   });
 }
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
-                                       const OptionalTensor& nested, const OptionalTensor& bias,
-                                       const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
-                                       double probability, const OptionalTensor& seed, int64_t blocksize) {
-  const LinearShape shape =
-      check_lora_linear("lora_linear", x, qweight, absmax, nested, bias, lora_A, lora_B, probability, seed, blocksize);
+std::tuple<Tensor, Tensor> lora_linear(const LoraLinear& arguments) {
+  const LinearShape shape = check_lora_linear(arguments);
   const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
-  const Tensor in = contiguous_view(x);
-  Layer layer(shape, in, qweight, absmax, nested, lora_A, lora_B, blocksize);
+  const Tensor in = contiguous_view(arguments.x);
+  const ScalarType scalar_type = in.scalar_type();
+  const Dtype dtype = dtype_of(scalar_type);
+  Layer layer(shape, dtype, arguments.weight, arguments.adapter);
   const Gemm& gemm = layer.gemm;
-  const Dropout dropout = dropout_of(layer.isa, probability, seed, shape);
+  const DropoutMask& mask = layer.mask;
+  const auto scaling = static_cast<float>(arguments.adapter.scaling);
 
-  std::vector<int64_t> out_shape(in.sizes().begin(), in.sizes().end());
-  out_shape.back() = N;
-  Tensor y = torch::stable::new_empty(in, out_shape, x.scalar_type());
-  Tensor S = torch::stable::new_empty(in, {M, R}, x.scalar_type());
-  const Tensor offset = bias ? to_dtype(*bias, ScalarType::Float) : S;
-  const float* offsets = bias ? static_cast<const float*>(offset.const_data_ptr()) : nullptr;
-  const Dense rows = {in.const_data_ptr(), dtype_of(in), K}, low_rank = {S.const_data_ptr(), dtype_of(in), R};
-  const Dense out = {y.mutable_data_ptr(), dtype_of(in), N};
+  Tensor y = torch::stable::new_empty(in, with_last(in, N), scalar_type);
+  Tensor S = torch::stable::new_empty(in, {M, R}, scalar_type);
+  OptionalTensor bias;
+  if (arguments.bias) bias = to_dtype(*arguments.bias, ScalarType::Float);
+  const float* offsets = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  const Dense rows = {in.const_data_ptr(), dtype, K};
+  const Output low_rank = {S.mutable_data_ptr(), dtype, R}, out = {y.mutable_data_ptr(), dtype, N};
 
   if (M && M <= layer.few.rows) {
-    Scratch<uint8_t> masked = masked_rows(dropout, rows, 0, dropout.active() ? M : 0);
-    const Dense kept = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
-    multiply_few(layer, rows, kept, dropout, static_cast<float>(scaling), offsets, low_rank, out);
+    Scratch<uint8_t> masked = mask.masked_rows(rows, 0, mask.active() ? M : 0);
+    const Dense kept = mask.active() ? Dense{masked.get(), dtype, K} : rows;
+    few_rows(layer, rows, kept, scaling, offsets, low_rank, out);
     return {y, S};
   }
 
-  layer.round_lora(x.scalar_type());
+  layer.round_lora(scalar_type);
   std::unique_ptr<Panels> panels_A;
   if (R && M) {
     panels_A =
@@ -156,19 +154,19 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& qweight, c
     const Tiles tiles(gemm, rows, Tiles::Source::rows, first, count, K);
     std::unique_ptr<Tiles> tiles_S;
     if (R) {
-      const auto inverse_keep = static_cast<float>(dropout.inverse_keep());
-      if (dropout.active()) {
-        Scratch<uint8_t> masked = masked_rows(dropout, rows, first, count);
-        const Tiles masked_tiles(gemm, {masked.get(), rows.dtype, K}, Tiles::Source::rows, 0, count, K);
-        panels_A->multiply(masked_tiles, inverse_keep, low_rank, first);
+      const auto inverse_keep = static_cast<float>(layer.dropout.inverse_keep);
+      if (mask.active()) {
+        Scratch<uint8_t> masked = mask.masked_rows(rows, first, count);
+        const Tiles masked_tiles(gemm, {masked.get(), dtype, K}, Tiles::Source::rows, 0, count, K);
+        panels_A->product_by_rows(masked_tiles, inverse_keep, low_rank, first);
       } else {
-        panels_A->multiply(tiles, inverse_keep, low_rank, first);
+        panels_A->product_by_rows(tiles, inverse_keep, low_rank, first);
       }
       tiles_S = std::make_unique<Tiles>(gemm, low_rank, Tiles::Source::rows, first, count, R);
     }
-    const LowRankStart low{gemm, tiles_S.get(), static_cast<float>(scaling),
+    const LowRankStart low{gemm, tiles_S.get(), scaling,
                            [&](auto... where) { gemm.panel_rows(dense(*layer.lora_B), where...); }};
-    multiply(
+    product_by_strips(
         gemm, tiles, N, Order::strips, low.room() + gemm.max_lanes,
         [&](auto... where) { gemm.panel_nf4_rows(layer.W, where...); },
         [&](const Strip& strip, uint32_t* room) {
@@ -192,7 +190,7 @@ template <class Fill>
 void add_outer(const Gemm& gemm, const Tiles& tiles, int64_t columns, float scale, bool transposed, float* out,
                Fill&& fill) {
   const int64_t R = tiles.rows();
-  multiply(
+  product_by_strips(
       gemm, tiles, columns, Order::strips, 0, fill, [](const Strip&, uint32_t*) {},
       [](const Strip&, int64_t, const uint32_t*) { return kFromZero; },
       [&](const Strip& strip, int64_t tile, const float* sums) {
@@ -209,7 +207,7 @@ void add_outer(const Gemm& gemm, const Tiles& tiles, int64_t columns, float scal
 // out = scale * A B for a few long rows of A, [rows, depth] float32, and B [depth, columns]: the depth in parts of one
 // size, whatever the number of threads, each summed by one of them, and then the parts in their order.
 void combine_parts(const Layer& layer, const float* A, int64_t rows, const Dense& B, int64_t depth, int64_t columns,
-                   float scale, const Dense& out) {
+                   float scale, const Output& out) {
   const int64_t parts = (depth + kPartDepth - 1) / kPartDepth, size = rows * columns;
   Scratch<float> sums(parts * size);
   torch::stable::parallel_for(0, parts, 1 + (1 << 16) / (kPartDepth * size + 1), [&](int64_t begin, int64_t end) {
@@ -217,18 +215,18 @@ void combine_parts(const Layer& layer, const float* A, int64_t rows, const Dense
       const int64_t first = part * kPartDepth;
       const auto* data = static_cast<const uint8_t*>(B.data) + first * B.stride * bytes_of(B.dtype);
       layer.few.combine(A + first, 1, depth, {data, B.dtype, B.stride}, 0, rows, std::min(depth - first, kPartDepth),
-                        columns, 1.0f, {sums.get() + part * size, Dtype::f32, columns});
+                        columns, 1.0f, Output{sums.get() + part * size, Dtype::f32, columns});
     }
   });
   for (int64_t part = 1; part < parts; ++part) {
     for (int64_t i = 0; i < size; ++i) sums.get()[i] += sums.get()[part * size + i];
   }
-  layer.few.round(sums.get(), scale, size, const_cast<void*>(out.data));
+  layer.few.round(sums.get(), scale, size, out.data);
 }
 
 // combine() of a matrix with few rows, on torch's threads: of A's columns, or with `transposed` of its rows.
 void combine_few(const Layer& layer, const Dense& A, int64_t rows, bool transposed, const Dense& B, int64_t columns,
-                 float scale, const Dense& out) {
+                 float scale, const Output& out) {
   Scratch<float> wide(rows * A.stride);
   layer.isa.widen(A.data, 1.0f, rows * A.stride, A.dtype, wide.get());
   const int64_t depth = transposed ? A.stride : rows, along = transposed ? 1 : A.stride, across = A.stride + 1 - along;
@@ -242,36 +240,33 @@ void combine_few(const Layer& layer, const Dense& A, int64_t rows, bool transpos
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const OptionalTensor& x,
-                                                        const OptionalTensor& S, const Tensor& qweight,
-                                                        const Tensor& absmax, const OptionalTensor& nested,
-                                                        const OptionalTensor& lora_A, const OptionalTensor& lora_B,
-                                                        double scaling, double probability, const OptionalTensor& seed,
-                                                        int64_t blocksize, bool need_dx) {
-  const LinearShape shape =
-      check_lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, probability, seed, blocksize);
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const LoraLinearBackward& arguments) {
+  const LinearShape shape = check_lora_linear_backward(arguments);
   const int64_t M = shape.M, N = shape.N, K = shape.K, R = shape.R;
+  const OptionalTensor &x = arguments.x, &S = arguments.S;
+  const Tensor& dy = arguments.dy;
+  const bool need_dx = arguments.need_dx;
   const bool need_dA = R && x, need_dB = R && S, need_T = R && (need_dx || need_dA);
   const Tensor grad = contiguous_view(dy);
   const Tensor in = need_dA ? contiguous_view(*x) : grad, low_rank = need_dB ? contiguous_view(*S) : grad;
-  Layer layer(shape, grad, qweight, absmax, nested, lora_A, lora_B, blocksize);
+  const Dtype dtype = dtype_of(grad);
+  Layer layer(shape, dtype, arguments.weight, arguments.adapter);
   layer.round_lora(dy.scalar_type());
   const Gemm& gemm = layer.gemm;
-  const Dropout dropout = dropout_of(layer.isa, probability, seed, shape);
-  const auto scale_dx = static_cast<float>(scaling * dropout.inverse_keep());
+  const DropoutMask& mask = layer.mask;
+  const double scaling = arguments.adapter.scaling;
+  const auto scale_dx = static_cast<float>(scaling * layer.dropout.inverse_keep);
 
-  std::vector<int64_t> dx_shape{0};
-  const Tensor& like = x ? *x : dy;
-  if (need_dx) dx_shape.assign(like.sizes().begin(), like.sizes().end()), dx_shape.back() = K;
+  const auto dx_shape = need_dx ? with_last(x ? *x : dy, K) : std::vector<int64_t>{0};
   Tensor dx = torch::stable::new_empty(grad, dx_shape, dy.scalar_type());
   const auto zeros = [&](bool needed, int64_t rows, int64_t columns) {
     return torch::stable::new_zeros(grad, needed ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0},
                                     ScalarType::Float);
   };
   Tensor dA = zeros(need_dA, R, K), dB = zeros(need_dB, N, R);
-  const Dense rows = {in.const_data_ptr(), dtype_of(grad), K}, grads = {grad.const_data_ptr(), dtype_of(grad), N};
-  const Dense S_rows = {low_rank.const_data_ptr(), dtype_of(grad), R};
-  const Dense out = {dx.mutable_data_ptr(), dtype_of(grad), K};
+  const Dense rows = {in.const_data_ptr(), dtype, K}, grads = {grad.const_data_ptr(), dtype, N};
+  const Dense S_rows = {low_rank.const_data_ptr(), dtype, R};
+  const Output out = {dx.mutable_data_ptr(), dtype, K};
   auto* out_A = static_cast<float*>(dA.mutable_data_ptr());
   auto* out_B = static_cast<float*>(dB.mutable_data_ptr());
 
@@ -284,26 +279,26 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
   for_row_chunks(M, gemm.rows, [&](int64_t first, int64_t count) {
     const bool wanted = need_dx || (need_T && !few);
     const Tiles tiles(gemm, grads, Tiles::Source::rows, first, wanted ? count : 0, N);
-    Scratch<uint8_t> T_memory(need_T ? count * R * bytes_of(rows.dtype) : 0);
-    const Dense T = {T_memory.get(), rows.dtype, R};
+    Scratch<uint8_t> T_memory(need_T ? count * R * bytes_of(dtype) : 0);
+    const Output T = {T_memory.get(), dtype, R};
     if (need_T && few) combine_few(layer, grads, M, true, dense(*layer.lora_B), R, 1.0f, T);
-    if (need_T && !few) panels_B->multiply(tiles, 1.0f, T, 0);
+    if (need_T && !few) panels_B->product_by_rows(tiles, 1.0f, T, 0);
     if (need_dx) {
       std::unique_ptr<Tiles> tiles_T;
       if (R) tiles_T = std::make_unique<Tiles>(gemm, T, Tiles::Source::rows, 0, count, R);
       const LowRankStart low{gemm, tiles_T.get(), scale_dx,
                              [&](auto... where) { gemm.panel_columns(dense(*layer.lora_A), where...); }};
-      multiply(
+      product_by_strips(
           gemm, tiles, K, count <= kFewGradients ? Order::depth : Order::strips,
           low.room() + gemm.rows * gemm.max_lanes, [&](auto... where) { gemm.panel_nf4_columns(layer.W, where...); },
           [&](const Strip& strip, uint32_t* room) { low.open(strip, room); },
           [&](const Strip& strip, int64_t tile, uint32_t* room) {
             Start start = low.start(tile, room);
-            if (!dropout.active()) return start;
+            if (!mask.active()) return start;
             uint32_t* keep = room + low.room();
             std::fill_n(keep, gemm.rows * strip.lanes, 0u);
             for (int64_t row = 0; row < tiles.rows_in(tile); ++row) {
-              dropout.keep(first + tile * gemm.rows + row, strip.first, strip.valid, keep + row * strip.lanes);
+              mask.keep(first + tile * gemm.rows + row, strip.first, strip.valid, keep + row * strip.lanes);
             }
             start.keep = keep;
             return start;
@@ -320,9 +315,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                 });
     }
     if (!need_dA) return;
-    Scratch<uint8_t> masked = masked_rows(dropout, rows, first, dropout.active() ? count : 0);
-    const Dense wide = dropout.active() ? Dense{masked.get(), rows.dtype, K} : rows;
-    const int64_t offset = dropout.active() ? 0 : first;
+    Scratch<uint8_t> masked = mask.masked_rows(rows, first, mask.active() ? count : 0);
+    const Dense wide = mask.active() ? Dense{masked.get(), dtype, K} : rows;
+    const int64_t offset = mask.active() ? 0 : first;
     if (few) {
       combine_few(layer, T, M, false, wide, K, scale_dx, {out_A, Dtype::f32, K});
       return;
@@ -333,16 +328,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
                 gemm.panel_columns(wide, n, valid, lanes, offset + k, depth, panel);
               });
   });
-  if (need_dA) dA = to_dtype(dA, lora_A->scalar_type());
-  if (need_dB) dB = to_dtype(dB, lora_B->scalar_type());
+  if (need_dA) dA = to_dtype(dA, arguments.adapter.A->scalar_type());
+  if (need_dB) dB = to_dtype(dB, arguments.adapter.B->scalar_type());
   return {dx, dA, dB};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nf4lora, CPU, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_linear));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+  m.impl("lora_linear", TORCH_BOX((&LoraLinear::op<&lora_linear>)));
+  m.impl("lora_linear_backward", TORCH_BOX((&LoraLinearBackward::op<&lora_linear_backward>)));
 }
 
 }  // namespace nf4lora

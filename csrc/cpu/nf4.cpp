@@ -3,10 +3,10 @@
 
 #include <atomic>
 #include <tuple>
-#include <vector>
 
+#include "../check/nf4.h"
 #include "instruction_set.h"
-#include "tensors.h"
+#include "memory.h"
 
 namespace nf4lora {
 namespace {
@@ -17,11 +17,9 @@ constexpr int64_t kGrain = 1 << 15;      // weights a thread should have before 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize) {
   check_nf4_quantize(weight, blocksize);
   const Tensor in = contiguous_view(weight);
-  std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end()), blocks(shape);
-  shape.back() /= 2;
-  blocks.back() /= blocksize;
-  Tensor qweight = torch::stable::new_empty(in, shape, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(in, blocks, ScalarType::Float);
+  const int64_t K = last_size(in);
+  Tensor qweight = torch::stable::new_empty(in, with_last(in, K / 2), ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(in, with_last(in, K / blocksize), ScalarType::Float);
   const Loops& isa = loops();
   const void* data = in.const_data_ptr();
   auto* codes = static_cast<uint8_t*>(qweight.mutable_data_ptr());
@@ -54,9 +52,7 @@ void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocks
 
 Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
   check_nf4_dequantize(qweight, absmax, blocksize, dtype);
-  std::vector<int64_t> shape(qweight.sizes().begin(), qweight.sizes().end());
-  shape.back() *= 2;
-  Tensor weight = torch::stable::new_empty(qweight, shape, dtype);
+  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, last_size(qweight) * 2), dtype);
   prefer_huge_pages(weight.mutable_data_ptr(), weight.numel() * bytes_of(dtype_of(dtype)));
   dequantize_into(qweight, absmax, blocksize, weight);
   return weight;

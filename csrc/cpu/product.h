@@ -7,8 +7,9 @@
 #include <algorithm>
 
 #include "../ceil_div.h"
+#include "../tensors.h"
 #include "instruction_set.h"
-#include "tensors.h"
+#include "memory.h"
 
 namespace nf4lora {
 
@@ -16,6 +17,15 @@ inline constexpr int64_t kMostRows = 1536;  // of A at a time: decoding the weig
 inline constexpr int64_t kPanelSteps = 512;  // a panel of 64 lanes takes 128 KB
 inline constexpr int64_t kFewSteps = 64;     // of a panel when all strips take turns at it
 inline constexpr Start kFromZero = {nullptr, nullptr, 0, 1.0f, nullptr, nullptr};
+
+// A row-major matrix that a product writes, and a later one may read.
+struct Output {
+  void* data;  // [rows, stride]
+  Dtype dtype;
+  int64_t stride;  // elements from one row to the next
+
+  operator Dense() const { return {data, dtype, stride}; }
+};
 
 // Calls body(first, rows) for chunks of nearly equal size.
 template <class Body>
@@ -101,8 +111,8 @@ enum class Order { strips, depth };
 //   start(strip, tile, room)                     says what a tile's sums begin with,
 //   finish(strip, tile, sums)                    gets them: [gemm.rows][strip.lanes].
 template <class Fill, class Open, class Begin, class End>
-void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order, int64_t room_size, Fill&& fill,
-              Open&& open, Begin&& start, End&& finish) {
+void product_by_strips(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order, int64_t room_size,
+                       Fill&& fill, Open&& open, Begin&& start, End&& finish) {
   const int64_t chunk = (order == Order::depth ? kFewSteps : kPanelSteps) * gemm.step;
   const bool once = tiles.depth() <= chunk;  // no sums wait for a second chunk: those of one tile are enough
   const int64_t strip_sums = (once ? 1 : tiles.count()) * gemm.rows * gemm.max_lanes;
@@ -137,10 +147,10 @@ void multiply(const Gemm& gemm, const Tiles& tiles, int64_t columns, Order order
 }
 
 // Rounds tiles into a matrix of the product's dtype, whose row `first_row` is row 0 of the tiles.
-inline auto rounded_into(const Gemm& gemm, const Tiles& tiles, const Dense& out, int64_t first_row, float scale) {
+inline auto rounded_into(const Gemm& gemm, const Tiles& tiles, const Output& out, int64_t first_row, float scale) {
   return [&gemm, &tiles, out, first_row, scale](const Strip& strip, int64_t tile, const float* sums) {
     const int64_t at = (first_row + tile * gemm.rows) * out.stride + strip.first;
-    void* data = static_cast<uint8_t*>(const_cast<void*>(out.data)) + at * bytes_of(out.dtype);
+    void* data = static_cast<uint8_t*>(out.data) + at * bytes_of(out.dtype);
     gemm.finish({data, out.stride, tiles.rows_in(tile), strip.valid, scale}, strip.lanes, sums);
   };
 }
@@ -166,7 +176,7 @@ class Panels {
   }
 
   // Row first_row + i of `out` = round(scale * tiles * panels): [rows, columns] of the product's dtype. Split over rows.
-  void multiply(const Tiles& tiles, float scale, const Dense& out, int64_t first_row) {
+  void product_by_rows(const Tiles& tiles, float scale, const Output& out, int64_t first_row) {
     const auto round = rounded_into(gemm_, tiles, out, first_row, scale);
     torch::stable::parallel_for(0, tiles.count(), 1 + 8192 / (steps_ + 1), [&](int64_t begin, int64_t end) {
       Scratch<float> sums(gemm_.rows * gemm_.max_lanes);

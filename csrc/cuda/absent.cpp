@@ -1,25 +1,17 @@
 // Compiled instead of the rest of this folder where the build found no CUDA compiler: every op of the catalogue answers
 // a CUDA tensor with what is missing and how to get it, where torch would only say that no kernel is registered.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
 
+#include "../lora.h"
 #include "paged_module.h"
 
 namespace nf4lora::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
 
 // An op's name as a template argument, so that each function below knows which op it stands for.
 template <size_t N>
@@ -57,11 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
   impl<"nf4_dequantize.out", void(Tensor, Tensor, int64_t, Tensor)>(m);
   impl<"absmax_quantize", Pair(Tensor)>(m);
   impl<"absmax_dequantize", Tensor(Tensor, Tensor)>(m);
-  impl<"lora_linear", Pair(Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-                           double, double, OptionalTensor, int64_t)>(m);
-  impl<"lora_linear_backward", Triple(Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, OptionalTensor,
-                                      OptionalTensor, OptionalTensor, double, double, OptionalTensor, int64_t, bool)>(
-      m);
+  m.impl("lora_linear", TORCH_BOX((&LoraLinear::op<&Absent<"lora_linear", Pair(const LoraLinear&)>::call>)));
+  m.impl(
+      "lora_linear_backward",
+      TORCH_BOX((&LoraLinearBackward::op<&Absent<"lora_linear_backward", Triple(const LoraLinearBackward&)>::call>)));
   impl<"adamw_step_", void(Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, OptionalTensor, double, double, double,
                            double, double, int64_t)>(m);
 }

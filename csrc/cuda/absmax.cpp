@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../check/absmax.h"
 #include "launch.h"
 #include "stream.h"
 
@@ -16,7 +16,7 @@ namespace {
 std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
   check_absmax_quantize(absmax);
   const OnDeviceOf device(absmax);
-  const Tensor input = torch::stable::contiguous(absmax);
+  const Tensor input = contiguous_view(absmax);
   const int64_t count = absmax.numel(), nested_count = nested_size(count);
   Tensor absmax_q = torch::stable::new_empty(input, absmax.sizes(), ScalarType::Byte);
   Tensor nested = torch::stable::new_empty(input, {nested_count}, ScalarType::Float);
@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
 Tensor dequantize(const Tensor& absmax_q, const Tensor& nested) {
   check_absmax_dequantize(absmax_q, nested);
   const OnDeviceOf device(absmax_q);
-  const Tensor codes = torch::stable::contiguous(absmax_q);
-  const Tensor scales = torch::stable::contiguous(nested);
+  const Tensor codes = contiguous_view(absmax_q);
+  const Tensor scales = contiguous_view(nested);
   Tensor absmax = torch::stable::new_empty(codes, absmax_q.sizes(), ScalarType::Float);
   require_launched("absmax_dequantize",
                    absmax_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),

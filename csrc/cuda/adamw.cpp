@@ -4,9 +4,9 @@
 #include <iterator>
 #include <vector>
 
-#include "../check.h"
+#include "../check/adamw.h"
+#include "launch.h"
 #include "stream.h"
-#include "tensors.h"
 
 namespace nf4lora::cuda {
 namespace {

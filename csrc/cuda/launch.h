@@ -6,12 +6,11 @@
 #include <cstdint>
 
 #include "../adamw.h"
+#include "../dtype.h"
 
 namespace nf4lora::cuda {
 
 using Error = const char*;
-
-enum class Dtype { f32, bf16, f16 };
 
 // What nf4_quantize leaves in first_bad where every weight is finite.
 inline constexpr uint64_t kNoBlock = ~uint64_t{0};
@@ -32,18 +31,26 @@ Error absmax_quantize(const float* absmax, uint8_t* absmax_q, float* nested, dou
 // absmax_q [count], nested [ceil(count / 256) + 1] -> absmax [count]
 Error absmax_dequantize(const uint8_t* absmax_q, const float* nested, float* absmax, int64_t count, void* stream);
 
-// lora_linear for at most kMostFewRows rows of x: S [M, R], then y [M, N]. Everything is on the device, contiguous.
-inline constexpr int64_t kMostFewRows = 16;
-struct FewRows {
-  Dtype dtype;              // of x, S and y
-  const void* x;            // [M, K]
+// 16-bit values that are copied at a time, as 16 bytes: rows which the kernels for tensor cores copy are a multiple of it.
+inline constexpr int kChunk = 8;
+
+// W as it is stored.
+struct Packed {
   const uint8_t* qweight;   // [N, K / 2]
   const float* absmax;      // [N, K / blocksize], or null and
   const uint8_t* absmax_q;  // [N, K / blocksize] with
-  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
-  const float* bias;        // [N] or null
-  const void* lora_A;       // [R, K], of its own dtype
-  const void* lora_B;       // [N, R]
+  const float* nested;      // [ceil(N * K / blocksize / 256) + 1], the offset last
+};
+
+// lora_linear for at most kMostFewRows rows of x: S [M, R], then y [M, N]. Everything is on the device, contiguous.
+inline constexpr int64_t kMostFewRows = 16;
+struct FewRows {
+  Dtype dtype;    // of x, S and y
+  const void* x;  // [M, K]
+  Packed W;
+  const float* bias;   // [N] or null
+  const void* lora_A;  // [R, K], of its own dtype
+  const void* lora_B;  // [N, R]
   Dtype dtype_of_A, dtype_of_B;
   const uint64_t* seed;  // [1], null without dropout
   uint32_t threshold;    // of dropout
@@ -78,23 +85,20 @@ struct TallSkinny {
 };
 // Floats of work space: sums of parts, which are added in order. For P at most most_inner bytes, or R / 4096 of Z where
 // that is more; for G 32 times its size in float32. So it stays small however many rows there are.
-int64_t tall_skinny_workspace(const TallSkinny& products);
+int64_t tall_skinny_workspace(const TallSkinny& product);
 // Refuses, before it launches anything, float32, a D that is no multiple of 8, and Z that does not begin at a multiple of
 // 16 bytes.
-Error tall_skinny(const TallSkinny& products, void* stream);
+Error tall_skinny(const TallSkinny& product, void* stream);
 
 // lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.
 struct LoraGemm {
-  Dtype dtype;              // of rows, low_rank and out
-  bool backward;            // out = rows W, not rows W^T
-  const void* rows;         // x [M, K]; backward dy [M, N]
-  const uint8_t* qweight;   // [N, K / 2]
-  const float* absmax;      // [N, K / blocksize], or null and
-  const uint8_t* absmax_q;  // [N, K / blocksize] with
-  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
-  const float* bias;        // [N] or null; forward only
-  const void* low_rank;     // S, backward T [M, R]
-  const void* factor;       // lora_B [N, R], backward lora_A [R, K], of its own dtype
+  Dtype dtype;       // of rows, low_rank and out
+  bool backward;     // out = rows W, not rows W^T
+  const void* rows;  // x [M, K]; backward dy [M, N]
+  Packed W;
+  const float* bias;     // [N] or null; forward only
+  const void* low_rank;  // S, backward T [M, R]
+  const void* factor;    // lora_B [N, R], backward lora_A [R, K], of its own dtype
   Dtype dtype_of_factor;
   const uint64_t* seed;  // [1], null without dropout; backward only
   uint32_t threshold;    // of dropout
@@ -111,12 +115,9 @@ Error lora_gemm(const LoraGemm& gemm, void* stream);
 
 // A rectangle of W: rows [n0, n0 + rows) and columns [k0, k0 + columns). Everything is on the device, contiguous.
 struct Slice {
-  Dtype dtype;              // of weight
-  const uint8_t* qweight;   // [N, K / 2]
-  const float* absmax;      // [N, K / blocksize], or null and
-  const uint8_t* absmax_q;  // [N, K / blocksize] with
-  const float* nested;      // [ceil(N * K / blocksize / 256) + 1]
-  void* weight;             // [rows, columns]
+  Dtype dtype;  // of weight
+  Packed W;
+  void* weight;  // [rows, columns]
   int64_t N, K, n0, rows, k0, columns, blocksize;
 };
 // Refuses, before it launches anything, k0 or columns off a multiple of 32, and what lies outside W.

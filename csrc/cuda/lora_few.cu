@@ -25,8 +25,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 // Eight neighbours of a factor of LoRA, rounded to T.
 template <typename T>
-__device__ __forceinline__ void load_factor(const void* factor, Dtype dtype, int64_t at, bool aligned,
-                                            float (&out)[8]) {
+__device__ __forceinline__ void load_factors(const void* factor, Dtype dtype, int64_t at, bool aligned,
+                                             float (&out)[8]) {
   const auto convert = [&](const auto* from) {
     constexpr int kPerLoad = 16 / sizeof(*from);
 #pragma unroll
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   float sums[kRowsOfX] = {};
   for (int64_t k = threadIdx.x * 8; k < K; k += kThreads * 8) {
     float a[8];
-    load_factor<T>(A, dtype_of_A, r * K + k, aligned_A, a);
+    load_factors<T>(A, dtype_of_A, r * K + k, aligned_A, a);
 #pragma unroll
     for (int m = 0; m < kRowsOfX; ++m) {
       if (first + m >= M) break;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int t = 0; t < kTokenTiles; ++t) {
             const uint4 four = tokens[t][step / 2];
-            multiply_add<T>(sums[t], A, step % 2 ? four.z : four.x, step % 2 ? four.w : four.y);
+            mma<T>(sums[t], A, step % 2 ? four.z : four.x, step % 2 ? four.w : four.y);
           }
         }
       }
@@ -267,9 +267,10 @@ void launch_few(const FewRows& few, int blocks, cudaStream_t stream) {
   config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads), config.stream = stream;
   config.attrs = &early,
   config.numAttrs = few.R > 0 && can_start_early(kernel);  // without S there is nothing to wait for
-  cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(few.x), few.qweight, few.absmax, few.absmax_q, few.nested,
-                     few.bias, static_cast<const T*>(few.S), few.lora_B, static_cast<T*>(few.y), few.M, few.N, few.K,
-                     few.R, few.dtype_of_B, std::countr_zero(static_cast<uint64_t>(few.blocksize)), few.scaling);
+  cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(few.x), few.W.qweight, few.W.absmax, few.W.absmax_q,
+                     few.W.nested, few.bias, static_cast<const T*>(few.S), few.lora_B, static_cast<T*>(few.y), few.M,
+                     few.N, few.K, few.R, few.dtype_of_B, std::countr_zero(static_cast<uint64_t>(few.blocksize)),
+                     few.scaling);
 }
 
 template <typename T>
@@ -285,7 +286,7 @@ void launch_low_rank(const FewRows& few, cudaStream_t stream) {
 Error lora_few(const FewRows& few, void* stream) {
   if (few.dtype == Dtype::f32) return "float32, which the kernel for a few rows does not take";
   if (few.M > kMostFewRows) return "more rows than the kernel for a few takes";
-  if (!is_aligned(few.x) || !is_aligned(few.qweight)) return "x or qweight off a multiple of 16 bytes";
+  if (!is_aligned(few.x) || !is_aligned(few.W.qweight)) return "x or qweight off a multiple of 16 bytes";
   if (few.M == 0 || few.N == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool is_bf16 = few.dtype == Dtype::bf16;

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
   for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = kDeviceMap.value[i];
   T* const tokens = reinterpret_cast<T*>(memory);
   const int64_t blocks = (g.N * g.K) >> log2_blocksize;
-  const float offset = g.absmax ? 0.0f : g.nested[ceil_div(blocks, kNestedBlocksize)];
+  const float offset = g.W.absmax ? 0.0f : g.W.nested[ceil_div(blocks, kNestedBlocksize)];
   Block<T, kBackward, kTokens> block{g,
                                      map,
                                      tokens,
@@ -63,20 +63,20 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy(begin + i);
-  Packed packed = block.fetch(begin);
+  Fetched fetched = block.fetch(begin);
   __syncthreads();  // the map
   if (g.R > 0 && blockIdx.z == 0) {
     block.start_with_low_rank();
     if (kBackward && g.seed) block.drop();
   }
   {
-    const Products<T> first = block.products(packed, 0), second = block.products(packed, 1);
+    const Products<T> first = block.products(fetched, 0), second = block.products(fetched, 1);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      block.unpack(packed, quarter < 2 ? first : second, quarter, block.weights_of(0));
+      block.unpack(fetched, quarter < 2 ? first : second, quarter, block.weights_of(0));
     }
   }
-  packed = block.fetch(begin + 1);
+  fetched = block.fetch(begin + 1);
 
   for (int step = begin; step < end; ++step) {
     wait_for_copies<kStages - 2>();
@@ -85,14 +85,14 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
     const T* const token_tile = block.stage_of(step - begin);
     const T* const weight_tile = block.weights_of(step - begin);
     T* const next_tile = block.weights_of(step - begin + 1);
-    Products<T> products = block.products(packed, 0);
+    Products<T> products = block.products(fetched, 0);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      block.multiply(token_tile, weight_tile, quarter);
-      if (quarter == 2 && log2_blocksize == 5) products = block.products(packed, 1);
-      block.unpack(packed, products, quarter, next_tile);
+      block.accumulate(token_tile, weight_tile, quarter);
+      if (quarter == 2 && log2_blocksize == 5) products = block.products(fetched, 1);
+      block.unpack(fetched, products, quarter, next_tile);
     }
-    packed = block.fetch(step + 2);
+    fetched = block.fetch(step + 2);
   }
 
   const int64_t outputs = block.outputs();
@@ -195,7 +195,7 @@ int64_t lora_gemm_partials(const LoraGemm& g) {
 Error lora_gemm(const LoraGemm& g, void* stream) {
   constexpr int64_t kMostOutputs = int64_t{65535} * kOutputs;
   if (g.dtype == Dtype::f32) return "float32, which the kernel for tensor cores does not take";
-  if (!is_aligned(g.rows) || !is_aligned(g.qweight)) return "rows or qweight off a multiple of 16 bytes";
+  if (!is_aligned(g.rows) || !is_aligned(g.W.qweight)) return "rows or qweight off a multiple of 16 bytes";
   if (g.backward && g.N % kChunk) return "out features that are no multiple of 8, backwards";
   if ((g.backward ? g.K : g.N) > kMostOutputs) return "more outputs than a grid has rows of blocks";
   if (g.M == 0 || g.N == 0) return nullptr;

@@ -32,7 +32,7 @@ struct Warps {
 
 // What a thread has loaded of the weights that it will unpack: 64 neighbours of a row, in halves, of which a blocksize
 // of 32 makes two blocks.
-struct Packed {
+struct Fetched {
   uint4 codes[2];
   float scale[2];  // absmax; with double quantisation the nested absmax
   uint8_t index[2];
@@ -81,30 +81,30 @@ struct Block {
   __device__ int own_row() const { return kBackward ? thread % kStep : thread; }
   __device__ int own_column() const { return kBackward ? thread / kStep * kTileColumns : 0; }
 
-  __device__ Packed fetch(int step) const {
+  __device__ Fetched fetch(int step) const {
     const int64_t n = (kBackward ? int64_t{step} * kStep : first_output) + own_row();
     const int64_t k = kBackward ? first_output + own_column() : int64_t{step} * kStep;
-    Packed packed{};
+    Fetched fetched{};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t column = k + half * 32;
       if (n >= g.N || column >= g.K) continue;
-      packed.codes[half] = *reinterpret_cast<const uint4*>(g.qweight + (n * g.K + column) / 2);
+      fetched.codes[half] = *reinterpret_cast<const uint4*>(g.W.qweight + (n * g.K + column) / 2);
       const int64_t block = (n * g.K + column) >> log2_blocksize;
-      packed.scale[half] = g.absmax ? g.absmax[block] : g.nested[block / kNestedBlocksize];
-      packed.index[half] = g.absmax ? 0 : g.absmax_q[block];
+      fetched.scale[half] = g.W.absmax ? g.W.absmax[block] : g.W.nested[block / kNestedBlocksize];
+      fetched.index[half] = g.W.absmax ? 0 : g.W.absmax_q[block];
     }
-    return packed;
+    return fetched;
   }
 
-  __device__ Products<T> products(const Packed& packed, int half) const {
-    const float scale = packed.scale[half];
-    return Products<T>(g.absmax ? scale : decode_absmax(map, packed.index[half], scale, offset));
+  __device__ Products<T> products(const Fetched& fetched, int half) const {
+    const float scale = fetched.scale[half];
+    return Products<T>(g.W.absmax ? scale : decode_absmax(map, fetched.index[half], scale, offset));
   }
 
   // A quarter of the 64 weights: four calls, a matrix instruction's depth of work between them.
-  __device__ void unpack(const Packed& packed, const Products<T>& products, int quarter, T* tile) const {
-    const uint4 codes = packed.codes[quarter / 2];
+  __device__ void unpack(const Fetched& fetched, const Products<T>& products, int quarter, T* tile) const {
+    const uint4 codes = fetched.codes[quarter / 2];
     const unsigned words[2] = {quarter % 2 ? codes.z : codes.x, quarter % 2 ? codes.w : codes.y};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -114,7 +114,7 @@ struct Block {
   }
 
   // sums += tokens[:, 16 of the summed index] times those of W. Rows 8 apart have their chunks in the same places.
-  __device__ void multiply(const T* token_tile, const T* weight_tile, int step_of_16) {
+  __device__ void accumulate(const T* token_tile, const T* weight_tile, int step_of_16) {
     unsigned A[Shape::kRowTiles][4];
     const T* const token_row = token_tile + chunk_at(warp_token + lane % 16, 2 * step_of_16 + lane / 16);
 #pragma unroll
@@ -131,8 +131,8 @@ struct Block {
       }
 #pragma unroll
       for (int i = 0; i < Shape::kRowTiles; ++i) {
-        multiply_add<T>(sums[i][j], A[i], B[0], B[1]);
-        multiply_add<T>(sums[i][j + 1], A[i], B[2], B[3]);
+        mma<T>(sums[i][j], A[i], B[0], B[1]);
+        mma<T>(sums[i][j + 1], A[i], B[2], B[3]);
       }
     }
   }
@@ -176,7 +176,7 @@ struct Block {
             narrow<T>(exists ? load_factor<T>(g.factor, g.dtype_of_factor, at) : 0.0f);
       }
       __syncthreads();
-      for (int step = 0; step < padded / 16; ++step) multiply(token_tile, weight_tile, step);
+      for (int step = 0; step < padded / 16; ++step) accumulate(token_tile, weight_tile, step);
       __syncthreads();
     }
     each_pair([&](float& first, float& second, int, int) {

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
         unsigned z[4];
         load_matrices(z, tile + chunk_at(lane % 16, 2 * t + lane / 16));
 #pragma unroll
-        for (int n = 0; n < kRankTiles; ++n) multiply_add<T>(sums[n], z, factor[t][n][0], factor[t][n][1]);
+        for (int n = 0; n < kRankTiles; ++n) mma<T>(sums[n], z, factor[t][n][0], factor[t][n][1]);
       }
       float* own = sums_of[step % 2][warp];
 #pragma unroll
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
         unsigned z[4];
         load_matrices_transposed(z, tile + chunk_at(lane / 16 * 8 + lane % 8, 2 * t + lane / 8 % 2));
 #pragma unroll
-        for (int n = 0; n < kRankTiles; ++n) multiply_add<T>(gradient[t][n], z, low_rank[n][0], low_rank[n][1]);
+        for (int n = 0; n < kRankTiles; ++n) mma<T>(gradient[t][n], z, low_rank[n][0], low_rank[n][1]);
       }
     }
   }
@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(256)
 
 // The rows from begin to end.
 template <typename T, int kRankTiles>
-void launch_products(const TallSkinny& t, float* inner, float* outer, int64_t begin, int64_t end, cudaStream_t stream) {
+void launch_tall_skinny(const TallSkinny& t, float* inner, float* outer, int64_t begin, int64_t end,
+                        cudaStream_t stream) {
   const auto kernel = !t.G   ? tall_skinny_kernel<T, kRankTiles, true, false>
                       : !t.P ? tall_skinny_kernel<T, kRankTiles, false, true>
                              : tall_skinny_kernel<T, kRankTiles, true, true>;
@@ -244,9 +245,9 @@ Error tall_skinny(const TallSkinny& t, void* stream) {
   if ((t.P ? t.M * t.R : 0) + G_count == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const bool is_bf16 = t.dtype == Dtype::bf16, few = t.R <= 16;
-  const auto launch = is_bf16 ? few ? launch_products<__nv_bfloat16, 2> : launch_products<__nv_bfloat16, 4>
-                      : few   ? launch_products<__half, 2>
-                              : launch_products<__half, 4>;
+  const auto launch = is_bf16 ? few ? launch_tall_skinny<__nv_bfloat16, 2> : launch_tall_skinny<__nv_bfloat16, 4>
+                      : few   ? launch_tall_skinny<__half, 2>
+                              : launch_tall_skinny<__half, 4>;
   const int64_t rows = rows_of_a_launch(t), strip = strip_of(t.M);
   float* const outer = t.workspace + floats_of_inner(t);
   int64_t begin = 0;

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../check.h"
+#include "../check/lora.h"
 #include "launch.h"
 #include "layer.h"
 #include "stream.h"
@@ -13,44 +13,31 @@ namespace {
 
 constexpr const char* kOp = "lora_slice";
 
-// qweight: uint8 [N, K/2]; absmax: float32 [N, K/blocksize], or uint8 with nested; out: [rows, columns] contiguous.
-void check_lora_slice(const Tensor& qweight, const Tensor& absmax, const OptionalTensor& nested, int64_t blocksize,
-                      int64_t n0, int64_t k0, const Tensor& out) {
-  check_blocksize(kOp, blocksize);
-  check_dtype(kOp, "qweight", qweight, ScalarType::Byte);
-  require_value(qweight.dim() == 2 && qweight.size(1) * 2 % blocksize == 0, kOp,
-                ": qweight must be [N, K/2] with K a multiple of blocksize ", blocksize, ", got shape ",
-                shape_of(qweight));
-  const int64_t N = qweight.size(0), K = qweight.size(1) * 2, blocks = N * (K / blocksize);
-  check_same_device(kOp, "absmax", absmax, qweight);
-  require_value(absmax.numel() == blocks, kOp, ": absmax must hold ", blocks, " values (one per ", blocksize,
-                " weights), got shape ", shape_of(absmax));
-  if (nested) {
-    check_nested(kOp, absmax, *nested);
-  } else {
-    require_kind(absmax.scalar_type() == ScalarType::Float, kOp, ": absmax must be float32, or uint8 with nested, got ",
-                 name_of(absmax.scalar_type()));
-  }
+// out: [rows, columns] contiguous, which lies in W from row n0 and column k0 on.
+LinearShape check_lora_slice(const PackedTensors& weight, int64_t n0, int64_t k0, const Tensor& out) {
+  const LinearShape W = check_packed(kOp, weight, weight.qweight);
   check_float(kOp, "out", out);
-  check_same_device(kOp, "out", out, qweight);
+  check_same_device(kOp, "out", out, weight.qweight);
   require_value(out.dim() == 2 && out.is_contiguous(), kOp, ": out must be [rows, columns] and contiguous, got shape ",
                 shape_of(out));
   require_value(k0 % kMinBlocksize == 0 && out.size(1) % kMinBlocksize == 0, kOp,
                 ": k0 and the columns of out must be multiples of ", kMinBlocksize, ", got ", k0, " and ", out.size(1));
-  require_value(n0 >= 0 && k0 >= 0 && n0 <= N - out.size(0) && k0 <= K - out.size(1), kOp, ": out must lie in W [", N,
-                ", ", K, "], got shape ", shape_of(out), " from row ", n0, " and column ", k0);
+  require_value(n0 >= 0 && k0 >= 0 && n0 <= W.N - out.size(0) && k0 <= W.K - out.size(1), kOp, ": out must lie in W [",
+                W.N, ", ", W.K, "], got shape ", shape_of(out), " from row ", n0, " and column ", k0);
+  return W;
 }
 
 void slice_into(const Tensor& qweight, const Tensor& absmax, const OptionalTensor& nested, int64_t blocksize,
                 int64_t n0, int64_t k0, Tensor out) {
-  check_lora_slice(qweight, absmax, nested, blocksize, n0, k0, out);
+  const PackedTensors tensors{qweight, absmax, nested, blocksize};
+  const LinearShape shape = check_lora_slice(tensors, n0, k0, out);
   const OnDeviceOf device(qweight);
-  const Weight weight(qweight, absmax, nested);
+  const Weight weight(tensors);
   Slice slice{};
   slice.dtype = dtype_of(out);
-  weight.into(slice);
+  slice.W = weight.packed();
   slice.weight = out.mutable_data_ptr();
-  slice.N = qweight.size(0), slice.K = qweight.size(1) * 2, slice.blocksize = blocksize;
+  slice.N = shape.N, slice.K = shape.K, slice.blocksize = blocksize;
   slice.n0 = n0, slice.rows = out.size(0), slice.k0 = k0, slice.columns = out.size(1);
   require_launched(kOp, lora_slice(slice, device.stream()));
 }

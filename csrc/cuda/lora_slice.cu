@@ -82,10 +82,10 @@ void unpack(const Slice& slice, cudaStream_t stream) {
   const int64_t tiles_per_row = ceil_div(slice.columns, kTileColumns<T>);
   const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row;
   lora_slice_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
-      slice.qweight, slice.absmax, slice.absmax_q, slice.nested, static_cast<T*>(slice.weight),
+      slice.W.qweight, slice.W.absmax, slice.W.absmax_q, slice.W.nested, static_cast<T*>(slice.weight),
       slice.N * (slice.K / slice.blocksize), slice.K, slice.n0, slice.rows, slice.k0, slice.columns,
       std::countr_zero(static_cast<uint64_t>(slice.blocksize)), static_cast<unsigned>(tiles_per_row),
-      is_aligned(slice.qweight) && is_aligned(slice.weight));
+      is_aligned(slice.W.qweight) && is_aligned(slice.weight));
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ __device__ __forceinline__ unsigned as_word(const T (&pair)[2]) {
 // l / 4 + 8 of A, k = 2 (l % 4) and the next, and those 8 further on; of column l / 4 of B the same k; and of the sums
 // rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 template <typename T>
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&A)[4], unsigned B0, unsigned B1) {
+__device__ __forceinline__ void mma(float (&sums)[4], const unsigned (&A)[4], unsigned B0, unsigned B1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -4,10 +4,9 @@
 
 #include <tuple>
 
-#include "../check.h"
+#include "../check/nf4.h"
 #include "launch.h"
 #include "stream.h"
-#include "tensors.h"
 
 namespace nf4lora::cuda {
 namespace {
@@ -17,17 +16,17 @@ namespace {
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
   check_nf4_quantize(weight, blocksize);
   const OnDeviceOf device(weight);
-  const Tensor input = torch::stable::contiguous(weight);
-  const int64_t K = weight.size(weight.dim() - 1);
+  const Tensor input = contiguous_view(weight);
+  const int64_t K = last_size(weight);
   Tensor qweight = torch::stable::new_empty(input, with_last(weight, K / 2), ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(input, with_last(weight, K / blocksize), ScalarType::Float);
   Tensor first_bad = torch::stable::new_empty(input, {1}, ScalarType::Long);
 
   require_launched(
       "nf4_quantize",
-      nf4_quantize(input.const_data_ptr(), dtype_of(weight.scalar_type()),
-                   static_cast<uint8_t*>(qweight.mutable_data_ptr()), static_cast<float*>(absmax.mutable_data_ptr()),
-                   static_cast<uint64_t*>(first_bad.mutable_data_ptr()), weight.numel(), blocksize, device.stream()));
+      nf4_quantize(input.const_data_ptr(), dtype_of(weight), static_cast<uint8_t*>(qweight.mutable_data_ptr()),
+                   static_cast<float*>(absmax.mutable_data_ptr()), static_cast<uint64_t*>(first_bad.mutable_data_ptr()),
+                   weight.numel(), blocksize, device.stream()));
   uint64_t block = kNoBlock;
   require_launched("nf4_quantize", read(&block, first_bad.const_data_ptr(), sizeof(block), device.stream()));
   if (block != kNoBlock) fail_nf4_quantize_finite(static_cast<int64_t>(block), blocksize);
@@ -36,17 +35,17 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
 
 void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, Tensor& weight) {
   const OnDeviceOf device(qweight);
-  const Tensor codes = torch::stable::contiguous(qweight);
-  const Tensor scales = torch::stable::contiguous(absmax);
+  const Tensor codes = contiguous_view(qweight);
+  const Tensor scales = contiguous_view(absmax);
   require_launched("nf4_dequantize",
                    nf4_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
                                   static_cast<const float*>(scales.const_data_ptr()), weight.mutable_data_ptr(),
-                                  dtype_of(weight.scalar_type()), weight.numel(), blocksize, device.stream()));
+                                  dtype_of(weight), weight.numel(), blocksize, device.stream()));
 }
 
 Tensor dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
   check_nf4_dequantize(qweight, absmax, blocksize, dtype);
-  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, qweight.size(qweight.dim() - 1) * 2), dtype);
+  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, last_size(qweight) * 2), dtype);
   dequantize_into(qweight, absmax, blocksize, weight);
   return weight;
 }

@@ -8,10 +8,11 @@
 
 #include <cstdint>
 
+#include "launch.h"
+
 namespace nf4lora::cuda {
 
 constexpr int kTileColumns = 64;
-constexpr int kChunk = 8;  // values in 16 bytes
 constexpr int kChunks = kTileColumns / kChunk;
 
 // Where a chunk of a tile begins, counted in values.

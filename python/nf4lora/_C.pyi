@@ -11,10 +11,15 @@ MOMENT_BLOCKSIZE: int
 BLOCKSIZE: int
 BLOCKSIZES: tuple[int, ...]
 NESTED_BLOCKSIZE: int
+PHILOX_MULTIPLIER: tuple[int, int]
+PHILOX_WEYL: tuple[int, int]
+PHILOX_ROUNDS: int
 COMPILER: str
 CUDA_VERSION: str  # of the toolkit this was built with, "" without CUDA
 CUDA_ARCHS: str
 BUILD_TORCH: str
+CUDA_FEW_ROWS: int  # most tokens that the kernel for a few takes
+CUDA_CHUNK: int  # 16-bit values that tensor cores' kernels copy at a time
 
 class Pager:  # csrc/cuda/paged.h; only in a build with CUDA. A buffer of its bytes
     mode: str

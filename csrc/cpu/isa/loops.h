@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "../../adamw.h"
+#include "../../dtype.h"
 
 namespace nf4lora {
-
-enum class Dtype : int { f32, bf16, f16 };
 
 // A row-major matrix of one dtype.
 struct Dense {

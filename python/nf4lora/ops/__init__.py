@@ -1,7 +1,7 @@
 """The ops as Python sees them: docstring, fake and gradient of each, a file a concept.
 
-The schemas are in csrc/ops.cpp, the checks and every error text in csrc/check.h, the meaning in reference.py. Letters:
-M tokens, N out features, K in features, R rank.
+The schemas are in csrc/ops.cpp, the checks and every error text in csrc/check/, the meaning in reference.py. Letters: M
+tokens, N out features, K in features, R rank.
 """
 
 from nf4lora.ops.absmax import NESTED_BLOCKSIZE, absmax_dequantize, absmax_quantize

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from nf4lora import _C
 from nf4lora.compat.torch import below_autograd, is_forward_mode, is_transformed
+from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward
 from nf4lora.ops.nf4 import BLOCKSIZE
 
 _ops = torch.ops.nf4lora
@@ -68,7 +69,7 @@ def lora_linear(
     if is_transformed() or is_forward_mode():
         _refuse_transforms(x, bias, lora_A, lora_B)
     if _wants_gradient(x, lora_A, lora_B):
-        return _LoraLinear.apply(*arguments)
+        return _Differentiable.apply(*arguments)
     with below_autograd():
         return _ops.lora_linear.default(*arguments)[0]
 
@@ -89,55 +90,70 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 @torch.library.register_fake("nf4lora::lora_linear")
-def _(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, dropout, seed, blocksize):
-    *lead, _ = x.shape
+def _(*given):
+    a = LoraLinear(*given)
+    *lead, _ = a.x.shape
     tokens = 1
     for size in lead:
         tokens = tokens * size
-    rank = 0 if lora_A is None else lora_A.shape[0]
-    return x.new_empty([*lead, qweight.shape[0]]), x.new_empty([tokens, rank])
+    rank = 0 if a.lora_A is None else a.lora_A.shape[0]
+    return a.x.new_empty([*lead, a.qweight.shape[0]]), a.x.new_empty([tokens, rank])
 
 
 @torch.library.register_fake("nf4lora::lora_linear_backward")
-def _(dy, x, S, qweight, absmax, nested, lora_A, lora_B, scaling, dropout, seed, blocksize, need_dx):
-    shape = [*dy.shape[:-1], 2 * qweight.shape[1]] if x is None else x.shape
-    dx, none = dy.new_empty(shape if need_dx else [0]), dy.new_empty([0], dtype=torch.float32)
-    dA = none if lora_A is None or x is None else lora_A.new_empty(lora_A.shape)
-    return dx, dA, none.clone() if lora_B is None or S is None else lora_B.new_empty(lora_B.shape)
+def _(*given):
+    a = LoraLinearBackward(*given)
+    shape = [*a.dy.shape[:-1], 2 * a.qweight.shape[1]] if a.x is None else a.x.shape
+    dx, none = a.dy.new_empty(shape if a.need_dx else [0]), a.dy.new_empty([0], dtype=torch.float32)
+    dA = none if a.lora_A is None or a.x is None else a.lora_A.new_empty(a.lora_A.shape)
+    return dx, dA, none.clone() if a.lora_B is None or a.S is None else a.lora_B.new_empty(a.lora_B.shape)
+
+
+_PLACES = list(LoraLinear.__annotations__)
+_X, _A, _B = (_PLACES.index(name) for name in ("x", "lora_A", "lora_B"))  # those that can have a gradient
 
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, output[1])
+    _save(ctx, LoraLinear(*inputs), output[1])
 
 
-def _save(ctx, inputs, S):
-    x, qweight, absmax, nested, _, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize = inputs
+def _save(ctx, a, S):
+    ctx.scaling, ctx.dropout, ctx.blocksize = a.scaling, a.dropout, a.blocksize
     # x matters to dA alone and S to dB: a layer whose adapter is frozen, or that has none, keeps neither alive. The
     # rest is there anyway, and is saved as it is, not copied.
-    x = x if ctx.needs_input_grad[5] else None
-    S = S if ctx.needs_input_grad[6] else None
-    ctx.save_for_backward(x, S, qweight, absmax, nested, lora_A, lora_B, seed)
+    x = a.x if ctx.needs_input_grad[_A] else None
+    S = S if ctx.needs_input_grad[_B] else None
+    ctx.save_for_backward(x, S, a.qweight, a.absmax, a.nested, a.lora_A, a.lora_B, a.seed)
 
 
 def _backward(ctx, dy, _=None):
-    x, S, qweight, absmax, nested, lora_A, lora_B, seed = ctx.saved_tensors
-    need_dx, need_dA, need_dB = (ctx.needs_input_grad[i] for i in (0, 5, 6))
-    dx, dA, dB = _ops.lora_linear_backward.default(
-        dy, x, S, qweight, absmax, nested, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.blocksize, need_dx
+    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+    arguments = LoraLinearBackward(  # type: ignore[misc]  # of *saved, mypy does not know how many there are
+        dy,
+        *saved[:-1],
+        scaling=ctx.scaling,
+        dropout=ctx.dropout,
+        seed=saved[-1],
+        blocksize=ctx.blocksize,
+        need_dx=wanted[_X],
     )
-    dx, dA, dB = (grad if needed else None for grad, needed in ((dx, need_dx), (dA, need_dA), (dB, need_dB)))
-    return dx, None, None, None, None, dA, dB, None, None, None, None
+    dx, dA, dB = _ops.lora_linear_backward.default(*arguments)
+    gradients = [None] * len(_PLACES)
+    for place, gradient in ((_X, dx), (_A, dA), (_B, dB)):
+        if wanted[place]:
+            gradients[place] = gradient
+    return tuple(gradients)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _Differentiable(torch.autograd.Function):
     """The same gradient for eager code: the registered one takes 50 microseconds more, a small layer's own time."""
 
     @staticmethod
     def forward(ctx, *inputs):
         with below_autograd():
             y, S = _ops.lora_linear.default(*inputs)
-        _save(ctx, inputs, S)
+        _save(ctx, LoraLinear(*inputs), S)
         return y
 
     @staticmethod
@@ -149,7 +165,7 @@ class _LoraLinear(torch.autograd.Function):
 torch.library.register_autograd("nf4lora::lora_linear", _backward, setup_context=_setup_context)
 
 if _C.CUDA_VERSION:  # csrc/cuda/absent.cpp answers in a build without CUDA
-    from nf4lora.ops.kernels import dispatch
+    from nf4lora.ops.kernels import cuda
 
-    torch.library.register_kernel("nf4lora::lora_linear", "cuda", dispatch.lora_linear)
-    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", dispatch.lora_linear_backward)
+    torch.library.register_kernel("nf4lora::lora_linear", "cuda", cuda.lora_linear)
+    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", cuda.lora_linear_backward)

@@ -7,10 +7,13 @@ to measure them against.
 import math
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward
 
 # QLoRA, arXiv:2305.14314, appendix E; the values that bitsandbytes stores. Written down a second time on purpose.
 CODE = torch.tensor(
@@ -126,54 +129,52 @@ def kept(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, values.new_zeros(()))
 
 
-def _operands(x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc):
+def _operands(a, x, acc):
     """What forward and backward share, in the accumulation dtype: x and W as 2-D, A and B rounded to x's dtype."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 could be any number where K is 0
-    if nested is not None:
-        absmax = absmax_dequantize(absmax, nested)
-    W = nf4_dequantize(qweight, absmax, blocksize, x.dtype).to(acc)
-    A, B = (None if p is None else p.to(x.dtype).to(acc) for p in (lora_A, lora_B))
+    absmax = a.absmax if a.nested is None else absmax_dequantize(a.absmax, a.nested)
+    W = nf4_dequantize(a.qweight, absmax, a.blocksize, x.dtype).to(acc)
+    A, B = (None if p is None else p.to(x.dtype).to(acc) for p in (a.lora_A, a.lora_B))
     mask = torch.ones((), dtype=torch.bool, device=x.device)
-    if dropout > 0 and A is not None:
-        mask = dropout_mask(rows.shape[0], rows.shape[1], dropout, seed).to(x.device)
-    return rows.to(acc), W, A, B, mask, 1.0 / (1.0 - dropout)
+    if a.dropout > 0 and A is not None:
+        mask = dropout_mask(rows.shape[0], rows.shape[1], a.dropout, a.seed).to(x.device)
+    return rows.to(acc), W, A, B, mask, 1.0 / (1.0 - a.dropout)
 
 
-def lora_linear(
-    x, qweight, absmax, nested=None, bias=None, lora_A=None, lora_B=None,
-    scaling=1.0, dropout=0.0, seed=None, blocksize=64, acc=torch.float32,
-):  # fmt: skip
-    """y = x W^T + bias + scaling * S B^T with S = dropout(x) A^T rounded to x's dtype: y [..., N], S [M, R]."""
-    rows, W, A, B, mask, inverse_keep = _operands(
-        x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc
-    )
+def lora_linear(*arguments, acc=torch.float32, **options):
+    """y = x W^T + bias + scaling * S B^T with S = dropout(x) A^T rounded to x's dtype: y [..., N], S [M, R].
+
+    The arguments are those of LoraLinear.
+    """
+    a = LoraLinear(*arguments, **options)
+    rows, W, A, B, mask, inverse_keep = _operands(a, a.x, acc)
     y = rows @ W.T
     S = rows.new_empty(len(rows), 0)
     if A is not None:
-        S = ((kept(rows, mask) @ A.T) * inverse_keep).to(x.dtype)
-        y = y + scaling * (S.to(acc) @ B.T)
-    if bias is not None:
-        y = y + bias.to(acc)
-    return y.to(x.dtype).reshape(*x.shape[:-1], len(W)), S.to(x.dtype)
+        S = ((kept(rows, mask) @ A.T) * inverse_keep).to(a.x.dtype)
+        y = y + a.scaling * (S.to(acc) @ B.T)
+    if a.bias is not None:
+        y = y + a.bias.to(acc)
+    return y.to(a.x.dtype).reshape(*a.x.shape[:-1], len(W)), S.to(a.x.dtype)
 
 
-def lora_linear_backward(
-    dy, x, S, qweight, absmax, nested=None, lora_A=None, lora_B=None,
-    scaling=1.0, dropout=0.0, seed=None, blocksize=64, acc=torch.float32,
-):  # fmt: skip
-    """dx = dy W + mask/(1-p) * scaling * T A, dA = scaling/(1-p) * T^T (mask x), dB = scaling * dy^T S; T = dy B."""
-    rows, W, A, B, mask, inverse_keep = _operands(
-        x, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize, acc
-    )
-    grad = dy.reshape(len(rows), dy.shape[-1]).to(acc)
+def lora_linear_backward(*arguments, acc=torch.float32, **options):
+    """dx = dy W + mask/(1-p) * scaling * T A, dA = scaling/(1-p) * T^T (mask x), dB = scaling * dy^T S; T = dy B.
+
+    The arguments are those of LoraLinearBackward; all three gradients are made.
+    """
+    a: Any = LoraLinearBackward(*arguments, **options)
+    dtype = a.x.dtype
+    rows, W, A, B, mask, inverse_keep = _operands(a, a.x, acc)
+    grad = a.dy.reshape(len(rows), a.dy.shape[-1]).to(acc)
     dx = grad @ W
     if A is None:
-        return dx.to(x.dtype).reshape(x.shape), None, None
-    T = (grad @ B).to(x.dtype).to(acc)
-    dx = dx + kept(scaling * inverse_keep * (T @ A), mask)
-    dA = scaling * inverse_keep * (T.T @ kept(rows, mask))
-    dB = scaling * (grad.T @ S.to(acc))
-    return dx.to(x.dtype).reshape(x.shape), dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+        return dx.to(dtype).reshape(a.x.shape), None, None
+    T = (grad @ B).to(dtype).to(acc)
+    dx = dx + kept(a.scaling * inverse_keep * (T @ A), mask)
+    dA = a.scaling * inverse_keep * (T.T @ kept(rows, mask))
+    dB = a.scaling * (grad.T @ a.S.to(acc))
+    return dx.to(dtype).reshape(a.x.shape), dA.to(a.lora_A.dtype), dB.to(a.lora_B.dtype)
 
 
 def square_code() -> Tensor:

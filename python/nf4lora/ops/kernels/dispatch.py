@@ -1,4 +1,4 @@
-"""Which CUDA kernel computes lora_linear and its backward.
+"""Which CUDA kernel computes lora_linear and its backward. cuda.py calls it.
 
 few      up to 16 rows in 16 bits, forward: the packed weight is streamed once (csrc/cuda/lora_few.cu)
 fused    16 bits: tensor cores, W unpacked on the way (csrc/cuda/lora_gemm.cu)
@@ -19,16 +19,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nf4lora.ops.kernels import sliced, unfused
+from nf4lora import _C
 
 HEURISTICS = Path(__file__).with_name("heuristics.json")
 OTHERS = "*"
-FEW_ROWS = 16  # kMostFewRows of csrc/cuda/launch.h
+FEW_ROWS: int = _C.CUDA_FEW_ROWS
+TENSOR_CORES = (torch.bfloat16, torch.float16)  # dtypes
 KERNELS = ("few", "fused", "sliced", "unfused")
 # By direction, in the order in which more tokens favour them. Never unfused: it needs memory for the whole of W.
 CHOICES = {"forward": ("few", "fused", "sliced"), "backward": ("fused", "sliced")}
@@ -62,30 +62,6 @@ class Rule:
 
 
 Table = Mapping[tuple[str, str], Sequence[Rule]]  # by architecture and direction
-
-
-def lora_linear(x: Tensor, qweight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """y and S; arguments and results as in unfused.lora_linear."""
-    match chosen("forward", x, qweight):
-        case "few":
-            return torch.ops.nf4lora_cuda.lora_linear_few.default(x, qweight, *arguments)
-        case "fused":
-            return torch.ops.nf4lora_cuda.lora_linear_gemm.default(x, qweight, *arguments)
-        case "sliced":
-            return sliced.lora_linear(x, qweight, *arguments)
-    return unfused.lora_linear(x, qweight, *arguments)
-
-
-def lora_linear_backward(
-    dy: Tensor, x: Tensor | None, S: Tensor | None, qweight: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB; arguments and results as in unfused.lora_linear_backward."""
-    match chosen("backward", dy, qweight):
-        case "fused":
-            return torch.ops.nf4lora_cuda.lora_linear_gemm_backward.default(dy, x, S, qweight, *arguments)
-        case "sliced":
-            return sliced.lora_linear_backward(dy, x, S, qweight, *arguments)
-    return unfused.lora_linear_backward(dy, x, S, qweight, *arguments)
 
 
 @contextmanager
@@ -129,11 +105,16 @@ def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_feature
     """Whether a kernel takes so many tokens of this dtype."""
     if name in ("sliced", "unfused"):
         return True
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in TENSOR_CORES:
         return False
     if name == "few":
         return direction == "forward" and tokens <= FEW_ROWS
-    return direction == "forward" or (out_features % 8 == 0 and out_features > 0)  # rows of dy are copied by 16 bytes
+    return direction == "forward" or (out_features % _C.CUDA_CHUNK == 0 and out_features > 0)  # dy is copied by chunks
+
+
+def takes_low_rank(rows: Tensor) -> bool:
+    """Whether csrc/cuda/lora_grad.cu makes the low-rank products of these rows for sliced; otherwise torch does."""
+    return rows.is_cuda and rows.dtype in TENSOR_CORES and rows.shape[1] % _C.CUDA_CHUNK == 0
 
 
 def kernel_for(architecture: str, direction: str, tokens: int, weights: int) -> str:

@@ -11,15 +11,17 @@ CPU tensors run through the same code, where the tests hold it against the refer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nf4lora.ops.kernels import unfused
+from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward, Packed
+from nf4lora.ops.kernels import dispatch, unfused
+from nf4lora.ops.nf4 import BLOCKSIZES
 
 _ops = torch.ops.nf4lora
-_check = torch.ops.nf4lora_check  # csrc/check.cpp
+_check = torch.ops.nf4lora_check  # csrc/check/ops.cpp
 
 # Of one slice, so the most memory that unpacked weights take. The largest layer of a model of 70 billion weights,
 # 28672 x 8192, has 470 MB in 16 bits. A slice costs the host about 0.1 ms of launches and Python (H200), which slices
@@ -27,16 +29,7 @@ _check = torch.ops.nf4lora_check  # csrc/check.cpp
 SLICE_BYTES = 512 << 20
 _STEP = 64  # rows or columns: whole tiles of a matmul, and 16-byte alignment inside y and dx
 
-_UNIT = 32  # columns that share an absmax whatever the blocksize: the smallest one
-
-
-class Packed(NamedTuple):
-    """W as it is stored."""
-
-    qweight: Tensor  # [N, K/2] uint8
-    absmax: Tensor  # [N, K/blocksize] float32, or uint8 with nested
-    nested: Tensor | None
-    blocksize: int
+_UNIT = BLOCKSIZES[0]  # columns that share an absmax whatever the blocksize: the smallest one
 
 
 class Rectangle(NamedTuple):
@@ -49,63 +42,38 @@ class Rectangle(NamedTuple):
         return self.n.stop - self.n.start, self.k.stop - self.k.start
 
 
-def lora_linear(
-    x: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    blocksize: int,
-) -> tuple[Tensor, Tensor]:
+def lora_linear(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """y = x W^T + bias + scaling * S B^T and S = dropout(x) A^T; arguments and results as in ops.lora_linear.
 
     Returns:
         y: [..., N] of x's dtype
         S: [M, R] of x's dtype, R = 0 without LoRA
     """
-    _check.lora_linear(x, qweight, absmax, nested, bias, lora_A, lora_B, dropout, seed, blocksize)
+    a = LoraLinear(*arguments, **options)
+    _check.lora_linear(*a)
+    x, N, K = a.x, len(a.qweight), a.x.shape[-1]
     rows = unfused.as_rows(x).contiguous()  # once: torch would copy awkward strides again for each slice
-    N, K = len(qweight), x.shape[-1]
-    S = rows.new_empty(len(rows), 0) if lora_A is None else low_rank(rows, lora_A, dropout, seed)
+    S = low_rank(a, rows)
     y = rows.new_empty(len(rows), N)
-    offset = None if bias is None else bias.to(x.dtype)
+    offset = None if a.bias is None else a.bias.to(x.dtype)
     beta = 1.0
-    if lora_B is None:
+    if a.lora_B is None:
         if offset is None:
             beta = 0.0  # what y holds is not read
         else:
             y.copy_(offset)
     elif offset is None:
-        y.addmm_(S, lora_B.to(x.dtype).T, beta=0.0, alpha=scaling)
+        y.addmm_(S, a.lora_B.to(x.dtype).T, beta=0.0, alpha=a.scaling)
     else:
-        torch.addmm(offset, S, lora_B.to(x.dtype).T, alpha=scaling, out=y)
+        torch.addmm(offset, S, a.lora_B.to(x.dtype).T, alpha=a.scaling, out=y)
     if len(rows) > 0:
         rectangles = [Rectangle(n, slice(0, K)) for n in _parts(N, K * x.element_size())]
-        for (n, _), W in unpacked(Packed(qweight, absmax, nested, blocksize), rectangles, rows):
+        for (n, _), W in unpacked(Packed.of(a), rectangles, rows):
             y[:, n].addmm_(rows, W.T, beta=beta)
     return y.reshape(*x.shape[:-1], N), S
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    blocksize: int,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_backward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of lora_linear: dx = dy W + mask * scaling * T A, dA = scaling * T^T (mask * x), dB = scaling * dy^T S.
 
     T = dy B is rounded to x's dtype; mask is 0 or 1 / (1 - dropout).
@@ -114,57 +82,42 @@ def lora_linear_backward(
         dx: x's shape and dtype; [0] unless need_dx
         dA, dB: shapes and dtypes of lora_A and lora_B; [0] without LoRA, dA without x, dB without S
     """
-    _check.lora_linear_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, dropout, seed, blocksize)
-    grad, rows = unfused.as_rows(dy).contiguous(), None if x is None else unfused.as_rows(x).contiguous()
-    T = dA = dB = dy.new_empty(0, dtype=torch.float32)
-    if lora_A is not None and lora_B is not None:
-        T, dA, dB = low_rank_backward(grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
-    if not need_dx:
+    a = LoraLinearBackward(*arguments, **options)
+    _check.lora_linear_backward(*a)
+    dy, N, K = a.dy, len(a.qweight), 2 * a.qweight.shape[1]
+    grad, rows = unfused.as_rows(dy).contiguous(), None if a.x is None else unfused.as_rows(a.x).contiguous()
+    T, dA, dB = low_rank_backward(a, grad, rows)
+    if not a.need_dx:
         return dy.new_empty(0), dA, dB
-    N, K = len(qweight), 2 * qweight.shape[1]
-    shape = unfused.dx_shape(dy, x, K)
+    shape = unfused.dx_shape(a)
     if N == 0:
         return dy.new_zeros(shape), dA, dB
     dx = grad.new_empty(len(grad), K)
-    if lora_A is not None:
-        dx.addmm_(T, lora_A.to(dy.dtype), beta=0.0, alpha=scaling / (1.0 - dropout))
-        if dropout > 0:
+    if a.lora_A is not None:
+        dx.addmm_(T, a.lora_A.to(dy.dtype), beta=0.0, alpha=a.scaling / (1.0 - a.dropout))
+        if a.dropout > 0:
             for part in unfused.slices_of(dx, grad.T):
-                dx[part].masked_fill_(~unfused.mask(dx, part, dropout, seed), 0.0)
+                dx[part].masked_fill_(~unfused.mask(dx, part, a.dropout, a.seed), 0.0)
     if len(grad) > 0:
         rectangles = [Rectangle(slice(0, N), k) for k in _parts(K, N * dy.element_size())]
-        for (_, k), W in unpacked(Packed(qweight, absmax, nested, blocksize), rectangles, grad):
-            dx[:, k].addmm_(grad, W, beta=0.0 if lora_A is None else 1.0)
+        for (_, k), W in unpacked(Packed.of(a), rectangles, grad):
+            dx[:, k].addmm_(grad, W, beta=0.0 if a.lora_A is None else 1.0)
     return dx.reshape(shape), dA, dB
 
 
-def low_rank(rows: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+def low_rank(a: LoraLinear, rows: Tensor) -> Tensor:
     """S; arguments and result as in unfused.low_rank."""
-    if _has_kernel(rows):
-        return torch.ops.nf4lora_cuda.lora_low_rank(rows, lora_A, dropout, seed)
-    return unfused.low_rank(rows, lora_A, dropout, seed)
+    if a.lora_A is not None and dispatch.takes_low_rank(rows):
+        return torch.ops.nf4lora_cuda.lora_low_rank(rows, *a[1:])
+    return unfused.low_rank(a, rows)
 
 
-def low_rank_backward(
-    grad: Tensor,
-    rows: Tensor | None,
-    S: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def low_rank_backward(a: LoraLinearBackward, grad: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """T, dA and dB; arguments and results as in unfused.low_rank_backward."""
-    arguments = (grad, rows, S, lora_A, lora_B, scaling, dropout, seed)
-    if _has_kernel(grad) and (rows is None or _has_kernel(rows)):
-        return torch.ops.nf4lora_cuda.lora_low_rank_backward(*arguments)
-    return unfused.low_rank_backward(*arguments)
-
-
-def _has_kernel(rows: Tensor) -> bool:
-    """Whether csrc/cuda/lora_grad.cu multiplies them."""
-    return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[1] % 8 == 0
+    taken = dispatch.takes_low_rank(grad) and (rows is None or dispatch.takes_low_rank(rows))
+    if a.lora_A is not None and taken:
+        return torch.ops.nf4lora_cuda.lora_low_rank_backward(grad, rows, *a[2:])
+    return unfused.low_rank_backward(a, grad, rows)
 
 
 def unpacked(packed: Packed, rectangles: list[Rectangle], like: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:

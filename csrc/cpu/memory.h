@@ -1,35 +1,19 @@
-// What the CPU ops share about torch's tensors: dtypes, contiguous views, aligned scratch memory.
+// Memory that the CPU ops write: aligned, reused, on large pages.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <utility>
 
 #include "../ceil_div.h"
-#include "../check.h"
-#include "isa/loops.h"
 
 namespace nf4lora {
-
-inline Dtype dtype_of(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? Dtype::bf16 : dtype == ScalarType::Half ? Dtype::f16 : Dtype::f32;
-}
-inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-// The tensor itself where its memory is in order already, else a copy that is. (Asking the dispatcher costs a
-// microsecond.)
-inline Tensor contiguous_view(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 // Asks for pages of 2 MB under memory that is about to be written for the first time, which the system then hands out
 // 512 times less often, and under which a weight is later read with as many fewer translations of addresses. Where it
