@@ -16,21 +16,19 @@ namespace {
 constexpr int64_t kPiece = 1 << 12;
 constexpr int64_t kGrain = 4;  // pieces a thread should have before a second one is woken
 
-void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                 const Tensors& absmaxs, Tensor skipped, const OptionalTensor& scale, double lr, double beta1,
-                 double beta2, double eps, double weight_decay, int64_t step) {
-  const bool eight_bits = check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, absmaxs, skipped, scale, lr, beta1,
-                                           beta2, eps, weight_decay, step);
-  const AdamW numbers = adamw_numbers(lr, beta1, beta2, eps, weight_decay, step);
-  const float factor = scale ? *static_cast<const float*>(scale->const_data_ptr()) : 1.0f;
+void adamw_step_(const AdamWStep& step) {
+  check_adamw_step(step);
+  const AdamW numbers = step.numbers();
+  const float factor = step.scale ? *static_cast<const float*>(step.scale->const_data_ptr()) : 1.0f;
 
   std::vector<AdamWValues> tensors;
   std::vector<int64_t> counts, first_piece{0};
-  for (size_t i = 0; i < params.size(); ++i) {
-    tensors.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
-                       exp_avg_sqs[i].mutable_data_ptr(),
-                       eight_bits ? static_cast<float*>(absmaxs[i].mutable_data_ptr()) : nullptr, dtype_of(params[i])});
-    counts.push_back(params[i].numel());
+  for (size_t i = 0; i < step.params.size(); ++i) {
+    tensors.push_back({step.params[i].mutable_data_ptr(), step.grads[i].const_data_ptr(),
+                       step.exp_avgs[i].mutable_data_ptr(), step.exp_avg_sqs[i].mutable_data_ptr(),
+                       step.eight_bits() ? static_cast<float*>(step.absmaxs[i].mutable_data_ptr()) : nullptr,
+                       dtype_of(step.params[i])});
+    counts.push_back(step.params[i].numel());
     first_piece.push_back(first_piece.back() + ceil_div(counts.back(), kPiece));
   }
   const Loops& isa = loops();
@@ -48,11 +46,11 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
     }
     refused += mine;
   });
-  *static_cast<int64_t*>(skipped.mutable_data_ptr()) += refused;
+  *static_cast<int64_t*>(step.skipped.mutable_data_ptr()) += refused;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(nf4lora, CPU, m) { m.impl("adamw_step_", TORCH_BOX(&adamw_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(nf4lora, CPU, m) { m.impl("adamw_step_", TORCH_BOX(&AdamWStep::op<&adamw_step_>)); }
 
 }  // namespace nf4lora

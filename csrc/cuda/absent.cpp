@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "../adamw_step.h"
 #include "../lora.h"
 #include "paged_module.h"
 
@@ -53,8 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
   m.impl(
       "lora_linear_backward",
       TORCH_BOX((&LoraLinearBackward::op<&Absent<"lora_linear_backward", Triple(const LoraLinearBackward&)>::call>)));
-  impl<"adamw_step_", void(Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, OptionalTensor, double, double, double,
-                           double, double, int64_t)>(m);
+  m.impl("adamw_step_", TORCH_BOX((&AdamWStep::op<&Absent<"adamw_step_", void(const AdamWStep&)>::call>)));
 }
 
 void bind_pager(pybind11::module_&) {}  // python/nf4lora/optim/arena_cuda.py says what is missing
