@@ -84,8 +84,8 @@ template <class Fill>
 LowRankStart(const Gemm&, const Tiles*, float, Fill) -> LowRankStart<Fill>;
 
 // Few rows: x W^T with k along the lanes, every row of W streamed once.
-void few_rows(const Layer& layer, const Dense& x, const Dense& masked, float scaling, const float* offsets,
-              const Output& S, const Output& y) {
+void forward_few(const Layer& layer, const Dense& x, const Dense& masked, float scaling, const float* offsets,
+                 const Output& S, const Output& y) {
   const Few& few = layer.few;
   const int64_t M = layer.shape.M, N = layer.shape.N, K = layer.shape.K, R = layer.shape.R;
   if (R) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> lora_linear(const LoraLinear& arguments) {
   if (M && M <= layer.few.rows) {
     Scratch<uint8_t> masked = mask.masked_rows(rows, 0, mask.active() ? M : 0);
     const Dense kept = mask.active() ? Dense{masked.get(), dtype, K} : rows;
-    few_rows(layer, rows, kept, scaling, offsets, low_rank, out);
+    forward_few(layer, rows, kept, scaling, offsets, low_rank, out);
     return {y, S};
   }
 

@@ -2,6 +2,9 @@
 //
 // Lanes are split evenly over the threads, and rows taken in chunks whose packed form stays in the caches. Each result
 // is summed by one thread in one fixed order, whatever the thread count.
+//
+// Whoever knows BLIS: a tile is packed A (MR rows), a panel packed B (NR lanes), kPanelSteps is KC, kMostRows MC, and
+// Gemm::begin and Gemm::add are the micro-kernel. Here B is packed by whoever needs it next, from codes of 4 bits.
 #pragma once
 
 #include <algorithm>

@@ -5,6 +5,7 @@
 #include "../ceil_div.h"
 #include "codes.cuh"
 #include "launch.h"
+#include "scales.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 

@@ -6,6 +6,7 @@
 
 #include "../ceil_div.h"
 #include "card.h"
+#include "dtype.cuh"
 #include "launch.h"
 #include "moment.cuh"
 #include "vector.cuh"
@@ -356,9 +357,9 @@ Error adamw_step(const AdamWTensor* tensors, int64_t count, Dtype dtype, bool ei
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto flush = [&](Batch& batch) {
     if (batch.count == 0) return;
-    if (dtype == Dtype::f32) launch<float>(batch, eight_bits, numbers, scale, skipped, cuda_stream);
-    if (dtype == Dtype::bf16) launch<__nv_bfloat16>(batch, eight_bits, numbers, scale, skipped, cuda_stream);
-    if (dtype == Dtype::f16) launch<__half>(batch, eight_bits, numbers, scale, skipped, cuda_stream);
+    with_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+      launch<T>(batch, eight_bits, numbers, scale, skipped, cuda_stream);
+    });
     batch.count = 0;
   };
   Batch batch{};

@@ -2,7 +2,7 @@
 // read.
 #pragma once
 
-#include "launch.h"
+#include "dtype.cuh"
 #include "vector.cuh"
 
 namespace nf4lora::cuda {
@@ -21,9 +21,8 @@ __device__ __forceinline__ float rounded(float value) {
 
 template <typename T>
 __device__ __forceinline__ float load_factor(const void* factor, Dtype dtype, int64_t at) {
-  return rounded<T>(dtype == Dtype::f32    ? static_cast<const float*>(factor)[at]
-                    : dtype == Dtype::bf16 ? to_float(static_cast<const __nv_bfloat16*>(factor)[at])
-                                           : to_float(static_cast<const __half*>(factor)[at]));
+  return rounded<T>(with_dtype(
+      dtype, [&]<typename F>(std::type_identity<F>) { return to_float(static_cast<const F*>(factor)[at]); }));
 }
 
 }  // namespace nf4lora::cuda

@@ -1,5 +1,5 @@
 // lora_linear for CUDA tensors with few rows: checks, allocation, registration. The kernels are in lora_few.cu. The op is
-// no part of the catalogue: dispatch.py, which chooses between kernels, calls it.
+// no part of the catalogue: python/nf4lora/ops/kernels calls it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

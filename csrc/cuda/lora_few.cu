@@ -10,10 +10,12 @@
 #include "../ceil_div.h"
 #include "card.h"
 #include "codes.cuh"
+#include "dtype.cuh"
 #include "factor.cuh"
 #include "launch.h"
 #include "matrix.cuh"
 #include "philox.cuh"
+#include "scales.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 
@@ -27,20 +29,15 @@ constexpr int kWarps = kThreads / kWarp;
 template <typename T>
 __device__ __forceinline__ void load_factors(const void* factor, Dtype dtype, int64_t at, bool aligned,
                                              float (&out)[8]) {
-  const auto convert = [&](const auto* from) {
-    constexpr int kPerLoad = 16 / sizeof(*from);
+  with_dtype(dtype, [&]<typename F>(std::type_identity<F>) {
+    constexpr int kPerLoad = 16 / sizeof(F);
 #pragma unroll
     for (int i = 0; i < 8; i += kPerLoad) {
-      const auto loaded = load<kPerLoad>(from + at + i, aligned);
+      const auto loaded = load<kPerLoad>(static_cast<const F*>(factor) + at + i, aligned);
 #pragma unroll
       for (int j = 0; j < kPerLoad && i + j < 8; ++j) out[i + j] = rounded<T>(to_float(loaded.value[j]));
     }
-  };
-  switch (dtype) {
-    case Dtype::f32: return convert(static_cast<const float*>(factor));
-    case Dtype::bf16: return convert(static_cast<const __nv_bfloat16*>(factor));
-    case Dtype::f16: return convert(static_cast<const __half*>(factor));
-  }
+  });
 }
 
 // Lets the kernel after this one start, where it was launched to start early.
@@ -168,7 +165,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, quad = lane / 4, member = lane % 4;
   const float2* own = pairs[0] + lane % 16;
-  const float offset = absmax ? 0.0f : nested[ceil_div(N * K >> log2_blocksize, kNestedBlocksize)];
+  const Packed W{qweight, absmax, absmax_q, nested};
+  const Scales scales(W, N * K >> log2_blocksize, map);
 
   for (int64_t group = blockIdx.x; group * kRowsOfW < N; group += gridDim.x) {
     float sums[kTokenTiles][4] = {};
@@ -185,9 +183,7 @@ __global__ void __launch_bounds__(kThreads)
           scale[i][half] = 0.0f;
           if (n >= N || k >= K) continue;
           bytes[i][half] = load_streamed(qweight + (n * K + k) / 2);
-          const int64_t block = (n * K + k) >> log2_blocksize;
-          scale[i][half] =
-              absmax ? absmax[block] : decode_absmax(map, absmax_q[block], nested[block / kNestedBlocksize], offset);
+          scale[i][half] = scales.scale_of((n * K + k) >> log2_blocksize);
         }
       }
 #pragma unroll
@@ -289,12 +285,13 @@ Error lora_few(const FewRows& few, void* stream) {
   if (!is_aligned(few.x) || !is_aligned(few.W.qweight)) return "x or qweight off a multiple of 16 bytes";
   if (few.M == 0 || few.N == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const bool is_bf16 = few.dtype == Dtype::bf16;
-  if (few.R > 0) (is_bf16 ? launch_low_rank<__nv_bfloat16> : launch_low_rank<__half>)(few, cuda_stream);
   // Blocks stay and take group after group, so that the table is made once; four fit beside each other.
   const int64_t groups = ceil_div(few.N, kRowsOfW);
   const auto blocks = static_cast<int>(std::min<int64_t>(groups, 4 * current_card().multiprocessors));
-  (is_bf16 ? launch_few<__nv_bfloat16> : launch_few<__half>)(few, blocks, cuda_stream);
+  with_16_bits(few.dtype, [&]<typename T>(std::type_identity<T>) {
+    if (few.R > 0) launch_low_rank<T>(few, cuda_stream);
+    launch_few<T>(few, blocks, cuda_stream);
+  });
   return launched();
 }
 

@@ -1,6 +1,6 @@
 // lora_linear and its backward for CUDA tensors on tensor cores (lora_gemm.cu), and their low-rank products alone
 // (lora_grad.cu), which the sliced path takes too: checks, allocation, registration. The ops are no part of the
-// catalogue: dispatch.py, which chooses between kernels, calls them.
+// catalogue: python/nf4lora/ops/kernels calls them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

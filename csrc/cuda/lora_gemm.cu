@@ -14,6 +14,7 @@
 #include <bit>
 
 #include "card.h"
+#include "dtype.cuh"
 
 namespace nf4lora::cuda {
 namespace {
@@ -43,16 +44,14 @@ __global__ void __launch_bounds__(kThreads, Warps<kTokens>::kResident)
   __shared__ float map[256];
   for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = kDeviceMap.value[i];
   T* const tokens = reinterpret_cast<T*>(memory);
-  const int64_t blocks = (g.N * g.K) >> log2_blocksize;
-  const float offset = g.W.absmax ? 0.0f : g.W.nested[ceil_div(blocks, kNestedBlocksize)];
+  const int64_t count = (g.N * g.K) >> log2_blocksize;
   Block<T, kBackward, kTokens> block{g,
-                                     map,
+                                     Scales(g.W, count, map),
                                      tokens,
                                      tokens + kStages * kTokens * kStep,
                                      static_cast<int64_t>(blockIdx.x) * kTokens,
                                      static_cast<int64_t>(blockIdx.y) * kOutputs,
-                                     log2_blocksize,
-                                     offset};
+                                     log2_blocksize};
   const int steps = static_cast<int>(ceil_div(block.depth(), kStep));
   const int begin = blockIdx.z * steps_of_split, end = min(steps, begin + steps_of_split);
 
@@ -200,10 +199,9 @@ Error lora_gemm(const LoraGemm& g, void* stream) {
   if ((g.backward ? g.K : g.N) > kMostOutputs) return "more outputs than a grid has rows of blocks";
   if (g.M == 0 || g.N == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const bool is_bf16 = g.dtype == Dtype::bf16;
-  (g.backward ? is_bf16 ? launch<__nv_bfloat16, true> : launch<__half, true>
-   : is_bf16  ? launch<__nv_bfloat16, false>
-              : launch<__half, false>)(g, cuda_stream);
+  with_16_bits(g.dtype, [&]<typename T>(std::type_identity<T>) {
+    g.backward ? launch<T, true>(g, cuda_stream) : launch<T, false>(g, cuda_stream);
+  });
   return launched();
 }
 

@@ -8,6 +8,7 @@
 #include "matrix.cuh"
 #include "philox.cuh"
 #include "products.cuh"
+#include "scales.cuh"
 #include "tile.cuh"
 #include "warp.cuh"
 
@@ -34,19 +35,17 @@ struct Warps {
 // of 32 makes two blocks.
 struct Fetched {
   uint4 codes[2];
-  float scale[2];  // absmax; with double quantisation the nested absmax
-  uint8_t index[2];
+  Scales::Stored scale[2];
 };
 
 template <typename T, bool kBackward, int kTokens>
 struct Block {
   using Shape = Warps<kTokens>;
   const LoraGemm& g;
-  const float* map;     // [256], in shared memory
+  const Scales scales;
   T *tokens, *weights;  // [kStages] tiles and [2] tiles, in shared memory
   const int64_t first_token, first_output;
   const int log2_blocksize;
-  const float offset;  // of double quantisation
   const int thread = threadIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_token = warp % Shape::kAlongTokens * Shape::kTokensEach;
   const int warp_output = warp / Shape::kAlongTokens * Shape::kOutputsEach;
@@ -90,16 +89,13 @@ struct Block {
       const int64_t column = k + half * 32;
       if (n >= g.N || column >= g.K) continue;
       fetched.codes[half] = *reinterpret_cast<const uint4*>(g.W.qweight + (n * g.K + column) / 2);
-      const int64_t block = (n * g.K + column) >> log2_blocksize;
-      fetched.scale[half] = g.W.absmax ? g.W.absmax[block] : g.W.nested[block / kNestedBlocksize];
-      fetched.index[half] = g.W.absmax ? 0 : g.W.absmax_q[block];
+      fetched.scale[half] = scales.stored((n * g.K + column) >> log2_blocksize);
     }
     return fetched;
   }
 
   __device__ Products<T> products(const Fetched& fetched, int half) const {
-    const float scale = fetched.scale[half];
-    return Products<T>(g.W.absmax ? scale : decode_absmax(map, fetched.index[half], scale, offset));
+    return Products<T>(scales.decoded(fetched.scale[half]));
   }
 
   // A quarter of the 64 weights: four calls, a matrix instruction's depth of work between them.

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../ceil_div.h"
+#include "dtype.cuh"
 #include "factor.cuh"
 #include "launch.h"
 #include "matrix.cuh"
@@ -188,12 +189,8 @@ __global__ void __launch_bounds__(kThreads, kRankTiles == 2 ? 4 : 3)
   }
 }
 
-__device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, float value) {
-  switch (dtype) {
-    case Dtype::f32: static_cast<float*>(to)[at] = value; return;
-    case Dtype::bf16: static_cast<__nv_bfloat16*>(to)[at] = narrow<__nv_bfloat16>(value); return;
-    case Dtype::f16: static_cast<__half*>(to)[at] = narrow<__half>(value); return;
-  }
+__device__ __forceinline__ void store_as(void* to, Dtype dtype, int64_t at, float value) {
+  with_dtype(dtype, [&]<typename T>(std::type_identity<T>) { static_cast<T*>(to)[at] = narrow<T>(value); });
 }
 
 // Formula   P = inner_scale * sum over parts of inner; G = outer_scale * sum over parts of outer; none is a sum of zero
@@ -213,7 +210,7 @@ __global__ void __launch_bounds__(256)
   const int64_t count = is_P ? P_count : G_count, of = is_P ? inner_parts : outer_parts;
   float total = 0.0f;
   for (int64_t part = 0; part < of; ++part) total += from[part * count + at];
-  store(is_P ? P : G, is_P ? dtype_of_P : dtype_of_G, at, total * (is_P ? inner_scale : outer_scale));
+  store_as(is_P ? P : G, is_P ? dtype_of_P : dtype_of_G, at, total * (is_P ? inner_scale : outer_scale));
 }
 
 // The rows from begin to end.
@@ -244,10 +241,9 @@ Error tall_skinny(const TallSkinny& t, void* stream) {
   const int64_t G_count = t.G ? t.D * t.R : 0;
   if ((t.P ? t.M * t.R : 0) + G_count == 0) return nullptr;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const bool is_bf16 = t.dtype == Dtype::bf16, few = t.R <= 16;
-  const auto launch = is_bf16 ? few ? launch_tall_skinny<__nv_bfloat16, 2> : launch_tall_skinny<__nv_bfloat16, 4>
-                      : few   ? launch_tall_skinny<__half, 2>
-                              : launch_tall_skinny<__half, 4>;
+  const auto launch = with_16_bits(t.dtype, [&]<typename T>(std::type_identity<T>) {
+    return t.R <= 16 ? launch_tall_skinny<T, 2> : launch_tall_skinny<T, 4>;
+  });
   const int64_t rows = rows_of_a_launch(t), strip = strip_of(t.M);
   float* const outer = t.workspace + floats_of_inner(t);
   int64_t begin = 0;

@@ -6,7 +6,9 @@
 
 #include "../ceil_div.h"
 #include "codes.cuh"
+#include "dtype.cuh"
 #include "launch.h"
+#include "scales.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 
@@ -56,11 +58,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = first_row + i * kWarps;
     if (row >= rows) break;
     const int64_t at = (n0 + row) * K + k0 + column;
-    const int64_t block = at >> log2_blocksize;
     packed[i] = load<kPerStore<T> / 2>(qweight + at / 2, aligned);
-    scale[i] = absmax ? absmax[block]
-                      : decode_absmax(map, absmax_q[block], nested[block / kNestedBlocksize],
-                                      nested[ceil_div(count, kNestedBlocksize)]);
+    // Made anew for each row: an offset that is kept for all of them takes four registers more.
+    scale[i] = Scales({qweight, absmax, absmax_q, nested}, count, map).scale_of(at >> log2_blocksize);
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -95,10 +95,8 @@ Error lora_slice(const Slice& slice, void* stream) {
   if (slice.n0 < 0 || slice.rows < 0 || slice.rows > slice.N - slice.n0) return "rows outside W";
   if (slice.k0 < 0 || slice.columns < 0 || slice.columns > slice.K - slice.k0) return "columns outside W";
   if (slice.rows == 0 || slice.columns == 0) return nullptr;  // a grid of zero blocks is an error
-  const auto kernel = slice.dtype == Dtype::f32    ? unpack<float>
-                      : slice.dtype == Dtype::bf16 ? unpack<__nv_bfloat16>
-                                                   : unpack<__half>;
-  kernel(slice, static_cast<cudaStream_t>(stream));
+  with_dtype(slice.dtype,
+             [&]<typename T>(std::type_identity<T>) { unpack<T>(slice, static_cast<cudaStream_t>(stream)); });
   return launched();
 }
 

@@ -7,6 +7,7 @@
 
 #include "../ceil_div.h"
 #include "codes.cuh"
+#include "dtype.cuh"
 #include "launch.h"
 #include "vector.cuh"
 #include "warp.cuh"
@@ -166,20 +167,18 @@ Error nf4_quantize(const void* weight, Dtype dtype, uint8_t* qweight, float* abs
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaMemsetAsync(first_bad, 0xFF, sizeof(kNoBlock), cuda_stream);  // kNoBlock
   if (count == 0) return launched();                                // a grid of zero blocks is an error
-  const auto kernel = dtype == Dtype::f32    ? quantize<float>
-                      : dtype == Dtype::bf16 ? quantize<__nv_bfloat16>
-                                             : quantize<__half>;
-  kernel(weight, qweight, absmax, first_bad, count, blocksize, cuda_stream);
+  with_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    quantize<T>(weight, qweight, absmax, first_bad, count, blocksize, cuda_stream);
+  });
   return launched();
 }
 
 Error nf4_dequantize(const uint8_t* qweight, const float* absmax, void* weight, Dtype dtype, int64_t count,
                      int64_t blocksize, void* stream) {
   if (count == 0) return nullptr;
-  const auto kernel = dtype == Dtype::f32    ? dequantize<float>
-                      : dtype == Dtype::bf16 ? dequantize<__nv_bfloat16>
-                                             : dequantize<__half>;
-  kernel(qweight, absmax, weight, count, blocksize, static_cast<cudaStream_t>(stream));
+  with_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    dequantize<T>(qweight, absmax, weight, count, blocksize, static_cast<cudaStream_t>(stream));
+  });
   return launched();
 }
 

@@ -1,7 +1,24 @@
 // Tiles of 16-bit values in shared memory: how they come there, and how they become operands of the matrix instruction.
 //
-// A tile has rows of 64 values, 128 bytes: eight chunks of 16 bytes. Chunk c of row r lies where chunk c ^ (r % 8) would,
-// so that the same chunk of eight neighbouring rows, which ldmatrix reads at a time, lies in all 32 banks, as does a row.
+// A tile has rows of 64 values, 128 bytes: eight chunks of 16 bytes. A row is as long as the 32 banks of shared memory are
+// wide, 4 bytes each, so a chunk takes four banks. A bank serves one lane at a time. A row is copied chunk beside chunk,
+// which uses every bank once; ldmatrix, though, reads the same chunk of eight neighbouring rows at a time. In plain rows
+// these eight would all lie in the same four banks, and be read one after the other. So chunk c of row r lies in the place
+// of chunk c ^ (r % 8):
+//
+//             banks   0-3   4-7  8-11 12-15 16-19 20-23 24-27 28-31
+//     row 0            0     1     2     3     4     5     6     7       <- the chunk that lies there
+//     row 1            1     0     3     2     5     4     7     6
+//     row 2            2     3     0     1     6     7     4     5
+//     row 3            3     2     1     0     7     6     5     4
+//     row 4            4     5     6     7     0     1     2     3
+//     row 5            5     4     7     6     1     0     3     2
+//     row 6            6     7     4     5     2     3     0     1
+//     row 7            7     6     5     4     3     2     1     0
+//     row 8            0     1     2     3     4     5     6     7       as row 0
+//
+// Each chunk number stands once in every row and, of rows 0 to 7, once in every column: chunk 0 of eight rows lies on the
+// falling diagonal. Both a row and a column of chunks use all 32 banks once. (CUTLASS calls this a swizzle.)
 #pragma once
 
 #include <cuda_runtime.h>

@@ -39,7 +39,8 @@ def check_blocksize(who: str, blocksize: int) -> None:
     if isinstance(blocksize, bool) or not isinstance(blocksize, int):
         raise TypeError(f"{who}: blocksize must be an int, got {type(blocksize).__name__}")
     if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{who}: blocksize must be a power of two between 32 and 4096, got {blocksize}")
+        least, most = BLOCKSIZES[0], BLOCKSIZES[-1]
+        raise ValueError(f"{who}: blocksize must be a power of two between {least} and {most}, got {blocksize}")
 
 
 class NF4Linear(Unreplicated, nn.Linear):
