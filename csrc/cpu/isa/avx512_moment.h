@@ -55,7 +55,7 @@ NF4LORA_INLINE void nearest_positions(const Magnitudes& table, const Lines& line
 }
 
 // Bytes: four times sixteen become sixteen times four, and those four times sixteen again.
-NF4LORA_INLINE Int transposed(Int v) {
+NF4LORA_INLINE Int transpose_groups(Int v) {
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
 }
 
@@ -70,13 +70,13 @@ NF4LORA_INLINE void encode_signed(uint8_t* codes, const Float* value, const Floa
   const Int low = _mm512_add_epi16(_mm512_packs_epi32(k[0], k[1]), zero);
   const Int high = _mm512_add_epi16(_mm512_packs_epi32(k[2], k[3]), zero);
   // The map has one value less below zero than above; saturation makes the last of what would be the one before.
-  _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+  _mm512_storeu_si512(codes, transpose_groups(_mm512_packus_epi16(low, high)));
 }
 NF4LORA_INLINE void encode_unsigned(uint8_t* codes, const Float* value, const Float* x) {
   Int k[kMomentVectors];
   nearest_positions(kUnsigned, kUnsignedLines, x, value, k);
   const Int low = _mm512_packus_epi32(k[0], k[1]), high = _mm512_packus_epi32(k[2], k[3]);
-  _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+  _mm512_storeu_si512(codes, transpose_groups(_mm512_packus_epi16(low, high)));
 }
 
 NF4LORA_INLINE Float of_64(const float* table, Int index) {

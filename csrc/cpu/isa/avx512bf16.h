@@ -180,7 +180,7 @@ NF4LORA_INLINE Int byte_of(const uint8_t* table, Int code) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
 }
 NF4LORA_INLINE void decode_map(const BytePlanes& map, const uint8_t* codes, Float* value) {
-  const Int code = transposed(_mm512_loadu_si512(codes));
+  const Int code = transpose_groups(_mm512_loadu_si512(codes));
   Int byte[4];
   NF4LORA_UNROLL
   for (int i = 0; i < 4; ++i) byte[i] = byte_of(map.byte[i], code);
@@ -194,7 +194,7 @@ NF4LORA_INLINE void decode_map(const BytePlanes& map, const uint8_t* codes, Floa
 NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode_map(kSignedBytes, codes, value); }
 NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode_map(kUnsignedBytes, codes, value); }
 NF4LORA_INLINE void decode_drop(const uint8_t* codes, Float* drop) {  // of its bytes, two are zero
-  const Int code = transposed(_mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
+  const Int code = transpose_groups(_mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
   const Int low = _mm512_unpacklo_epi8(byte_of(kDropBytes.byte[2], code), byte_of(kDropBytes.byte[3], code));
   const Int high = _mm512_unpackhi_epi8(byte_of(kDropBytes.byte[2], code), byte_of(kDropBytes.byte[3], code));
   drop[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, low));

@@ -107,8 +107,8 @@ static __attribute__((noinline)) void multiply_piece(const Piece& piece, const u
   }
   const uint8_t *bytes = piece.bytes, *later = piece.later;
   const float* scales = piece.scales;
-  const auto multiply = [&](int turn, const uint8_t* packed, const float* scale,
-                            const uint8_t* of_x) __attribute__((always_inline)) {
+  const auto multiply_chunk = [&](int turn, const uint8_t* packed, const float* scale,
+                                  const uint8_t* of_x) __attribute__((always_inline)) {
     Math::template decode<kSmall>(packed, scale, [&](int part, typename Math::Vector w) __attribute__((always_inline)) {
       NF4LORA_UNROLL
       for (int m = 0; m < M; ++m) {
@@ -123,17 +123,17 @@ static __attribute__((noinline)) void multiply_piece(const Piece& piece, const u
     NF4LORA_UNROLL
     for (int turn = 0; turn < kUnrolled; ++turn) {
       if (kColumns == 128 || turn % 2 == 0) __builtin_prefetch(later + turn * kColumns / 2);
-      multiply(turn, bytes + turn * kColumns / 2, scales + turn * kColumns / kUnit, x + turn * M * kChunkBytes);
+      multiply_chunk(turn, bytes + turn * kColumns / 2, scales + turn * kColumns / kUnit, x + turn * M * kChunkBytes);
     }
     bytes += kUnrolled * kColumns / 2, later += kUnrolled * kColumns / 2;
     scales += kUnrolled * kColumns / kUnit, x += kUnrolled * M * kChunkBytes;
   }
   for (; left > 0; left -= kColumns) {
     if (left >= kColumns) {
-      multiply(0, bytes, scales, x);
+      multiply_chunk(0, bytes, scales, x);
     } else {
       const LastChunk<Math> last(bytes, scales, left, kUnit);
-      multiply(0, last.bytes, last.scales, x);
+      multiply_chunk(0, last.bytes, last.scales, x);
     }
     bytes += kColumns / 2, scales += kColumns / kUnit, x += M * kChunkBytes;
   }

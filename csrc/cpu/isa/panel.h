@@ -32,7 +32,7 @@ inline constexpr int kGroup = 8;  // rows that are transposed together
 //   Tag            the dtype of the operands
 //   kStep          values of the depth in an element
 //   multiply_add   a vector of sums + an element of A times the elements of B in the lanes
-//   decode_rows    columns [at, at + 32) of kLanes rows of W into the panel; `codes` as transposed() has them
+//   decode_rows    columns [at, at + 32) of kLanes rows of W into the panel; `codes` as transposed_codes() has them
 //   decode_pair    where kStep is 2: `count` columns of two rows of W, in one block each, into a step of the panel
 
 // One float per element; operands of dtype T are widened, NF4 is rounded to T and then widened.
@@ -136,7 +136,8 @@ static void panel_rows(const Dense& D, int64_t n, int64_t valid, int lanes, int6
 // Columns [k, k + depth) of kLanes rows from `row` on, of which `valid` exist; both are multiples of 32. Codes are
 // transposed while they are packed, eight to a lane, then decoded where they stand.
 template <class Emit>
-NF4LORA_INLINE void transposed(const Packed& W, int64_t row, int64_t valid, int64_t k, int64_t depth, Emit&& emit) {
+NF4LORA_INLINE void transposed_codes(const Packed& W, int64_t row, int64_t valid, int64_t k, int64_t depth,
+                                     Emit&& emit) {
   const int64_t blocks = W.K / W.blocksize, first = k / W.blocksize, count = (k + depth - 1) / W.blocksize + 1 - first;
   float scales[kMostBlocks][kLanes] = {};  // a row that does not exist has zeros
   for (int64_t r = 0; r < valid; ++r) {
@@ -166,9 +167,9 @@ static void panel_nf4_rows(const Packed& W, int64_t n, int64_t valid, int lanes,
   for (int lane = 0; lane < lanes; lane += kLanes) {
     auto* out = static_cast<float*>(panel) + lane;
     const int64_t rows = valid - lane < 0 ? 0 : smaller(valid - lane, kLanes);
-    transposed(W, n + lane, rows, k, depth,
-               [&](const Int* codes, Float absmax, int64_t at)
-                   __attribute__((always_inline)) { Math::decode_rows(codes, absmax, at, lanes, out); });
+    transposed_codes(W, n + lane, rows, k, depth,
+                     [&](const Int* codes, Float absmax, int64_t at)
+                         __attribute__((always_inline)) { Math::decode_rows(codes, absmax, at, lanes, out); });
   }
 }
 
