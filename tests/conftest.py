@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from nf4lora import _C
 
-pytest.register_assert_rewrite("absmax_claims")
+pytest.register_assert_rewrite("support.absmax_claims")
 settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings on a busy machine are not what is tested
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")
@@ -53,7 +53,7 @@ def pytest_runtest_protocol(item):
     """Tests run beside others in several processes (`pytest -n`), but for those that need the machine or its GPU."""
     alone = item.get_closest_marker("alone") is not None
     on_gpu = item.get_closest_marker("gpu") is not None and torch.cuda.is_available()
-    with machine(alone), locked("ptx/__init__.py") if on_gpu else contextlib.nullcontext():
+    with machine(alone), locked("support/ptx/__init__.py") if on_gpu else contextlib.nullcontext():
         return (yield)
 
 
@@ -62,7 +62,7 @@ def machine(alone):
     """A place among the tests that are running; or all of it, when those have ended."""
     with contextlib.ExitStack() as door, contextlib.ExitStack() as room:
         # Who waits to be alone stands in the door, or the others would never all be out.
-        door.enter_context(locked("models.py"))
+        door.enter_context(locked("support/models.py"))
         room.enter_context(locked("conftest.py", shared=not alone))
         if not alone:
             door.close()

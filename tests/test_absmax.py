@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from nf4lora import _C, ops
 from nf4lora.ops import reference
 
-from absmax_claims import *  # noqa: F403  the tests that every device shares
 from conftest import KNOWN_SETS
+from support.absmax_claims import *  # noqa: F403  the tests that every device shares
+from support.bits import assert_same_bits
 
 # SHA-256 of the 256 float32 values of bitsandbytes' create_dynamic_map(signed=True).
 MAP_DIGEST = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
@@ -58,7 +59,7 @@ def absmax_ops(request):
 def test_map_is_that_of_bitsandbytes():
     code = torch.tensor(_C.NESTED_CODE)
     assert hashlib.sha256(code.numpy().tobytes()).hexdigest() == MAP_DIGEST
-    assert torch.equal(code, reference.nested_code())
+    assert_same_bits(code, reference.nested_code())
     assert code[127] == 0
 
 
@@ -66,34 +67,37 @@ def test_map_is_that_of_bitsandbytes():
 def test_matches_the_reference(instruction_set, count):
     absmax = torch.rand(count) * 0.1 + 0.01
     got, expected = ops.absmax_quantize(absmax), reference.absmax_quantize(absmax)
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-    assert torch.equal(ops.absmax_dequantize(*got), reference.absmax_dequantize(*expected))
+    assert_same_bits(got[0], expected[0])
+    assert_same_bits(got[1], expected[1])
+    assert_same_bits(ops.absmax_dequantize(*got), reference.absmax_dequantize(*expected))
 
 
 @pytest.mark.parametrize("shape", [(3, 100), (2, 3, 50), (0, 5), (1,)], ids=str)
 def test_shape_is_kept_and_strides_do_not_matter(device, shape):
     absmax = torch.rand(shape)
     absmax_q, nested = ops.absmax_quantize(absmax.to(device))
-    assert absmax_q.shape == shape and nested.shape == (-(-absmax.numel() // 256) + 1,)
+    assert absmax_q.shape == shape
+    assert nested.shape == (-(-absmax.numel() // 256) + 1,)
     assert ops.absmax_dequantize(absmax_q, nested).shape == shape
     if absmax.dim() == 2 and absmax.numel():
         transposed = ops.absmax_quantize(absmax.to(device).t())[0]
-        assert torch.equal(transposed.cpu(), reference.absmax_quantize(absmax.t().contiguous())[0])
+        assert_same_bits(transposed.cpu(), reference.absmax_quantize(absmax.t().contiguous())[0])
 
 
 def test_equal_scales_are_exact(device):
     absmax = torch.full((300,), 0.37, device=device)
     absmax_q, nested = ops.absmax_quantize(absmax)
-    assert (absmax_q == 127).all() and (nested[:-1] == 0).all()
-    assert torch.equal(ops.absmax_dequantize(absmax_q, nested), absmax)
+    assert (absmax_q == 127).all()
+    assert (nested[:-1] == 0).all()
+    assert_same_bits(ops.absmax_dequantize(absmax_q, nested), absmax)
 
 
 @given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=600))
 def test_any_scales(instruction_set, values):
     absmax = torch.tensor(values)
     got, expected = ops.absmax_quantize(absmax), reference.absmax_quantize(absmax)
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert_same_bits(got[0], expected[0])
+    assert_same_bits(got[1], expected[1])
 
 
 def test_error_stays_below_half_the_widest_gap(device):
@@ -111,7 +115,7 @@ def test_decoding_is_that_of_bitsandbytes():
     nested = torch.cat([state.state2.absmax, state.offset.reshape(1)])
     absmax = ops.absmax_dequantize(state.absmax, nested)
     got = ops.nf4_dequantize(packed.reshape(64, 512), absmax.reshape(64, 16))
-    assert torch.equal(got, functional.dequantize_4bit(packed, state))
+    assert_same_bits(got, functional.dequantize_4bit(packed, state))
 
 
 def test_codes_are_nearer_than_those_of_bitsandbytes():
@@ -147,7 +151,8 @@ def test_scales_too_far_apart_for_float32_are_refused(device, count, instruction
     absmax[:2] = torch.tensor([-HUGE, HUGE / 2])  # of two, neither lies too far away
     if count == 2:
         got, expected = ops.absmax_quantize(absmax.to(device)), reference.absmax_quantize(absmax)
-        assert torch.equal(got[0].cpu(), expected[0]) and torch.equal(got[1].cpu(), expected[1])
+        assert_same_bits(got[0].cpu(), expected[0])
+        assert_same_bits(got[1].cpu(), expected[1])
         return
     with pytest.raises(ValueError) as expected:
         reference.absmax_quantize(absmax)
@@ -166,7 +171,8 @@ def test_scales_of_both_signs_are_quantised_or_refused_as_the_reference_does(ins
     if isinstance(expected, str):
         assert got == expected
     else:
-        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        assert_same_bits(got[0], expected[0])
+        assert_same_bits(got[1], expected[1])
         assert got[1].isfinite().all()
 
 
@@ -218,5 +224,6 @@ def test_nearest_is_right_at_every_midpoint_and_wherever_the_search_changes_its_
     blocks = torch.nn.functional.pad(blocks, (0, 1), value=1.0)
     absmax = torch.stack([blocks, -blocks], dim=-1).flatten()
     absmax_q, nested = ops.absmax_quantize(absmax)
-    assert nested[-1] == 0 and (nested[:-1] == 1).all()
-    assert torch.equal(absmax_q.long(), torch.bucketize(absmax, midpoints, right=False))
+    assert nested[-1] == 0
+    assert (nested[:-1] == 1).all()
+    assert_same_bits(absmax_q.long(), torch.bucketize(absmax, midpoints, right=False))

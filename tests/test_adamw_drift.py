@@ -12,6 +12,8 @@ import torch
 from nf4lora import _C, ops
 from nf4lora.ops import reference
 
+from support.bits import assert_same_bits
+
 COUNT, STILL = 2048, 50  # values; steps after which half of the gradients change
 SEEDS = range(3)
 
@@ -86,6 +88,7 @@ def test_a_parameter_whose_gradient_has_ended_stands_still(instruction_set, spre
         assert changes[-1, 1::2].abs().median() > 0.5  # the others go on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta1", [0.5, 0.9, 0.95, 0.99])
 def test_a_moment_whose_gradient_has_ended_reaches_zero(instruction_set, beta1):
     """Beside one that stays, so that the scale does. Steps: those of beta1 down to the smallest code, and as many."""
@@ -102,7 +105,8 @@ def test_a_moment_whose_gradient_has_ended_reaches_zero(instruction_set, beta1):
         if step > 60:
             assert (size[:-1] < before[:-1]).logical_or(size[:-1] == 0).all(), step
         before = size
-    assert (codes[0][:-1] == 127).all() and codes[0][-1] == 255
+    assert (codes[0][:-1] == 127).all()
+    assert codes[0][-1] == 255
 
 
 @pytest.mark.parametrize("changing", [False, True], ids=["still", "changing"])
@@ -175,7 +179,7 @@ def test_a_drop_reaches_the_next_smaller_value():
     reached = code[reference.nearest(code - drop, code)]
     within_a_level = smaller.abs() > 0.5 * code.abs()
     assert within_a_level.sum() > 200
-    assert torch.equal(reached[within_a_level], smaller[within_a_level])
+    assert_same_bits(reached[within_a_level], smaller[within_a_level])
     assert ((code - drop).abs() < (code + smaller).abs() / 2).logical_or(code == 0).all()
 
 

@@ -18,8 +18,9 @@ from nf4lora import load_adapter, save_adapter
 from nf4lora.adapters.files import base_hash, base_state_dict
 from nf4lora.nn.linear import NF4Linear
 
-from adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, trainable
-from models import tiny_llama
+from support.adapted import IDS, adapted, config, dequantised, layers, packed_llama, relative, trainable
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_bare_model_takes_an_adapter_bit_for_bit_and_can_train_it(saved):
     model = load_adapter(packed_llama(), folder)
     assert isinstance(model, peft.PeftModel)
     assert len(layers(model)) == 7
-    assert torch.equal(model(IDS).logits, logits)
+    assert_same_bits(model(IDS).logits, logits)
     assert len(trainable(model)) == 14
 
 
@@ -80,7 +81,7 @@ def test_a_prepared_model_takes_an_adapter_bit_for_bit(saved):
     for parameter in trainable(model).values():
         nn.init.normal_(parameter)
     assert load_adapter(model, folder) is model
-    assert torch.equal(model(IDS).logits, logits)
+    assert_same_bits(model(IDS).logits, logits)
 
 
 def test_plain_peft_reads_our_folder_on_a_plain_model(saved):
@@ -126,7 +127,7 @@ def test_variants_and_layers_trained_in_full_survive(options, tmp_path):
         nn.init.normal_(parameter, std=0.02)
     save_adapter(model, tmp_path)
     loaded = load_adapter(packed_llama(), tmp_path)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert_same_bits(loaded(IDS).logits, model(IDS).logits)
     assert trainable(loaded).keys() == trainable(model).keys()
 
 
@@ -136,7 +137,7 @@ def test_the_active_adapter_is_the_one_that_is_saved(tmp_path):
     model.add_adapter("other", config(r=2))
     model.set_adapter("other")
     save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(packed_llama(), tmp_path)(IDS).logits, model(IDS).logits)
+    assert_same_bits(load_adapter(packed_llama(), tmp_path)(IDS).logits, model(IDS).logits)
 
 
 def test_the_name_of_the_base_model_stays_that_of_the_training(saved, recwarn):
@@ -273,7 +274,7 @@ def test_fields_that_change_nothing_or_are_written_otherwise_do_not_matter(saved
         inference_mode=True,
         revision="main",
     ).eval()
-    assert torch.equal(load_adapter(model, folder)(IDS).logits, logits)
+    assert_same_bits(load_adapter(model, folder)(IDS).logits, logits)
 
 
 def test_a_bare_model_comes_back_in_evaluation_mode_and_a_prepared_one_as_it_was(tmp_path):
@@ -281,7 +282,7 @@ def test_a_bare_model_comes_back_in_evaluation_mode_and_a_prepared_one_as_it_was
     bare = packed_llama().train()
     loaded = load_adapter(bare, tmp_path)
     assert not any(module.training for module in loaded.modules())
-    assert torch.equal(loaded(IDS).logits, loaded(IDS).logits)
+    assert_same_bits(loaded(IDS).logits, loaded(IDS).logits)
     assert trainable(loaded)
     for training in (True, False):
         prepared = adapted(packed_llama(), lora_dropout=0.5).train(training)
@@ -386,7 +387,7 @@ def test_an_adapter_saved_over_another_replaces_it(saved, tmp_path):
     other = adapted(packed_llama(), r=2)
     save_adapter(other, tmp_path / "twice")
     loaded = load_adapter(packed_llama(), tmp_path / "twice")
-    assert torch.equal(loaded(IDS).logits, other(IDS).logits)
+    assert_same_bits(loaded(IDS).logits, other(IDS).logits)
     assert all(isinstance(layer.base_layer, NF4Linear) for layer in layers(loaded))
 
 
@@ -419,4 +420,4 @@ def test_a_model_in_shards_is_refused_and_the_way_that_is_named_works(one_proces
         load_adapter(model, tmp_path / "whole")
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     model.save_pretrained(tmp_path / "gathered", state_dict=state)
-    assert torch.equal(load_adapter(packed_llama(), tmp_path / "gathered")(IDS).logits, expected)
+    assert_same_bits(load_adapter(packed_llama(), tmp_path / "gathered")(IDS).logits, expected)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from nf4lora import load_adapter, save_adapter
 
-from adapted import adapted, packed_llama
+from support.adapted import adapted, packed_llama
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from nf4lora import _C, ops
 from nf4lora.ops import reference
 
-import amx
+from support import amx
+from support.bits import assert_same_bits
 
 
 def drawn(*size, seed=0):
@@ -37,13 +38,13 @@ def test_sums_are_those_of_the_instruction_in_order(M, N, K):
     for a in (False, True):
         for b in (False, True):
             got = amx.product(A.T if a else A, B.T if b else B, a_transposed=a, b_columns=b)
-            assert torch.equal(got, expected), (a, b)
+            assert_same_bits(got, expected, (a, b))
 
 
 @pytest.mark.parametrize("chunk_steps", [16, 32, 512])
 def test_sums_that_wait_for_another_chunk_are_the_same(chunk_steps):
     A, B = drawn(35, 203), drawn(50, 203, seed=1)
-    assert torch.equal(amx.product(A, B, chunk_steps=chunk_steps), summed_in_order(A, B).bfloat16())
+    assert_same_bits(amx.product(A, B, chunk_steps=chunk_steps), summed_in_order(A, B).bfloat16())
 
 
 @pytest.mark.parametrize("R", [1, 8, 16, 17, 40])
@@ -61,12 +62,12 @@ def test_sums_begin_with_the_low_rank_product_and_the_offset(R, with_keep, with_
         expected = expected + offset
     for k in range(0, 64, 32):  # one instruction after the other is added to what they begin with
         expected = expected + summed_in_order(A[:, k : k + 32], B[:, k : k + 32])
-    assert torch.equal(got, expected.bfloat16())
+    assert_same_bits(got, expected.bfloat16())
 
 
 def test_an_offset_alone_begins_the_sums():
     A, B, offset = torch.zeros(3, 32).bfloat16(), drawn(20, 32), torch.randn(20)
-    assert torch.equal(amx.product(A, B, offset=offset), offset.bfloat16().expand(3, 20))
+    assert_same_bits(amx.product(A, B, offset=offset), offset.bfloat16().expand(3, 20))
 
 
 def test_subnormal_numbers_are_zeros():

@@ -18,8 +18,9 @@ from nf4lora.adapters import base_identity
 from nf4lora.adapters.base_identity import close, sums
 from nf4lora.nn.linear import NF4Linear
 
-from adapted import IDS, adapted, config, packed_llama, trainable
-from models import tiny_llama
+from support.adapted import IDS, adapted, config, packed_llama, trainable
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def test_a_new_head_that_is_not_trained_is_saved_with_the_adapter_and_said(check
     assert "base_model.model.score.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not torch.equal(classifier(checkpoint, seed=1).score.weight, model.get_base_model().score.weight)
     loaded = load_adapter(classifier(checkpoint, seed=1), tmp_path / "adapter")
-    assert torch.equal(scores(loaded), scores(model))
+    assert_same_bits(scores(loaded), scores(model))
     # and once more: what came from the file goes into the next one
     save_adapter(loaded, tmp_path / "again")
-    assert torch.equal(scores(load_adapter(classifier(checkpoint, seed=2), tmp_path / "again")), scores(model))
+    assert_same_bits(scores(load_adapter(classifier(checkpoint, seed=2), tmp_path / "again")), scores(model))
 
 
 def test_a_new_head_reaches_a_prepared_model_too(checkpoint, tmp_path):
@@ -69,7 +70,7 @@ def test_a_new_head_reaches_a_prepared_model_too(checkpoint, tmp_path):
     with pytest.warns(UserWarning, match="was in no checkpoint"):
         save_adapter(model, tmp_path / "adapter")
     other = put_adapter(classifier(checkpoint, seed=1))
-    assert torch.equal(scores(load_adapter(other, tmp_path / "adapter")), scores(model))
+    assert_same_bits(scores(load_adapter(other, tmp_path / "adapter")), scores(model))
 
 
 def test_a_head_that_is_trained_in_full_is_no_part_of_the_base(checkpoint, tmp_path):
@@ -78,7 +79,7 @@ def test_a_head_that_is_trained_in_full_is_no_part_of_the_base(checkpoint, tmp_p
         warnings.simplefilter("error", UserWarning)
         save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(classifier(checkpoint, seed=1), tmp_path / "adapter")
-    assert torch.equal(scores(loaded), scores(model))
+    assert_same_bits(scores(loaded), scores(model))
 
 
 def test_plain_peft_reads_the_new_head(checkpoint, tmp_path):
@@ -86,7 +87,7 @@ def test_plain_peft_reads_the_new_head(checkpoint, tmp_path):
     with pytest.warns(UserWarning, match="was in no checkpoint"):
         save_adapter(model, tmp_path / "adapter")
     other = classifier(checkpoint, seed=1, dtype=torch.float32)
-    assert torch.equal(scores(peft.PeftModel.from_pretrained(other, tmp_path / "adapter")), scores(model))
+    assert_same_bits(scores(peft.PeftModel.from_pretrained(other, tmp_path / "adapter")), scores(model))
 
 
 def test_a_parameter_of_the_base_that_was_trained_by_hand_is_saved(checkpoint, tmp_path):
@@ -98,7 +99,7 @@ def test_a_parameter_of_the_base_that_was_trained_by_hand_is_saved(checkpoint, t
     with torch.no_grad():
         norm.normal_()
     save_adapter(model, tmp_path / "adapter")
-    assert torch.equal(load_adapter(fresh(), tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+    assert_same_bits(load_adapter(fresh(), tmp_path / "adapter")(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -114,7 +115,7 @@ def test_added_tokens_come_with_the_adapter(tmp_path, tied):
     model = adapted(fresh(0))
     ids = torch.tensor([[270, 5, 299]])
     save_adapter(model, tmp_path / "adapter")
-    assert torch.equal(load_adapter(fresh(1), tmp_path / "adapter")(ids).logits, model(ids).logits)
+    assert_same_bits(load_adapter(fresh(1), tmp_path / "adapter")(ids).logits, model(ids).logits)
     bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
     with pytest.raises(ValueError, match=r"resize_token_embeddings\(300\) first if tokens were added"):
         load_adapter(bare, tmp_path / "adapter")
@@ -220,9 +221,9 @@ def test_replicated_layers_are_those_of_the_base_before(tmp_path):
     assert len(model.get_base_model().model.layers) == 5
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(base(), tmp_path / "adapter")
-    assert torch.equal(loaded(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    assert_same_bits(loaded(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
     prepared = load_adapter(adapted(base(), **options), tmp_path / "adapter")
-    assert torch.equal(prepared(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    assert_same_bits(prepared(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
     refused(base(seed=1), tmp_path / "adapter", "has other codes")
     # a refusal after PEFT has repeated the layers puts the old ones back
     bare = base()
@@ -235,7 +236,8 @@ def test_replicated_layers_are_those_of_the_base_before(tmp_path):
     save_file(content, tensors)
     before = list(bare.model.layers)
     refused(bare, tmp_path / "adapter", "must hold every tensor")
-    assert list(bare.model.layers) == before and bare.config.num_hidden_layers == 3
+    assert list(bare.model.layers) == before
+    assert bare.config.num_hidden_layers == 3
 
 
 # ---- the sums ----
@@ -289,7 +291,8 @@ def test_sums_of_a_large_frozen_weight_are_remembered_until_it_changes(monkeypat
     first = base_identity.identity(model)
     summed.clear()
     assert base_identity.identity(model) == first
-    assert summed and max(summed) < 1000
+    assert summed
+    assert max(summed) < 1000
     model.lm_head.weight.add_(1)
     assert base_identity.identity(model) != first
 
@@ -337,7 +340,7 @@ def test_trainable_parameters_are_no_part_of_the_base(tmp_path):
     for parameter in trainable(model).values():
         nn.init.normal_(parameter, std=0.02)
     save_adapter(model, tmp_path / "adapter")
-    assert torch.equal(load_adapter(packed_llama(), tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+    assert_same_bits(load_adapter(packed_llama(), tmp_path / "adapter")(IDS).logits, model(IDS).logits)
     assert config().bias == "none"
 
 

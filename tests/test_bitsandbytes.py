@@ -14,7 +14,8 @@ from nf4lora.ops import reference
 from nf4lora.quantization import bitsandbytes_format as ours
 from nf4lora.quantization.config import NF4Config
 
-from models import tiny_llama
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -77,8 +78,8 @@ def test_packed_bytes_and_scales_equal_bitsandbytes(dtype, blocksize):
     weight = torch.randn(24, 2048).to(dtype)
     theirs, state = bnb.functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
     packed = NF4Linear.pack(weight, blocksize, double_quant=False)
-    assert torch.equal(packed["weight"].view(-1), theirs.view(-1))
-    assert torch.equal(packed["weight_absmax"].view(torch.float32).view(-1), state.absmax)
+    assert_same_bits(packed["weight"].view(-1), theirs.view(-1))
+    assert_same_bits(packed["weight_absmax"].view(torch.float32).view(-1), state.absmax)
 
 
 # ---- checkpoints ----
@@ -97,8 +98,8 @@ def test_a_checkpoint_is_read_without_requantising(load_with_bnb, tmp_path, doub
     for name, layer in foreign_layers(theirs).items():
         adopted = model.get_submodule(name)
         assert isinstance(adopted, NF4Linear)
-        assert torch.equal(adopted.weight.view(-1), layer.weight.data.view(torch.uint8).view(-1))
-        assert torch.equal(adopted.dequantize(dtype), dequantized_by_bnb(layer))
+        assert_same_bits(adopted.weight.view(-1), layer.weight.data.view(torch.uint8).view(-1))
+        assert_same_bits(adopted.dequantize(dtype), dequantized_by_bnb(layer))
         assert adopted.compute_dtype == dtype
     assert model.dtype == dtype
     # the same weights through other kernels: the order of additions, and in bfloat16 a rounding or two of a logit
@@ -113,7 +114,7 @@ def test_a_checkpoint_read_is_saved_in_the_native_layout(load_with_bnb, tmp_path
     assert not any("quant_state" in key for key in load_file(tmp_path / "native" / "model.safetensors"))
     config = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
     assert config == NF4Config(compute_dtype="bfloat16").to_dict()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), logits(model))
+    assert_same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), logits(model))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -134,7 +135,7 @@ def test_blocks_that_straddle_rows_are_dequantised_and_named(load_with_bnb, tmp_
             for loaded in (model, again):
                 layer = loaded.get_submodule(name)
                 assert isinstance(layer, NF4Linear) is (name not in narrow)
-                assert torch.equal(weight_of(layer, torch.bfloat16), weight), name
+                assert_same_bits(weight_of(layer, torch.bfloat16), weight, name)
 
 
 def test_a_packed_output_head_is_dequantised(load_with_bnb, tmp_path):
@@ -142,9 +143,9 @@ def test_a_packed_output_head_is_dequantised(load_with_bnb, tmp_path):
     assert ours.is_linear4bit(theirs.lm_head)
     expected = dequantized_by_bnb(theirs.lm_head)
     theirs.save_pretrained(tmp_path / "bnb")
-    assert torch.equal(read_as_nf4(tmp_path / "bnb").lm_head.weight, expected)
+    assert_same_bits(read_as_nf4(tmp_path / "bnb").lm_head.weight, expected)
     assert ours.adopt(theirs) == {"lm_head": ours.HEAD}
-    assert torch.equal(theirs.lm_head.weight, expected)
+    assert_same_bits(theirs.lm_head.weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_a_checkpoint_is_read_with_nothing_but_an_nf4_config(load_with_bnb, tmp_
     expected = read_as_nf4(tmp_path / "bnb")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", quantization_config=NF4Config())
     assert model.config.quantization_config == expected.config.quantization_config
-    assert torch.equal(logits(model), logits(expected))
+    assert_same_bits(logits(model), logits(expected))
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "bnb", quantization_config=NF4Config(compute_dtype=torch.float32)
     )
@@ -248,7 +249,7 @@ def test_adopting_copies_no_weight_and_changes_no_logit(load_with_bnb, double_qu
         assert isinstance(layer, NF4Linear)
         assert (layer.weight.data_ptr(), layer.weight_absmax.data_ptr()) == memory[name]
         assert type(layer._parameters["weight"]) is nn.Parameter
-        assert torch.equal(layer.dequantize(dtype), weights[name])
+        assert_same_bits(layer.dequantize(dtype), weights[name])
         assert layer.training
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(logits(model), before, rtol=tolerance, atol=tolerance)
@@ -262,8 +263,8 @@ def test_an_adopted_model_is_ours_for_transformers_too(load_with_bnb, tmp_path):
     assert model.config.quantization_config == NF4Config(compute_dtype="bfloat16")
     model.save_pretrained(tmp_path / "native")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
-    assert torch.equal(logits(again), logits(model))
-    assert torch.equal(
+    assert_same_bits(logits(again), logits(model))
+    assert_same_bits(
         model.dequantize().get_submodule(LAYER).weight, again.get_submodule(LAYER).dequantize(torch.bfloat16)
     )
 
@@ -273,7 +274,7 @@ def test_a_model_that_bitsandbytes_read_packed_can_be_saved_once_adopted(load_wi
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", device_map={"": "cpu"})
     ours.adopt(model)
     model.save_pretrained(tmp_path / "native")  # bitsandbytes' own way back is not implemented
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), logits(model))
+    assert_same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), logits(model))
 
 
 def test_adopting_works_under_peft(load_with_bnb):
@@ -378,7 +379,7 @@ def test_dequantize_follows_the_blocks_through_the_flattened_weight(shape, neste
         scales = torch.cat([state.state2.absmax, state.offset.view(1)])
         absmax = reference.absmax_dequantize(state.absmax, scales)
     expected = reference.nf4_dequantize(qweight, absmax, 64, torch.float32)[: weight.numel()].view(shape)
-    assert torch.equal(packed.dequantize(torch.float32), expected)
+    assert_same_bits(packed.dequantize(torch.float32), expected)
 
 
 def test_a_layer_at_several_places_is_adopted_once_and_at_all_of_them():
@@ -386,7 +387,8 @@ def test_a_layer_at_several_places_is_adopted_once_and_at_all_of_them():
     block = nn.Sequential(shared, straddling)
     model = nn.ModuleDict({"a": block, "b": nn.ModuleDict({"c": shared, "d": block}), "e": straddling})
     assert ours.adopt(model) == {"a.1": ours.STRADDLES}
-    assert isinstance(model["a"][0], NF4Linear) and type(model["e"]) is nn.Linear
+    assert isinstance(model["a"][0], NF4Linear)
+    assert type(model["e"]) is nn.Linear
     assert model["a"][0] is model["b"]["c"] is model["b"]["d"][0]
     assert model["e"] is model["a"][1]
     assert not foreign_layers(model)

@@ -14,7 +14,7 @@ from nf4lora.nn.linear import NF4Linear
 from nf4lora.quantization.checkpoint import check_files
 from nf4lora.quantization.config import NF4Config
 
-from models import tiny_llama
+from support.models import tiny_llama
 
 LAYER = "model.layers.0.self_attn.q_proj."
 NORM = "model.layers.0.input_layernorm.weight"

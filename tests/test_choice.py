@@ -5,26 +5,22 @@ import json
 import math
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__
+from bench.cases import tune
+from bench.cases.tune import Time, rules_from
+from bench.harness import heuristics, results, timing
+from bench.harness.case import Absent, Settings, WrongAnswer
+from bench.harness.shapes import Shape
 from nf4lora.ops.kernels import dispatch
 from nf4lora.ops.kernels.dispatch import Rule, kernel_for
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no package of the library's until it is installed
-
-from bench import __main__  # noqa: E402
-from bench.cases import tune  # noqa: E402
-from bench.cases.tune import Time, rules_from  # noqa: E402
-from bench.harness import heuristics, results, timing  # noqa: E402
-from bench.harness.case import Absent, Settings, WrongAnswer  # noqa: E402
-from bench.harness.shapes import Shape  # noqa: E402
-
 RULES = heuristics.read_rules(dispatch.HEURISTICS)
 CARDS = sorted({rule.architecture for rule in RULES})
 SMALL, LARGE = 2**22, 2**22 + 1

@@ -41,4 +41,5 @@ def test_all_steps_are_done(tmp_path):
 )
 def test_a_step_that_fails_ends_it(tmp_path, step):
     done = run(tmp_path, step)
-    assert done.returncode == 2 and "== done" not in done.stdout
+    assert done.returncode == 2
+    assert "== done" not in done.stdout

@@ -34,7 +34,7 @@ def test_readme_block(index, tmp_path, monkeypatch):
     """Blocks of `>>>` are compared with their printed output, in one session each."""
     block = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[index]
     monkeypatch.chdir(tmp_path)
-    from models import tiny_llama, tiny_tokenizer
+    from support.models import tiny_llama, tiny_tokenizer
 
     tiny_llama().save_pretrained("model")  # the README's model, as small as they come
     tiny_tokenizer().save_pretrained("model")

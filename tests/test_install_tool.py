@@ -1,6 +1,5 @@
 """tools/install.py, status.py and oldest.py: what a newcomer is told while pip works, and which versions are tested."""
 
-import importlib.util
 import io
 import re
 import sys
@@ -9,23 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import install
+import oldest
+import status
+
 TOOLS = Path(__file__).parents[1] / "tools"
 SLEEP = "import time; print('Collecting torch', flush=True); time.sleep(0.5)"
-
-
-def tool(name: str):
-    sys.path.insert(0, str(TOOLS))  # install.py imports status.py
-    try:
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(TOOLS))
-
-
-status, install, oldest = (tool(name) for name in ("status", "install", "oldest"))
 
 
 class Terminal(io.StringIO):

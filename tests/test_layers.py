@@ -212,6 +212,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
+@pytest.mark.slow
 def test_import_is_lean():
     absent = ["peft", "trl", "datasets", "rich", "bitsandbytes", "matplotlib"]
     code = (
@@ -221,6 +222,7 @@ def test_import_is_lean():
     assert run(code) == ["False"] * (1 + len(absent))
 
 
+@pytest.mark.slow
 def test_public_names_are_what_they_say():
     code = (
         "import nf4lora; print(callable(nf4lora.prepare), callable(nf4lora.report), "
@@ -229,6 +231,7 @@ def test_public_names_are_what_they_say():
     assert run(code) == ["True"] * 4
 
 
+@pytest.mark.slow
 def test_import_registers_the_quantizer():
     code = (
         "import nf4lora; from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as m; "
@@ -244,4 +247,5 @@ def test_no_cpu_source_may_fuse_a_multiply_and_an_add():
     options = {
         t for t, text in re.findall(r"target_compile_options\((\S+)([^)]*)\)", build) if "-ffp-contract=off" in text
     }
-    assert targets == {"loops_${isa}", "loops_amx", "_C"} and targets <= options
+    assert targets == {"loops_${isa}", "loops_amx", "_C"}
+    assert targets <= options

@@ -14,6 +14,8 @@ from torch import nn
 from nf4lora.nn.linear import NF4Linear, blocksize_for
 from nf4lora.ops import reference
 
+from support.bits import assert_same_bits
+
 LAYOUTS = [(True, 64), (False, 64), (True, 32), (True, 128), (False, 256)]
 
 
@@ -41,7 +43,7 @@ def test_layer_computes_with_the_weight_of_the_definition(double_quant, blocksiz
     layer = NF4Linear.from_linear(copy.deepcopy(linear).to(device), blocksize, double_quant)
     x = torch.randn(3, 5, 256, dtype=dtype)
     W = reference_weight(linear, blocksize, double_quant, dtype)
-    assert torch.equal(layer.dequantize(dtype).cpu(), W)
+    assert_same_bits(layer.dequantize(dtype).cpu(), W)
     expected = (x.double() @ W.double().T + linear.bias.double()).to(dtype)
     # one rounding of the result, and the order of 256 float32 additions
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
@@ -71,13 +73,13 @@ def test_state_has_the_names_dtypes_and_shapes_of_the_format(double_quant, block
 def test_no_cast_of_the_model_touches_weight_or_scales(cast, double_quant):
     layer = random_packed(double_quant=double_quant)
     before = layer.dequantize(torch.float32)
-    assert torch.equal(cast(nn.Sequential(layer))[0].dequantize(torch.float32), before)
+    assert_same_bits(cast(nn.Sequential(layer))[0].dequantize(torch.float32), before)
 
 
 def test_absmax_is_the_scale_of_each_block():
     linear = random_linear()
     exact = linear.weight.view(40, 4, 64).abs().amax(-1)
-    assert torch.equal(NF4Linear.from_linear(linear, double_quant=False).absmax(), exact)
+    assert_same_bits(NF4Linear.from_linear(linear, double_quant=False).absmax(), exact)
     # 8 bits: half a step of the dynamic map near 1, 0.9 / 64 / 2, of the largest deviation from the mean
     deviation = (exact - exact.mean()).abs().max().item()
     torch.testing.assert_close(NF4Linear.from_linear(linear).absmax(), exact, rtol=0, atol=0.00704 * deviation)
@@ -88,7 +90,7 @@ def test_absmax_is_the_scale_of_each_block():
 def test_copy_and_pickle_keep_every_bit_and_every_option(copied, double_quant):
     layer = NF4Linear.from_linear(random_linear(), 32, double_quant, compute_dtype=torch.bfloat16)
     twin, x = copied(layer), torch.randn(2, 256)
-    assert torch.equal(twin(x), layer(x))
+    assert_same_bits(twin(x), layer(x))
     assert repr(twin) == repr(layer)
     assert twin.weight.data_ptr() != layer.weight.data_ptr()
 
@@ -153,7 +155,7 @@ def test_compute_dtype_rules_the_weight_and_autocast_the_result(compute_dtype, a
         y = layer(x)
         assert y.dtype == nn.Linear(256, 40, dtype=dtype)(x).dtype
     inside = compute_dtype or autocast or dtype
-    assert torch.equal(y, plain(x.to(inside)).to(y.dtype))
+    assert_same_bits(y, plain(x.to(inside)).to(y.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
@@ -174,9 +176,9 @@ def test_a_weight_without_a_dtype_is_that_of_the_layer_in_any_dtype():
     layer = random_packed()
     assert layer.dequantize().dtype == torch.float32
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(layer.dequantize().to(dtype), layer.dequantize(dtype))
+        assert_same_bits(layer.dequantize().to(dtype), layer.dequantize(dtype))
     layer.compute_dtype = torch.bfloat16
-    assert torch.equal(layer.dequantize(), layer.dequantize(torch.bfloat16))
+    assert_same_bits(layer.dequantize(), layer.dequantize(torch.bfloat16))
 
 
 def test_lora_branch_is_added_and_differentiated():
@@ -200,9 +202,9 @@ def test_the_bias_is_trained_when_asked_and_its_training_changes_no_bit(dtype):
     layer, x = random_packed(dtype=dtype), torch.randn(7, 256, dtype=dtype)
     trained = layer(x)
     trained.float().sum().backward()
-    assert torch.equal(layer.bias.grad, torch.full((40,), 7, dtype=dtype))
+    assert_same_bits(layer.bias.grad, torch.full((40,), 7, dtype=dtype))
     layer.bias.requires_grad_(False)
-    assert torch.equal(layer(x), trained)
+    assert_same_bits(layer(x), trained)
 
 
 def test_meta_layer_holds_no_memory_and_can_be_filled():
@@ -211,7 +213,7 @@ def test_meta_layer_holds_no_memory_and_can_be_filled():
     small = NF4Linear(256, 40, device="meta")
     full = random_packed()
     small.load_state_dict(full.state_dict(), assign=True)
-    assert torch.equal(small(torch.ones(1, 256)), full(torch.ones(1, 256)))
+    assert_same_bits(small(torch.ones(1, 256)), full(torch.ones(1, 256)))
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
@@ -226,9 +228,9 @@ def test_a_layer_without_memory_gives_the_shape_of_its_result(compute_dtype):
 def test_compiled_layer_is_one_graph_and_equal():
     layer, x = random_packed(), torch.randn(4, 256)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x), layer(x))
+    assert_same_bits(compiled(x), layer(x))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(x), layer(x))
+        assert_same_bits(compiled(x), layer(x))
 
 
 def test_the_printed_layer_says_how_it_is_packed():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from nf4lora import ops
 from nf4lora.ops import reference
 
-from lora_case import FLOAT_SUM, TERM, ULP, Case, assert_close
+from support.bits import assert_same_bits
+from support.lora_case import FLOAT_SUM, TERM, ULP, Case, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.nf4lora
@@ -79,14 +80,14 @@ def test_every_weight_is_that_of_dequantize(instruction_set, dtype):
     W = case.weight()
     case.x = torch.eye(192, dtype=dtype)
     y, S = raw.lora_linear(*case.forward())
-    assert torch.equal(y, W.T)
+    assert_same_bits(y, W.T)
     few = torch.cat([raw.lora_linear(row[None], *case.forward()[1:])[0] for row in case.x])
-    assert torch.equal(few, W.T)
+    assert_same_bits(few, W.T)
     case.dy, case.x = torch.eye(150, dtype=dtype), torch.zeros(150, 192, dtype=dtype)
     dx, _, _ = raw.lora_linear_backward(*case.backward(S.new_empty(150, 0)), True)
-    assert torch.equal(dx, W)
+    assert_same_bits(dx, W)
     rows = [(dy[None], case.x[:1], S.new_empty(1, 0), *case.backward(S)[3:], True) for dy in case.dy]
-    assert torch.equal(torch.cat([raw.lora_linear_backward(*each)[0] for each in rows]), W)
+    assert_same_bits(torch.cat([raw.lora_linear_backward(*each)[0] for each in rows]), W)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -128,7 +129,7 @@ def test_dropout_mask_is_philox(instruction_set, dropout, seed):
     case.x, case.A = torch.ones(M, K), torch.eye(K)
     case.options = (1.0, dropout, torch.tensor([seed]), 32)
     _, S = raw.lora_linear(*case.forward())
-    assert torch.equal(S != 0, reference.dropout_mask(M, K, dropout, torch.tensor(seed)))
+    assert_same_bits(S != 0, reference.dropout_mask(M, K, dropout, torch.tensor(seed)))
     kept = (S != 0).float().mean().item()
     assert abs(kept - (1 - dropout)) < 5 * (dropout * (1 - dropout) / (M * K)) ** 0.5 + 1e-3
 
@@ -173,7 +174,7 @@ def test_works_in_a_forked_data_loader(M):
     here = products[0]  # the parent's threads have run
     loader = torch.utils.data.DataLoader(products, num_workers=2, multiprocessing_context="fork", timeout=60)
     for there in loader:
-        assert torch.equal(there[0], here)
+        assert_same_bits(there[0], here)
 
 
 def test_rows_do_not_see_each_other(instruction_set):
@@ -182,7 +183,7 @@ def test_rows_do_not_see_each_other(instruction_set):
         case = Case(M=M, N=65, K=1152, dtype=torch.bfloat16)
         whole, _ = raw.lora_linear(*case.forward())
         case.x[1:] = torch.randn_like(case.x[1:])
-        assert torch.equal(raw.lora_linear(*case.forward())[0][0], whole[0])
+        assert_same_bits(raw.lora_linear(*case.forward())[0][0], whole[0])
 
 
 def test_the_number_of_rows_does_not_matter_beyond_a_few(instruction_set):
@@ -191,7 +192,7 @@ def test_the_number_of_rows_does_not_matter_beyond_a_few(instruction_set):
     whole, _ = raw.lora_linear(*case.forward())
     for rows in (slice(0, 17), slice(5, 118), slice(1000, 1600)):
         part, _ = raw.lora_linear(case.x[rows], *case.forward()[1:])
-        assert torch.equal(part, whole[rows])
+        assert_same_bits(part, whole[rows])
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
@@ -265,7 +266,7 @@ def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
         case.x.copy_(torch.randn_like(case.x))
         graph.replay()
         for got, expected in zip(captured, step()):
-            assert torch.equal(got, expected)
+            assert_same_bits(got, expected)
 
 
 @pytest.mark.gpu
@@ -279,7 +280,7 @@ def test_a_kernel_works_on_the_current_stream_and_repeats_bit_for_bit(kernel, mo
     with torch.cuda.stream(stream):
         for _ in range(20):
             for got, wanted in zip(raw.lora_linear(*case.forward()), expected):
-                assert torch.equal(got, wanted)
+                assert_same_bits(got, wanted)
     torch.cuda.current_stream().wait_stream(stream)
 
 
@@ -298,7 +299,7 @@ def test_any_leading_shape(device, lead):
     y = ops.lora_linear(x, *case.forward()[1:])
     assert y.shape == (*lead, 100)
     flat, _ = raw.lora_linear(x.reshape(-1, 256), *case.forward()[1:])
-    assert torch.equal(y.reshape(-1, 100), flat)
+    assert_same_bits(y.reshape(-1, 100), flat)
 
 
 def test_strides_do_not_matter(device):
@@ -306,7 +307,7 @@ def test_strides_do_not_matter(device):
     x = case.x.t().contiguous().t().requires_grad_()
     y = ops.lora_linear(x, case.qweight, case.absmax, case.nested, case.bias, case.A.t().contiguous().t(), case.B)
     plain = ops.lora_linear(case.x, case.qweight, case.absmax, case.nested, case.bias, case.A, case.B)
-    assert torch.equal(y, plain)
+    assert_same_bits(y, plain)
     y.backward(torch.ones(1, 1, device=device).expand(8, 100))  # an expanded gradient has stride zero
     expected = case.x.clone().requires_grad_()
     ops.lora_linear(
@@ -332,7 +333,8 @@ def test_x_that_needs_no_gradient_costs_none(device):
     A = case.A.requires_grad_()
     y = ops.lora_linear(case.x, case.qweight, case.absmax, case.nested, case.bias, A, case.B, *case.options)
     y.sum().backward()
-    assert case.x.grad is None and A.grad.abs().sum() > 0
+    assert case.x.grad is None
+    assert A.grad.abs().sum() > 0
     _, S = raw.lora_linear(*case.forward())
     dx, _, _ = raw.lora_linear_backward(*case.backward(S.detach()), False)
     assert dx.shape == (0,)
@@ -343,7 +345,8 @@ def test_lora_that_is_frozen_still_passes_the_gradient_on(device):
     x = case.x.clone().requires_grad_()
     y = ops.lora_linear(x, case.qweight, case.absmax, case.nested, case.bias, case.A, case.B, *case.options)
     y.backward(case.dy)
-    assert x.grad.abs().sum() > 0 and case.A.grad is None
+    assert x.grad.abs().sum() > 0
+    assert case.A.grad is None
 
 
 def test_the_op_itself_has_the_same_gradient(device):
@@ -357,7 +360,7 @@ def test_the_op_itself_has_the_same_gradient(device):
     y = call(ops.lora_linear, *inputs)
     expected = torch.autograd.grad(y, inputs, case.dy)
     registered, _ = call(raw.lora_linear, *inputs)
-    assert torch.equal(registered, y)
+    assert_same_bits(registered, y)
     found = torch.autograd.grad(registered, inputs, case.dy)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
@@ -375,8 +378,10 @@ def test_nan_stays_in_its_row(device):
     case = Case(dtype=torch.bfloat16, device=device)
     case.x[3, 5] = float("nan")
     y, S = raw.lora_linear(*case.forward())
-    assert y[3].isnan().all() and S[3].isnan().all()
-    assert not y[:3].isnan().any() and not y[4:].isnan().any()
+    assert y[3].isnan().all()
+    assert S[3].isnan().all()
+    assert not y[:3].isnan().any()
+    assert not y[4:].isnan().any()
 
 
 BAD = [

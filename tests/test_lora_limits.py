@@ -10,7 +10,8 @@ from nf4lora import ops
 from nf4lora.ops import reference
 from nf4lora.ops.kernels import sliced, unfused
 
-from lora_case import Case, assert_close
+from support.bits import assert_same_bits
+from support.lora_case import Case, assert_close
 
 raw = torch.ops.nf4lora
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,10 +46,12 @@ def test_layers_with_nothing_or_one_of_anything(device, instruction_set, dtype, 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_an_empty_weight_is_packed_and_unpacked(device, shape, double_quant):
     qweight, absmax = ops.nf4_quantize(torch.empty(shape, device=device), 64)
-    assert qweight.shape == (*shape[:-1], shape[-1] // 2) and absmax.shape == (*shape[:-1], shape[-1] // 64)
+    assert qweight.shape == (*shape[:-1], shape[-1] // 2)
+    assert absmax.shape == (*shape[:-1], shape[-1] // 64)
     if double_quant:
         absmax_q, nested = ops.absmax_quantize(absmax)
-        assert nested.tolist() == [0.0] and absmax_q.shape == absmax.shape
+        assert nested.tolist() == [0.0]
+        assert absmax_q.shape == absmax.shape
         absmax = ops.absmax_dequantize(absmax_q, nested)
     assert ops.nf4_dequantize(qweight, absmax).shape == shape
     assert reference.nf4_dequantize(*reference.nf4_quantize(torch.empty(shape))).shape == shape
@@ -122,7 +125,7 @@ def test_whoever_is_trained_gets_the_gradient_that_all_would_get(trained, compil
     torch._dynamo.reset()
     expected = gradients("xAB")
     for name, grad in gradients(trained).items():
-        assert torch.equal(grad, expected[name]), name
+        assert_same_bits(grad, expected[name], name)
 
 
 def test_backward_checks_what_it_is_given_without_x(device):
@@ -171,7 +174,8 @@ def test_an_infinite_gradient_stays_where_it_is_not_dropped(device, instruction_
     for implementation in (raw, sliced, unfused, reference):
         flags = () if implementation is reference else (True,)
         dx, _, _ = implementation.lora_linear_backward(*case.backward(case.x.new_ones(M, 4)), *flags)
-        assert torch.equal(dx.isinf(), mask) and not dx.isnan().any(), implementation
+        assert_same_bits(dx.isinf(), mask, implementation.__name__)
+        assert not dx.isnan().any(), implementation
 
 
 # ---- denormals ------------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def test_a_weight_is_packed_to_the_same_bytes_when_denormals_are_flushed(instruc
     weight[3, :64] = 1.1e-38  # above 1e-38 and below 2^-126
     weight = weight.to(dtype)
     expected = ops.nf4_quantize(weight, 64)
-    assert torch.equal(expected[0], reference.nf4_quantize(weight, 64)[0])
+    assert_same_bits(expected[0], reference.nf4_quantize(weight, 64)[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the setting is this thread's
     assert torch.set_flush_denormal(True)
@@ -197,7 +201,7 @@ def test_a_weight_is_packed_to_the_same_bytes_when_denormals_are_flushed(instruc
         torch.set_num_threads(threads)
     assert still == 0.0, "the caller's own setting must stay"
     for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+        assert_same_bits(got.view(torch.uint8), wanted.view(torch.uint8))
     assert (found[0][1] == 0x77).all(), "zeros are code 7"
 
 
@@ -216,7 +220,7 @@ def test_forward_mode_is_refused_not_dropped(name, reverse_too):
         with pytest.raises(NotImplementedError, match="^lora_linear: gradients must be taken by reverse mode"):
             ops.lora_linear(inputs["x"], *case.forward()[1:5], inputs["A"], inputs["B"], *case.options)
         plain = ops.lora_linear(*case.forward())  # others may differentiate meanwhile
-    assert torch.equal(plain, ops.lora_linear(*case.forward()))
+    assert_same_bits(plain, ops.lora_linear(*case.forward()))
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])

@@ -16,7 +16,8 @@ from nf4lora.loss.causal_lm import chunk_loss, has_chunked_loss, has_plain_head,
 from nf4lora.loss.cross_entropy import CrossEntropy
 from nf4lora.loss.deferred_logits import DeferredLogits
 
-from models import tiny_llama
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -33,7 +34,7 @@ def test_log_probabilities_and_gradient_are_torchs(bias, chunk, monkeypatch):
     (theirs,) = torch.autograd.grad((expected * upstream).sum(), hidden)
     torch.testing.assert_close(log_p, expected)  # float32 sums in another order
     torch.testing.assert_close(ours, theirs)
-    assert torch.equal(correct, logits.argmax(1) == targets)
+    assert_same_bits(correct, logits.argmax(1) == targets)
 
 
 def test_nothing_trained_is_zero_and_differentiable():
@@ -109,7 +110,7 @@ def test_trying_the_head_leaves_no_trace():
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
     assert all(buffer is same[name] for name, buffer in model.named_buffers())
-    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_bits(torch.get_rng_state(), state)
 
 
 class Broken(nn.Module):
@@ -121,7 +122,8 @@ def test_a_model_that_fails_when_it_is_tried_has_no_plain_head():
     model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1).requires_grad_(False).train()
     model.model.norm = Broken()
     assert not has_plain_head(model, torch.device("cpu"))
-    assert model.training and model.model.training
+    assert model.training
+    assert model.model.training
     assert not has_plain_head(nn.Linear(2, 2), torch.device("cpu"))
 
 
@@ -167,13 +169,16 @@ def test_a_pickled_model_computes_the_same_loss():
 def test_whether_the_head_is_trained_is_asked_at_each_call():
     # A model that was loaded is frozen by get_peft_model later, and a head may be trained later still.
     model = tiny_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    assert chunk_loss(model) and not has_chunked_loss(model)
+    assert chunk_loss(model)
+    assert not has_chunked_loss(model)
     ids, labels = batch()
     output = model(input_ids=ids, labels=labels)
     output.loss.backward()
-    assert type(output.logits) is torch.Tensor and model.lm_head.weight.grad.abs().sum() > 0
+    assert type(output.logits) is torch.Tensor
+    assert model.lm_head.weight.grad.abs().sum() > 0
     model.requires_grad_(False)
-    assert has_chunked_loss(model) and type(model(input_ids=ids, labels=labels).logits) is DeferredLogits
+    assert has_chunked_loss(model)
+    assert type(model(input_ids=ids, labels=labels).logits) is DeferredLogits
 
 
 class Doubled(nn.Module):
@@ -194,7 +199,8 @@ def test_a_head_that_is_wrapped_later_is_not_bypassed():
     for each in (model, original):
         each.set_output_embeddings(Doubled(each.get_output_embeddings()))
     found = model(input_ids=ids, labels=labels)
-    assert type(found.logits) is torch.Tensor and found.loss != plain
+    assert type(found.logits) is torch.Tensor
+    assert found.loss != plain
     torch.testing.assert_close(found.loss, original(input_ids=ids, labels=labels).loss)
 
 
@@ -217,7 +223,8 @@ def test_a_model_that_was_copied_or_pickled_has_the_loss_in_chunks():
     file.seek(0)
     ids = torch.arange(12).reshape(1, 12)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert has_chunked_loss(twin) and vars(twin)["forward"].base is twin
+        assert has_chunked_loss(twin)
+        assert vars(twin)["forward"].base is twin
         assert type(twin(input_ids=ids, labels=ids).logits) is DeferredLogits
     assert inspect.signature(model.forward) == inspect.signature(tiny_llama().forward)
 
@@ -262,6 +269,6 @@ def test_generating_never_copies_the_frozen_head_for_each_prompt(prompts):
     with Products() as seen:
         found = model.generate(ids, max_new_tokens=4, do_sample=False)
         logits = model(ids, logits_to_keep=2).logits
-    assert torch.equal(found, torch.cat(wanted))
+    assert_same_bits(found, torch.cat(wanted))
     assert seen.largest < model.get_output_embeddings().weight.numel()
     torch.testing.assert_close(logits, model(ids).logits[:, -2:])

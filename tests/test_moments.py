@@ -18,6 +18,9 @@ from nf4lora import PagedAdamW
 from nf4lora.ops import reference
 from nf4lora.optim import quantized
 
+from support.bits import assert_same_bits
+from support.steps import parameters, train
+
 BITS = pytest.mark.parametrize("bits", [32, 8])
 CODES = {"exp_avg": reference.nested_code(), "exp_avg_sq": reference.square_code()}
 MAPS = pytest.mark.parametrize("name", list(CODES))
@@ -32,19 +35,6 @@ def drawn(name, size, seed=0, spread=4.0):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator) * torch.exp(spread * torch.randn(size, generator=generator))
     return values if name == "exp_avg" else values.abs()
-
-
-def parameters(dtype=torch.float32, sizes=SIZES):
-    generator = torch.Generator().manual_seed(3)
-    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-
-
-def train(params, optimizer, steps):
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
 
 
 def saved(state_dict):
@@ -62,9 +52,9 @@ def test_codes_are_those_of_the_reference(name, size, seed, spread, exponent):
     values, code = drawn(name, size, seed, spread) * 2.0**exponent, CODES[name]
     codes, absmax = quantized.encode(values, code, zero_of(code))
     expected = reference.moment_encode(values, code)
-    assert torch.equal(codes, expected[0])
-    assert torch.equal(absmax, expected[1])
-    assert torch.equal(quantized.decode(codes, absmax, code), reference.moment_decode(codes, absmax, code))
+    assert_same_bits(codes, expected[0])
+    assert_same_bits(absmax, expected[1])
+    assert_same_bits(quantized.decode(codes, absmax, code), reference.moment_decode(codes, absmax, code))
 
 
 @MAPS
@@ -79,7 +69,8 @@ def test_no_value_is_nearer_than_the_one_taken(name, spread):
     taken = distances.gather(1, codes.long()[:, None])[:, 0]
     # a value within float32's rounding of the quotient from the middle of two may go to either
     assert (taken - distances.amin(dim=1) <= 2**-23 * x.abs()).all()
-    assert (taken > 0).any() and codes.unique().numel() > 60
+    assert (taken > 0).any()
+    assert codes.unique().numel() > 60
 
 
 @MAPS
@@ -102,7 +93,8 @@ def test_nothing_but_zero_is_encoded_as_the_zero_of_second_moments(name):
     codes, absmax = quantized.encode(values, code, zero_of(code))
     assert (codes == zero_of(code)).tolist() == [True, True, not second, not second, not second, False]
     codes, absmax = quantized.encode(torch.zeros(300), code, zero_of(code))
-    assert (codes == zero_of(code)).all() and absmax.tolist() == [0.0, 0.0]
+    assert (codes == zero_of(code)).all()
+    assert absmax.tolist() == [0.0, 0.0]
 
 
 @MAPS
@@ -112,7 +104,8 @@ def test_every_code_survives_32_bits(name):
     codes = torch.arange(512).remainder(256).to(torch.uint8)
     values = quantized.decode(codes, absmax, code)
     again = quantized.encode(values, code, zero_of(code))
-    assert torch.equal(again[0], codes) and torch.equal(again[1], absmax)
+    assert_same_bits(again[0], codes)
+    assert_same_bits(again[1], absmax)
 
 
 @BITS
@@ -120,11 +113,13 @@ def test_moments_of_the_asked_bits_are_taken_as_they_are(bits):
     first, second = drawn("exp_avg", 300), drawn("exp_avg_sq", 300)
     wide = quantized.Moments(5.0, first, second)
     narrow = wide.as_bits(8)
-    assert wide.as_bits(32) is wide and narrow.as_bits(8) is narrow
+    assert wide.as_bits(32) is wide
+    assert narrow.as_bits(8) is narrow
     assert (narrow.step, narrow.as_bits(32).step) == (5.0, 5.0)
-    assert narrow.absmax.shape == (2, 2) and narrow.as_bits(32).absmax is None
+    assert narrow.absmax.shape == (2, 2)
+    assert narrow.as_bits(32).absmax is None
     for i, name in enumerate(CODES):
-        assert torch.equal(narrow.absmax[:, i], reference.moment_encode(getattr(wide, name), CODES[name])[1])
+        assert_same_bits(narrow.absmax[:, i], reference.moment_encode(getattr(wide, name), CODES[name])[1])
 
 
 # ---- bitsandbytes' layout, made here: versions differ in where they nest it, the length of a block and the maps
@@ -157,8 +152,9 @@ def test_blocks_of_256_are_taken_code_for_code(nested):
     found = loaded(of_bitsandbytes(1000, 256, nested=nested), 1000, 8)
     entry = of_bitsandbytes(1000, 256, nested=False)
     assert found["step"] == 12.0
-    assert torch.equal(found["exp_avg"], entry["state1"]) and torch.equal(found["exp_avg_sq"], entry["state2"])
-    assert torch.equal(found["absmax"], torch.stack([entry["absmax1"], entry["absmax2"]], dim=1))
+    assert_same_bits(found["exp_avg"], entry["state1"])
+    assert_same_bits(found["exp_avg_sq"], entry["state2"])
+    assert_same_bits(found["absmax"], torch.stack([entry["absmax1"], entry["absmax2"]], dim=1))
 
 
 @BITS
@@ -173,10 +169,10 @@ def test_blocks_and_maps_of_any_kind_are_decoded(count, block, scale, bits):
         value = entry[f"qmap{i}"][entry[f"state{i}"].long()] * scales
         if bits == 8 and (block, scale) != (256, 1.0):
             value, absmax = reference.moment_encode(value, code)
-            assert torch.equal(found["absmax"][:, i - 1], absmax)
+            assert_same_bits(found["absmax"][:, i - 1], absmax)
         elif bits == 8:
             value = entry[f"state{i}"]
-        assert torch.equal(found[name], value)
+        assert_same_bits(found[name], value)
 
 
 def without(entry, *names):
@@ -214,7 +210,8 @@ def test_moments_of_any_float_are_read_as_float32(dtype):
     first, second = drawn("exp_avg", 50, spread=1.0).to(dtype), drawn("exp_avg_sq", 50, spread=1.0).to(dtype)
     found = loaded({"step": 3, "exp_avg": first.view(5, 10), "exp_avg_sq": second}, 50, 32)
     assert found["exp_avg"].dtype == found["exp_avg_sq"].dtype == torch.float32
-    assert torch.equal(found["exp_avg"], first.float()) and torch.equal(found["exp_avg_sq"], second.float())
+    assert_same_bits(found["exp_avg"], first.float())
+    assert_same_bits(found["exp_avg_sq"], second.float())
 
 
 # ---- in a run
@@ -230,7 +227,7 @@ def assert_next_step_is_the_references(optimizer, params, bits):
         numbers |= {"eps": group["eps"], "weight_decay": group["weight_decay"], "step": int(state["step"]) + 1}
         flat = [each.flatten() for each in (old, p.grad, state["exp_avg"], state["exp_avg_sq"])]
         param, *wanted, _ = reference.adamw_step(*flat, state.get("absmax"), **numbers)
-        assert torch.equal(p.detach().flatten(), param)
+        assert_same_bits(p.detach().flatten(), param)
         for name, value in zip(("exp_avg", "exp_avg_sq", "absmax"), wanted):
             assert value is None or torch.equal(optimizer.state[p][name].view(value.shape), value)
 
@@ -242,15 +239,16 @@ def assert_moments(optimizer, params, expected, bits):
             found, value = optimizer.state[p][name].flatten(), value.float().flatten()
             if bits == 8:
                 value, absmax = reference.moment_encode(value, CODES[name])
-                assert torch.equal(optimizer.state[p]["absmax"][:, i], absmax)
-            assert found.dtype == value.dtype and torch.equal(found, value)
+                assert_same_bits(optimizer.state[p]["absmax"][:, i], absmax)
+            assert found.dtype == value.dtype
+            assert_same_bits(found, value)
 
 
 @BITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam], ids=lambda kind: kind.__name__)
 def test_a_run_of_torchs_goes_on(kind, dtype, bits):
-    params = parameters(dtype)
+    params = parameters(SIZES, dtype)
     theirs = kind(params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0, foreach=False)
     train(params, theirs, range(3))
     optimizer = PagedAdamW(params, bits=bits)
@@ -268,7 +266,7 @@ def test_a_run_of_bitsandbytes_goes_on(kind, bits):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    params = parameters(sizes=[(64, 80), (7,), (4100,)])
+    params = parameters([(64, 80), (7,), (4100,)])
     theirs = getattr(bitsandbytes.optim, kind)(params, lr=1e-2, weight_decay=0.0)
     train(params, theirs, range(3))
     assert ("8bit" in kind) == (theirs.state[params[0]]["state1"].dtype == torch.uint8)
@@ -280,10 +278,10 @@ def test_a_run_of_bitsandbytes_goes_on(kind, bits):
 
 @BITS
 def test_loading_keeps_how_the_state_is_held(bits, tmp_path):
-    of_other_bits = PagedAdamW(parameters(), lr=0.5, bits=40 - bits, max_grad_norm=9.0)
+    of_other_bits = PagedAdamW(parameters(SIZES), lr=0.5, bits=40 - bits, max_grad_norm=9.0)
     train(of_other_bits.param_groups[0]["params"], of_other_bits, range(2))
     of_other_bits.param_groups[0]["initial_lr"] = 0.25  # as a scheduler leaves it
-    optimizer = PagedAdamW(parameters(), bits=bits, max_grad_norm=1.0, page_to=tmp_path)
+    optimizer = PagedAdamW(parameters(SIZES), bits=bits, max_grad_norm=1.0, page_to=tmp_path)
     optimizer.load_state_dict(saved(of_other_bits.state_dict()))
     assert (optimizer.bits, optimizer.max_grad_norm, optimizer.stats()["mode"]) == (bits, 1.0, "file")
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["initial_lr"]) == (0.5, 0.25)
@@ -293,7 +291,7 @@ def test_loading_keeps_how_the_state_is_held(bits, tmp_path):
 
 @BITS
 def test_what_is_missing_from_a_state_begins_anew(bits):
-    params, fresh = parameters(), parameters()
+    params, fresh = parameters(SIZES), parameters(SIZES)
     optimizer = PagedAdamW(params, bits=bits)
     train(params, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
@@ -306,13 +304,13 @@ def test_what_is_missing_from_a_state_begins_anew(bits):
     fresh[1].grad = params[1].grad
     alone.step()
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 1, 3]
-    assert torch.equal(params[1], fresh[1])
+    assert_same_bits(params[1], fresh[1])
 
 
 @pytest.mark.parametrize("kind", ["NAdam", "RAdam"])
 def test_a_relative_of_adam_is_refused(kind):
     """Its moments have the names of AdamW's, but its steps are others."""
-    params, others = parameters(), parameters()
+    params, others = parameters(SIZES), parameters(SIZES)
     theirs = getattr(torch.optim, kind)(params)
     train(params, theirs, range(2))
     with pytest.raises(ValueError, match="^PagedAdamW: .*must"):
@@ -331,4 +329,4 @@ def test_a_state_may_be_loaded_in_another_order(bits):
     optimizer.load_state_dict(state)
     for p, entry in zip(params, expected, strict=True):
         for name, value in entry.items():
-            assert torch.equal(optimizer.state[p][name], value), name
+            assert_same_bits(optimizer.state[p][name], value, name)

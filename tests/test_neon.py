@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from shared_library import ROOT, compiled
+from support.shared_library import ROOT, compiled
 
-DRIVER = Path(__file__).parent / "isa/compare.cpp"
+DRIVER = Path(__file__).parent / "support/isa/compare.cpp"
 LOOPS = ROOT / "csrc/cpu/isa/loops.cpp"
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-maybe-uninitialized", f"-I{ROOT / 'csrc'}"]

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nf4lora import _C, ops
 from nf4lora.ops import reference
 
+from support.bits import assert_same_bits
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 HALF_STEP = max(b - a for a, b in zip(_C.CODE, _C.CODE[1:])) / 2
@@ -39,7 +41,7 @@ def normal_quantiles():
 def test_code_is_the_papers():
     # 2e-7: the stored table was rounded to float32 along the way.
     torch.testing.assert_close(torch.tensor(_C.CODE, dtype=torch.float64), normal_quantiles(), atol=2e-7, rtol=0)
-    assert torch.equal(torch.tensor(_C.CODE), reference.CODE)
+    assert_same_bits(torch.tensor(_C.CODE), reference.CODE)
 
 
 def test_first_of_a_pair_is_the_high_nibble():
@@ -58,8 +60,8 @@ def test_bytes_and_values_match_the_reference(instruction_set, dtype, blocksize)
     weight[1, :blocksize] *= 1e-5  # subnormal in float16
     qweight, absmax = ops.nf4_quantize(weight, blocksize)
     expected_qweight, expected_absmax = reference.nf4_quantize(weight, blocksize)
-    assert torch.equal(absmax, expected_absmax)
-    assert torch.equal(qweight, expected_qweight)
+    assert_same_bits(absmax, expected_absmax)
+    assert_same_bits(qweight, expected_qweight)
     for out in DTYPES:
         got = ops.nf4_dequantize(qweight, absmax, blocksize, out)
         assert same_bits(got, reference.nf4_dequantize(qweight, absmax, blocksize, out))
@@ -70,9 +72,11 @@ def test_any_leading_shape(device, shape):
     blocksize = 32
     weight = torch.randn(shape)
     qweight, absmax = ops.nf4_quantize(weight.to(device), blocksize)
-    assert qweight.shape == (*shape[:-1], shape[-1] // 2) and absmax.shape == (*shape[:-1], shape[-1] // blocksize)
+    assert qweight.shape == (*shape[:-1], shape[-1] // 2)
+    assert absmax.shape == (*shape[:-1], shape[-1] // blocksize)
     expected = reference.nf4_quantize(weight, blocksize)
-    assert torch.equal(qweight.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])
+    assert_same_bits(qweight.cpu(), expected[0])
+    assert_same_bits(absmax.cpu(), expected[1])
     assert ops.nf4_dequantize(qweight, absmax, blocksize).shape == shape
 
 
@@ -83,7 +87,7 @@ def test_strides_do_not_matter(device):
         assert all(map(torch.equal, ops.nf4_quantize(view, 32), ops.nf4_quantize(contiguous, 32)))
     qweight, absmax = ops.nf4_quantize(wide)
     got = ops.nf4_dequantize(qweight[::2], absmax[::2])
-    assert torch.equal(got, ops.nf4_dequantize(qweight, absmax)[::2])
+    assert_same_bits(got, ops.nf4_dequantize(qweight, absmax)[::2])
 
 
 def test_ties_take_the_lower_code(instruction_set):
@@ -101,7 +105,8 @@ def test_subnormal_blocks_are_clamped_like_bitsandbytes(instruction_set):
     weight = torch.tensor([1e-40, -1e-40, 5e-39, 0.0] * 8)
     qweight, absmax = ops.nf4_quantize(weight, 32)
     expected = reference.nf4_quantize(weight, 32)
-    assert torch.equal(qweight, expected[0]) and absmax.item() == weight.abs().max().item()
+    assert_same_bits(qweight, expected[0])
+    assert absmax.item() == weight.abs().max().item()
 
 
 @given(
@@ -120,9 +125,10 @@ def test_properties(device, seed, rows, blocksize, exponent):
     assert all(map(torch.equal, ops.nf4_quantize(restored, blocksize), (qweight, absmax)))
     # A power of two scales absmax and leaves the codes alone.
     again, scaled = ops.nf4_quantize(weight * 2.0**exponent, blocksize)
-    assert torch.equal(again, qweight) and torch.equal(scaled, absmax * 2.0**exponent)
+    assert_same_bits(again, qweight)
+    assert_same_bits(scaled, absmax * 2.0**exponent)
     # A block knows nothing of its neighbours.
-    assert torch.equal(ops.nf4_quantize(weight.flip(0), blocksize)[0], qweight.flip(0))
+    assert_same_bits(ops.nf4_quantize(weight.flip(0), blocksize)[0], qweight.flip(0))
 
 
 @given(
@@ -134,7 +140,8 @@ def test_any_finite_block(instruction_set, values, dtype):
     weight = torch.where(weight.isfinite(), weight, torch.zeros((), dtype=dtype))
     qweight, absmax = ops.nf4_quantize(weight)
     expected = reference.nf4_quantize(weight)
-    assert torch.equal(qweight, expected[0]) and torch.equal(absmax, expected[1])
+    assert_same_bits(qweight, expected[0])
+    assert_same_bits(absmax, expected[1])
     for out in DTYPES:
         assert same_bits(ops.nf4_dequantize(qweight, absmax, dtype=out), reference.nf4_dequantize(*expected, dtype=out))
 
@@ -155,20 +162,18 @@ def test_bytes_are_those_of_bitsandbytes(dtype, blocksize):
     weight[0] = 0
     packed, state = functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
     qweight, absmax = ops.nf4_quantize(weight, blocksize)
-    assert torch.equal(qweight.flatten(), packed.flatten())
-    assert torch.equal(absmax.flatten(), state.absmax)
+    assert_same_bits(qweight.flatten(), packed.flatten())
+    assert_same_bits(absmax.flatten(), state.absmax)
     for out in DTYPES:
         state.dtype = out
-        assert torch.equal(
-            ops.nf4_dequantize(qweight, absmax, blocksize, out), functional.dequantize_4bit(packed, state)
-        )
+        assert_same_bits(ops.nf4_dequantize(qweight, absmax, blocksize, out), functional.dequantize_4bit(packed, state))
 
 
 def test_out_is_written_and_returned(device):
     qweight, absmax = ops.nf4_quantize(torch.randn(4, 128, device=device))
     out = torch.full((4, 128), float("nan"), device=device, dtype=torch.float16)
     assert ops.nf4_dequantize(qweight, absmax, out=out) is out
-    assert torch.equal(out, ops.nf4_dequantize(qweight, absmax, dtype=torch.float16))
+    assert_same_bits(out, ops.nf4_dequantize(qweight, absmax, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

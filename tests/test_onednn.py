@@ -13,7 +13,7 @@ import torch
 from nf4lora.loss import processor
 from nf4lora.memory import onednn
 
-from models import tiny_llama
+from support.models import tiny_llama
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -51,11 +51,13 @@ def compiled_again(first: str, **environment: str) -> int:
     return run.stdout.partition("\nagain\n")[2].count("create:cache_miss")
 
 
+@pytest.mark.slow
 def test_the_cache_forgets_what_it_has_no_room_for():
     assert compiled_again("") == 0, "without us 70 shapes fit"
     assert compiled_again("onednn.bound_caches()") == SHAPES > onednn.CAPACITY
 
 
+@pytest.mark.slow
 def test_the_size_that_the_user_gives_stands():
     assert compiled_again("onednn.bound_caches()", ONEDNN_PRIMITIVE_CACHE_CAPACITY="200") == 0
 
@@ -101,4 +103,5 @@ def test_a_second_call_leaves_the_environment_alone(monkeypatch):
     before = dict(os.environ)
     onednn.bound_caches()
     onednn.bound_caches()
-    assert dict(os.environ) == before and onednn._bounded
+    assert dict(os.environ) == before
+    assert onednn._bounded

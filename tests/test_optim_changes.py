@@ -15,6 +15,8 @@ from nf4lora import PagedAdamW
 from nf4lora.ops import reference
 from nf4lora.optim.arena import RamArena
 
+from support.bits import assert_same_bits
+
 BITS = pytest.mark.parametrize("bits", [32, 8])
 SIZES = [(64, 48), (7,), (9000,), (1,), (3, 5, 90)]
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -37,7 +39,7 @@ def give_gradients(step, *lists):
 
 def assert_same(params, others):
     for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q)
+        assert_same_bits(p, q)
 
 
 class Expected:
@@ -62,7 +64,7 @@ class Expected:
         self.state = tuple(state)
 
     def assert_is(self, p, state):
-        assert torch.equal(p.detach().cpu().flatten(), self.value)
+        assert_same_bits(p.detach().cpu().flatten(), self.value)
         assert int(state["step"]) == self.step
         for name, value in zip(("exp_avg", "exp_avg_sq", "absmax"), self.state):
             assert value is None or torch.equal(state[name].cpu().view(value.shape), value), name
@@ -101,7 +103,8 @@ def test_any_parameters_may_take_part_in_any_step_in_any_group(taking_part, grou
         if its.step:
             its.assert_is(p, optimizer.state[p])
         else:
-            assert p not in optimizer.state and torch.equal(p.detach().flatten(), its.value)
+            assert p not in optimizer.state
+            assert_same_bits(p.detach().flatten(), its.value)
 
 
 @BITS
@@ -151,7 +154,8 @@ def test_state_of_what_joins_later_lies_elsewhere(bits):
         p.grad = None
     optimizer.step()
     for name, (value, before) in kept.items():
-        assert optimizer.state[params[0]][name] is value and torch.equal(value, before)
+        assert optimizer.state[params[0]][name] is value
+        assert_same_bits(value, before)
     assert optimizer.stats()["bytes"] > size
     joined.step()
     give_gradients(1, params, others)
@@ -184,14 +188,17 @@ def test_a_parameter_that_was_frozen_goes_on_where_it_stood(bits):
 def test_nothing_to_do(device, bits):
     params = parameters([(0, 3), (0,)], device)
     optimizer = PagedAdamW(params, bits=bits, max_grad_norm=1.0)
-    assert optimizer.step() is None and optimizer.step(lambda: 3.0) == 3.0
-    assert len(optimizer.state) == 0 and optimizer.stats()["mode"] == "none"
+    assert optimizer.step() is None
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert len(optimizer.state) == 0
+    assert optimizer.stats()["mode"] == "none"
     give_gradients(0, params)
     optimizer.step()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step()
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2]
-    assert optimizer.stats()["bytes"] == 0 and optimizer.state[params[0]]["exp_avg_sq"].shape == (0, 3)
+    assert optimizer.stats()["bytes"] == 0
+    assert optimizer.state[params[0]]["exp_avg_sq"].shape == (0, 3)
 
 
 def test_only_what_was_updated_is_refused_by_backward():
@@ -200,7 +207,7 @@ def test_only_what_was_updated_is_refused_by_backward():
     updated.grad = torch.ones(3)
     PagedAdamW([updated, left]).step()
     losses[1].backward()
-    assert torch.equal(left.grad, torch.full((3,), 2.0))
+    assert_same_bits(left.grad, torch.full((3,), 2.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses[0].backward()
 
@@ -238,7 +245,8 @@ def test_state_of_a_transposed_parameter_is_in_its_order(device, bits):
             states = [copy.deepcopy(each.state_dict()) for each in (optimizer, contiguous)]
             optimizer.load_state_dict(states[1])
             contiguous.load_state_dict(states[0])
-    assert not p.is_contiguous() and torch.equal(p, q)
+    assert not p.is_contiguous()
+    assert_same_bits(p, q)
 
 
 # ---- state

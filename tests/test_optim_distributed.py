@@ -12,6 +12,8 @@ from torch import nn
 
 from nf4lora import PagedAdamW
 
+from support.bits import assert_same_bits
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
@@ -132,7 +134,7 @@ def ddp(rank, bits):
     for p in mine.values():
         others = [torch.empty_like(p) for _ in range(WORLD)]
         torch.distributed.all_gather(others, p)
-        assert torch.equal(others[0], others[1])
+        assert_same_bits(others[0], others[1])
 
 
 @BITS
@@ -236,10 +238,10 @@ def checkpoint(rank, bits, folder):
     for each, its in ((model, optimizer), (other, resumed)):
         train(each, its, range(2, 4), rank)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p.to_local(), q.to_local())
+        assert_same_bits(p.to_local(), q.to_local())
         for name, value in optimizer.state[p].items():
             mine, its = (t.to_local() if isinstance(t, type(p.data)) else t for t in (value, resumed.state[q][name]))
-            assert torch.equal(mine, its), name
+            assert_same_bits(mine, its, name)
 
 
 @BITS
@@ -267,7 +269,7 @@ def whole_state(rank):
     theirs["param_groups"] = [{key: group[key] for key in known} for group in theirs["param_groups"]]
     give(model, optimizer, theirs, options=options)
     for name, p in model.named_parameters():
-        assert torch.equal(optimizer.state[p]["exp_avg"].full_tensor(), expected[name])
+        assert_same_bits(optimizer.state[p]["exp_avg"].full_tensor(), expected[name])
 
 
 def test_the_whole_state_is_gathered_and_torchs_is_spread(pair):

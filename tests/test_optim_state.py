@@ -11,22 +11,12 @@ from torch import nn
 from nf4lora import PagedAdamW
 from nf4lora.ops import reference
 
+from support.bits import assert_same_bits
+from support.steps import parameters, train
+
 SIZES = [(64, 48), (7,), (513,), (1,), (4100,)]
 BITS = pytest.mark.parametrize("bits", [32, 8])
 FIRST, SECOND = reference.nested_code(), reference.square_code()
-
-
-def parameters(dtype=torch.float32, sizes=SIZES):
-    generator = torch.Generator().manual_seed(3)
-    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-
-
-def train(params, optimizer, steps):
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
 
 
 def copies(params):
@@ -34,7 +24,7 @@ def copies(params):
 
 
 def trained(bits, dtype=torch.float32, steps=3, **options):
-    params = parameters(dtype)
+    params = parameters(SIZES, dtype)
     optimizer = PagedAdamW(params, lr=1e-2, bits=bits, **options)
     train(params, optimizer, range(steps))
     return params, optimizer
@@ -42,11 +32,11 @@ def trained(bits, dtype=torch.float32, steps=3, **options):
 
 def assert_same(params, optimizer, others, other):
     for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q)
+        assert_same_bits(p, q)
         assert optimizer.state[p].keys() == other.state[q].keys()
         for name, value in optimizer.state[p].items():
             assert value.dtype == other.state[q][name].dtype
-            assert torch.equal(value, other.state[q][name]), name
+            assert_same_bits(value, other.state[q][name], name)
 
 
 def through_torch(state):
@@ -147,7 +137,7 @@ def test_a_state_can_be_loaded_where_it_was_saved(bits):
 @BITS
 def test_what_is_loaded_lies_in_the_arena_at_once(bits, tmp_path):
     _, optimizer = trained(bits)
-    others = parameters()
+    others = parameters(SIZES)
     other = PagedAdamW(others, bits=bits, page_to=tmp_path)
     saved = optimizer.state_dict()
     other.load_state_dict(saved)
@@ -198,7 +188,7 @@ def test_a_state_that_the_user_replaced_is_taken():
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}, {"foreach": True}], ids=str)
 def test_torchs_state_goes_on_as_torch_would(options):
-    params = parameters()
+    params = parameters(SIZES)
     torchs = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, **options)
     train(params, torchs, range(4))
     others = copies(params)
@@ -212,7 +202,7 @@ def test_torchs_state_goes_on_as_torch_would(options):
         train(each, its, [4])
     for p, q in zip(single, others, strict=True):
         for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(plain.state[p][name], optimizer.state[q][name])
+            assert_same_bits(plain.state[p][name], optimizer.state[q][name])
         assert (p - q).detach().abs().max() <= 2 * torch.finfo(torch.float32).eps * max(
             1.0, float(p.detach().abs().max())
         )
@@ -223,7 +213,7 @@ def test_torchs_state_goes_on_as_torch_would(options):
 @BITS
 def test_bitsandbytes_state_is_read(kind, bits):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    params = parameters(sizes=[(64, 80), (7,), (4100,)])
+    params = parameters([(64, 80), (7,), (4100,)])
     theirs = getattr(bitsandbytes.optim, kind)(params, lr=1e-2, betas=(0.8, 0.99))
     try:
         train(params, theirs, range(3))
@@ -242,12 +232,12 @@ def test_bitsandbytes_state_is_read(kind, bits):
                 value = reference.moment_decode(value, state[f"absmax{its}"], code)
             if bits == 8 and state[f"state{its}"].dtype == torch.uint8:
                 absmax = mine["absmax"][:, 0 if its == "1" else 1]
-                assert torch.equal(reference.moment_decode(mine[ours].flatten(), absmax, code), value)
+                assert_same_bits(reference.moment_decode(mine[ours].flatten(), absmax, code), value)
             elif bits == 8:
                 codes, _ = reference.moment_encode(value, code)
-                assert torch.equal(mine[ours].flatten(), codes)
+                assert_same_bits(mine[ours].flatten(), codes)
             else:
-                assert torch.equal(mine[ours].flatten(), value)
+                assert_same_bits(mine[ours].flatten(), value)
 
 
 # ---- 8 bits to 32 and back
@@ -262,7 +252,7 @@ def test_8_bits_become_the_floats_that_they_stand_for():
         state = optimizer.state[p]
         for i, (name, code) in enumerate((("exp_avg", FIRST), ("exp_avg_sq", SECOND))):
             expected = reference.moment_decode(state[name].flatten(), state["absmax"][:, i], code)
-            assert torch.equal(wide.state[q][name].flatten(), expected)
+            assert_same_bits(wide.state[q][name].flatten(), expected)
 
 
 def test_32_bits_become_the_nearest_of_8():
@@ -273,22 +263,22 @@ def test_32_bits_become_the_nearest_of_8():
     for p, q in zip(params, others, strict=True):
         for i, (name, code) in enumerate((("exp_avg", FIRST), ("exp_avg_sq", SECOND))):
             codes, absmax = reference.moment_encode(optimizer.state[p][name].flatten(), code)
-            assert torch.equal(narrow.state[q][name].flatten(), codes)
-            assert torch.equal(narrow.state[q]["absmax"][:, i], absmax)
+            assert_same_bits(narrow.state[q][name].flatten(), codes)
+            assert_same_bits(narrow.state[q]["absmax"][:, i], absmax)
 
 
 # ---- what is refused, and what is left then
 
 
 def of_sgd():
-    params = parameters()
+    params = parameters(SIZES)
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     train(params, optimizer, [0])
     return optimizer.state_dict()
 
 
 def of_adamw(sizes=SIZES, groups=1, kind=torch.optim.AdamW, **options):
-    params = parameters(sizes=sizes)
+    params = parameters(sizes)
     given = [{"params": params[i::groups]} for i in range(groups)]
     optimizer = kind(given, lr=1e-3, **options)
     train(params, optimizer, [0])

@@ -15,6 +15,8 @@ from torch import nn
 
 from nf4lora.nn.linear import NF4Linear
 
+from support.bits import assert_same_bits
+
 
 def packed(N=32, K=64):
     return NF4Linear.from_linear(nn.Linear(K, N, bias=False))
@@ -84,36 +86,48 @@ def test_augmented_assignment_as_in_a_merge_changes_nothing():
     for merged in (torch.ones(32, 32), torch.ones(32, 64, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"an assignment to \.data"):
             layer.weight.data = merged
-    assert torch.equal(layer.weight, before)
+    assert_same_bits(layer.weight, before)
 
 
 def test_codes_may_be_asked_copied_moved_and_compared():
     layer = packed()
     plain, weight = layer._parameters["weight"], layer.weight
-    assert isinstance(weight, nn.Parameter) and weight is layer.weight
-    assert weight.shape == (32, 32) and weight.dtype == torch.uint8 and weight.device.type == "cpu"
+    assert isinstance(weight, nn.Parameter)
+    assert weight is layer.weight
+    assert weight.shape == (32, 32)
+    assert weight.dtype == torch.uint8
+    assert weight.device.type == "cpu"
     assert (weight.numel(), weight.element_size(), weight.nbytes, weight.dim(), len(weight)) == (1024, 1, 1024, 2, 32)
-    assert not weight.requires_grad and weight.is_leaf and not weight.is_floating_point()
+    assert not weight.requires_grad
+    assert weight.is_leaf
+    assert not weight.is_floating_point()
     assert weight.data_ptr() == plain.data_ptr() == weight.data.data_ptr()
     for copied in (weight.clone(), weight.cpu().clone(), weight.data.clone(), copy.deepcopy(weight)):
-        assert torch.equal(copied, plain) and copied.data_ptr() != plain.data_ptr()
-    assert torch.equal(weight, plain) and bool((weight == plain).all())
-    assert np.array_equal(weight.numpy(), plain.numpy()) and weight[0, 0].item() == plain[0, 0].item()
-    assert torch.empty_like(weight).shape == (32, 32) and weight.new_zeros(3).dtype == torch.uint8
+        assert_same_bits(copied, plain)
+        assert copied.data_ptr() != plain.data_ptr()
+    assert_same_bits(weight, plain)
+    assert bool((weight == plain).all())
+    assert np.array_equal(weight.numpy(), plain.numpy())
+    assert weight[0, 0].item() == plain[0, 0].item()
+    assert torch.empty_like(weight).shape == (32, 32)
+    assert weight.new_zeros(3).dtype == torch.uint8
     assert torch.zeros_like(weight, dtype=torch.float32).sum() == 0
-    assert int((weight >> 4).max()) < 16 and "tensor" in repr(weight)
+    assert int((weight >> 4).max()) < 16
+    assert "tensor" in repr(weight)
     weight.data.copy_(torch.flip(plain, (0,)))
     weight.data[0, 0].bitwise_xor_(1)
     other = packed()
     other.weight.data = weight.data
-    assert other.weight.data_ptr() == plain.data_ptr() and torch.equal(other.weight, plain)
-    assert torch.equal(pickle.loads(pickle.dumps(weight)), plain)
+    assert other.weight.data_ptr() == plain.data_ptr()
+    assert_same_bits(other.weight, plain)
+    assert_same_bits(pickle.loads(pickle.dumps(weight)), plain)
 
 
 def test_what_is_noted_on_the_weight_is_noted_on_the_parameter():
     layer = packed()
     layer.weight._is_hf_initialized = True
-    assert layer._parameters["weight"]._is_hf_initialized and layer.weight._is_hf_initialized
+    assert layer._parameters["weight"]._is_hf_initialized
+    assert layer.weight._is_hf_initialized
     with pytest.raises(AttributeError):
         layer.weight.not_noted  # noqa: B018
 
@@ -125,15 +139,15 @@ def test_state_files_and_parameters_are_plain_tensors():
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=True)["weight"], layer.weight)
-    assert torch.equal(load(save(layer.state_dict()))["weight"], layer.weight)
+    assert_same_bits(torch.load(file, weights_only=True)["weight"], layer.weight)
+    assert_same_bits(load(save(layer.state_dict()))["weight"], layer.weight)
 
 
 def test_a_shared_weight_stays_a_plain_parameter():
     first, second = packed(), packed()
     second.weight = first.weight
     assert second._parameters["weight"] is first._parameters["weight"]
-    assert torch.equal(second.dequantize()[0] != 0, first.dequantize()[0] != 0)
+    assert_same_bits(second.dequantize()[0] != 0, first.dequantize()[0] != 0)
 
 
 def test_a_replaced_or_moved_parameter_is_the_one_that_is_seen():
@@ -142,7 +156,8 @@ def test_a_replaced_or_moved_parameter_is_the_one_that_is_seen():
     layer.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
     assert int(layer.weight.sum()) == 0
     layer.to("meta")
-    assert layer.weight.is_meta and layer.weight.shape == (32, 32)
+    assert layer.weight.is_meta
+    assert layer.weight.shape == (32, 32)
     del layer.weight
     assert not hasattr(layer, "weight")
 
@@ -160,8 +175,12 @@ def test_a_weight_outlives_its_layer_as_every_tensor_does():
     layer = packed()
     codes, weight = layer.state_dict()["weight"].clone(), layer.weight
     del layer
-    assert weight.shape == (32, 32) and weight.dtype == torch.uint8 and weight.device.type == "cpu"
-    assert torch.equal(weight, codes) and torch.equal(copy.deepcopy(weight), codes) and "tensor" in repr(weight)
+    assert weight.shape == (32, 32)
+    assert weight.dtype == torch.uint8
+    assert weight.device.type == "cpu"
+    assert_same_bits(weight, codes)
+    assert_same_bits(copy.deepcopy(weight), codes)
+    assert "tensor" in repr(weight)
     weight.noted = 1
     assert weight.noted == 1
     for refused in (lambda: torch.add(weight, 1), lambda: weight.dequantize(), lambda: weight.float(), *WRONG.values()):
@@ -179,7 +198,8 @@ def test_a_layer_that_was_asked_for_its_weight_is_freed_at_once():
         freed = [weakref.ref(each) for each in (layer, layer.weight_absmax)]
         codes = weakref.ref(layer._parameters["weight"])
         del layer
-        assert all(each() is None for each in freed) and codes() is not None
+        assert all(each() is None for each in freed)
+        assert codes() is not None
         del weight
         assert codes() is None
     finally:
@@ -206,13 +226,14 @@ def test_a_guard_that_is_held_is_not_handed_out_for_other_codes():
         change(layer)
         assert layer.weight.codes is layer._parameters["weight"], change
         assert layer.weight.data_ptr() == layer.state_dict()["weight"].data_ptr()
-        assert torch.equal(held, before)
+        assert_same_bits(held, before)
         if change is not moved:  # a parameter that is moved stays the same object, whoever holds it
             assert held is not layer.weight
     layer = packed()
     held = layer.weight
     layer.to("meta")
-    assert layer.weight.is_meta and layer.weight is not held
+    assert layer.weight.is_meta
+    assert layer.weight is not held
 
 
 def test_a_layer_that_was_asked_for_its_weight_can_swap_its_parameters():
@@ -222,14 +243,16 @@ def test_a_layer_that_was_asked_for_its_weight_can_swap_its_parameters():
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         layer.to(torch.bfloat16)
-        assert torch.equal(layer(x), before) and layer.weight.dtype == torch.uint8
+        assert_same_bits(layer(x), before)
+        assert layer.weight.dtype == torch.uint8
         other = packed()
         layer.load_state_dict(other.state_dict())
-        assert torch.equal(layer(x), other(x))
+        assert_same_bits(layer(x), other(x))
         layer.to("meta")
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    assert layer.weight.is_meta and weight.shape == (32, 32)
+    assert layer.weight.is_meta
+    assert weight.shape == (32, 32)
 
 
 @pytest.mark.parametrize("to_disk", [False, True], ids=["in memory", "on disk"])
@@ -246,13 +269,14 @@ def test_a_layer_that_accelerate_offloads_computes_the_same_and_keeps_a_plain_pa
         cpu_offload(model, execution_device="cpu")
     assert layer.weight.is_meta
     for _ in range(2):
-        assert torch.equal(model(x), expected)
-        assert layer.weight.is_meta and type(layer._parameters["weight"]) is nn.Parameter
+        assert_same_bits(model(x), expected)
+        assert layer.weight.is_meta
+        assert type(layer._parameters["weight"]) is nn.Parameter
     with pytest.raises(ValueError, match="must not be an operand"):
         layer.weight * 1.0
     layer._hf_hook.detach_hook(layer)
     if not to_disk:
-        assert torch.equal(layer.weight, weight)
+        assert_same_bits(layer.weight, weight)
 
 
 def test_copies_and_pickles_of_a_layer_that_was_asked_hold_one_weight():
@@ -261,7 +285,8 @@ def test_copies_and_pickles_of_a_layer_that_was_asked_hold_one_weight():
     layer.weight  # noqa: B018
     assert len(pickle.dumps(layer)) == size
     twin = copy.deepcopy(layer)
-    assert twin.weight.data_ptr() != layer.weight.data_ptr() and torch.equal(twin.weight, layer.weight)
+    assert twin.weight.data_ptr() != layer.weight.data_ptr()
+    assert_same_bits(twin.weight, layer.weight)
     with pytest.raises(ValueError, match="must not be an operand"):
         twin.weight * 1.0
 
@@ -273,4 +298,4 @@ def test_a_compiled_model_that_asks_for_the_dtype_stays_one_graph():
         return layer(x) if layer.weight.dtype == torch.uint8 else x
 
     x = torch.randn(2, 64)
-    assert torch.equal(torch.compile(forward, backend="eager", fullgraph=True)(x), layer(x))
+    assert_same_bits(torch.compile(forward, backend="eager", fullgraph=True)(x), layer(x))

@@ -18,6 +18,8 @@ from torch import nn
 from nf4lora import PagedAdamW
 from nf4lora.optim.arena import RamArena
 
+from support.bits import assert_same_bits
+
 BITS = pytest.mark.parametrize("bits", [32, 8])
 MIB = 1 << 20
 
@@ -48,7 +50,8 @@ def test_figures_of_an_arena_in_ram(bits, size):
     expected = {"mode": "ram", "bytes": size, "resident": size, "paged": 0, "peak": size, "skipped": 0}
     assert optimizer.stats() == expected
     assert size <= 2.05 * MIB or bits == 32
-    assert optimizer.evict() == 0 and optimizer.stats() == expected
+    assert optimizer.evict() == 0
+    assert optimizer.stats() == expected
     mebibytes = f"{size / MIB:.1f} MiB"
     assert optimizer.report() == (
         f"PagedAdamW, {bits} bits: {mebibytes} of state (ram), {mebibytes} resident, 0.0 MiB paged, peak {mebibytes}; "
@@ -61,7 +64,8 @@ def test_figures_of_two_files_add_up(bits, tmp_path):
     p = nn.Parameter(torch.zeros(MIB))
     optimizer = PagedAdamW([p], bits=bits, page_to=tmp_path)
     before = optimizer.stats()
-    assert before["mode"] == "file" and before["bytes"] > 0  # room is reserved
+    assert before["mode"] == "file"
+    assert before["bytes"] > 0
     assert before["resident"] + before["paged"] == before["bytes"]
     joined = nn.Parameter(torch.zeros(MIB))
     optimizer.add_param_group({"params": [joined]})
@@ -69,11 +73,13 @@ def test_figures_of_two_files_add_up(bits, tmp_path):
     optimizer.step()
     after = optimizer.stats()
     assert (after["mode"], after["bytes"]) == ("file", 2 * before["bytes"])
-    assert after["resident"] == after["peak"] == after["bytes"] and after["skipped"] == 2 * MIB
+    assert after["resident"] == after["peak"] == after["bytes"]
+    assert after["skipped"] == 2 * MIB
     found = re.fullmatch(
         r".*: (\S+) MiB of state \(file\), (\S+) MiB resident.*; 2097152 gradients.*", optimizer.report()
     )
-    assert found and found[1] == found[2] == f"{after['bytes'] / MIB:.1f}"
+    assert found
+    assert found[1] == found[2] == f"{after['bytes'] / MIB:.1f}"
 
 
 # ---- what is given back
@@ -116,7 +122,7 @@ def test_a_file_is_closed_with_the_optimizer_and_the_last_of_its_tensors(tmp_pat
     assert held_in(tmp_path)
     del optimizer
     gc.collect()
-    assert torch.equal(kept, torch.full((MIB,), 0.1))
+    assert_same_bits(kept, torch.full((MIB,), 0.1))
     del kept
     gc.collect()
     assert held_in(tmp_path) == []
@@ -125,6 +131,7 @@ def test_a_file_is_closed_with_the_optimizer_and_the_last_of_its_tensors(tmp_pat
 # ---- what is refused
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_told_before_training(tmp_path):
     said = run(
         """
@@ -142,6 +149,7 @@ def test_a_limit_on_the_size_of_files_is_told_before_training(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to_is_told(tmp_path):
     tmp_path.chmod(0o555)
     said = run(
@@ -203,5 +211,6 @@ def test_chunks_are_visited_in_turn_where_something_has_a_gradient(monkeypatch, 
     optimizer.step()
     visited = [each[1][0] for each in arena.log if each[0] == "acquire"]
     of_others = [i for i, chunk in enumerate(arena.chunks) if {segment.param for segment in chunk.segments} != {1}]
-    assert visited == of_others and len(visited) < count
+    assert visited == of_others
+    assert len(visited) < count
     assert [each[2] for each in arena.log if each[0] == "acquire"] == of_others[1:] + of_others[:1]

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-import cudart
+from support import cudart
+from support.bits import assert_same_bits
 
 MB = 1 << 20
 OUT_OF_MEMORY, LOST, REFUSED = 2, 719, 801
@@ -64,7 +65,7 @@ class Arena:
         self.pager.wait()
         if self.pager.mode == "managed":
             self.fake.finish()  # the device's own stream order; the host asks for it
-        assert torch.equal(self.bytes, self.expected)
+        assert_same_bits(self.bytes, self.expected)
 
 
 MODES = ["managed", "streamed"]
@@ -187,7 +188,8 @@ def test_the_next_chunk_is_prefetched_before_the_present_one_is_released(fake):
     found = prefetches(fake)
     assert [call.split(", ")[1:3] for call in found] == [[str(2 * PAGE), "device 0"], [str(5 * PAGE), "device 0"]]
     streams = {call.split(", ")[3] for call in found}
-    assert len(streams) == 1 and "stream 0)" not in streams
+    assert len(streams) == 1
+    assert "stream 0)" not in streams
     arena.pager.release([0], arena.stream)
     arena.pager.acquire([1], 0, arena.stream)
     assert prefetches(fake) == []  # it was on its way; the first of the next step is left to that step
@@ -219,7 +221,8 @@ def test_what_was_pressed_out_is_prefetched_when_there_is_room_again(fake):
     faults = fake.faults()
     fake.calls()
     arena.step()
-    assert len(prefetches(fake)) == 7 and fake.faults() == faults
+    assert len(prefetches(fake)) == 7
+    assert fake.faults() == faults
     assert arena.pager.residency()["resident"] == 14 * MB
     arena.assert_right()
 
@@ -244,7 +247,7 @@ def test_evicted_state_leaves_the_device_and_comes_back(fake):
         assert before == sum(size for ranges in CHUNKS[4] for _, size in ranges)
         assert arena.pager.evict() == before
         assert fake.resident(arena.pager.address, BYTES) == 0  # at once: the caller needs the room now
-        assert torch.equal(arena.bytes, arena.expected)
+        assert_same_bits(arena.bytes, arena.expected)
         assert arena.pager.residency() == {"resident": 0, "peak": before, "held_back": 0}
         assert arena.pager.evict() == 0
         arena.step()
@@ -306,7 +309,8 @@ def test_the_next_chunk_is_copied_in_while_the_present_one_is_updated(fake):
     assert len(to_device(found)) == len(found) == 2
     arena.pager.release([0], arena.stream)
     out = copies(fake)
-    assert len(out) == 1 and not to_device(out)
+    assert len(out) == 1
+    assert not to_device(out)
     streams = {call.split(", ")[-1] for call in found}, {call.split(", ")[-1] for call in out}
     assert len(streams[0] | streams[1]) == 2  # in and out run side by side
 
@@ -341,7 +345,7 @@ def test_resident_are_the_chunks_in_the_buffers(fake):
     assert arena.pager.residency() == {"resident": 3 * (PAGE + 512), "peak": 3 * (PAGE + 512), "held_back": 0}
     assert arena.pager.evict() == 0
     assert arena.pager.residency()["resident"] == 0
-    assert torch.equal(arena.bytes, arena.expected)
+    assert_same_bits(arena.bytes, arena.expected)
 
 
 # ---- the choice
@@ -356,7 +360,8 @@ def test_unified_memory_is_the_first_choice(fake):
 def test_a_device_that_cannot_fault_gets_the_streamed_arena(fake):
     fake.reset(faults=False)
     pager = fake.Pager(0, BYTES, "auto")
-    assert pager.mode == "streamed" and "concurrentManagedAccess is 0" in pager.reason
+    assert pager.mode == "streamed"
+    assert "concurrentManagedAccess is 0" in pager.reason
     with pytest.raises(ValueError, match="PagedAdamW: paging must be streamed here"):
         fake.Pager(0, BYTES, "managed")
     del pager
@@ -376,7 +381,8 @@ def test_state_larger_than_free_memory_is_streamed(fake):
 def test_where_unified_memory_is_refused_the_arena_is_streamed(fake):
     fake.fail("cudaMallocManaged", 1, OUT_OF_MEMORY)
     pager = fake.Pager(0, BYTES, "auto")
-    assert pager.mode == "streamed" and "cudaMallocManaged must succeed, got: out of memory" in pager.reason
+    assert pager.mode == "streamed"
+    assert "cudaMallocManaged must succeed, got: out of memory" in pager.reason
     del pager
 
 

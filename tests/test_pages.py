@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from nf4lora import NF4Config, NF4Linear
 from nf4lora.memory import pages
 
-from models import tiny_llama
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 
 @pytest.fixture
@@ -26,16 +27,17 @@ def huge_pages(monkeypatch):
 def test_a_tensor_that_fills_a_page_is_copied_to_the_start_of_one(huge_pages, dtype):
     tensor = torch.arange(3 * mmap.PAGESIZE).view(3, -1).to(dtype)
     moved = pages.in_huge_pages(tensor)
-    assert torch.equal(moved, tensor) and moved.data_ptr() != tensor.data_ptr()
+    assert_same_bits(moved, tensor)
+    assert moved.data_ptr() != tensor.data_ptr()
     assert moved.data_ptr() % mmap.PAGESIZE == 0
     assert moved.untyped_storage().nbytes() == tensor.nbytes, "whoever saves or copies it takes no more than it holds"
-    assert torch.equal(copy.deepcopy(moved), tensor)
+    assert_same_bits(copy.deepcopy(moved), tensor)
 
 
 def test_a_copy_of_2_MB_and_more_begins_with_such_a_page():
     tensor = torch.zeros(pages.HUGE_PAGE + 100, dtype=torch.uint8)
     moved = pages.in_huge_pages(tensor)
-    assert torch.equal(moved, tensor)
+    assert_same_bits(moved, tensor)
     assert moved is tensor if not pages.has_huge_pages() else moved.data_ptr() % pages.HUGE_PAGE == 0
 
 
@@ -67,7 +69,8 @@ def test_a_packed_checkpoint_is_loaded_into_them(huge_pages, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, NF4Linear)}
     moved = [layer for layer in layers.values() if layer._parameters["weight"].nbytes >= mmap.PAGESIZE]
-    assert moved and all(layer._parameters["weight"].data_ptr() % mmap.PAGESIZE == 0 for layer in moved)
+    assert moved
+    assert all(layer._parameters["weight"].data_ptr() % mmap.PAGESIZE == 0 for layer in moved)
     state = packed.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     loaded.save_pretrained(tmp_path / "again")

@@ -12,8 +12,8 @@ from nf4lora import prepare
 from nf4lora.adapters import lora_layer
 from nf4lora.nn.linear import NF4Linear
 
-from adapted import IDS, dequantised, packed_llama
-from models import tiny_llama
+from support.adapted import IDS, dequantised, packed_llama
+from support.models import tiny_llama
 
 # Options that a method needs for layers of 64 to 128 features.
 RIGHT = {
@@ -83,7 +83,8 @@ def test_a_method_computes_what_it_does_over_the_dequantised_model(name):
         results.append((logits.detach(), grads))
     (logits, grads), (expected, expected_grads) = results
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
-    assert grads.keys() == expected_grads.keys() and grads
+    assert grads.keys() == expected_grads.keys()
+    assert grads
     for key, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[key], rtol=1e-3, atol=1e-5)
 
@@ -98,7 +99,8 @@ def test_merging_is_refused_and_changes_no_byte(name, merge):
     with pytest.raises((ValueError, NotImplementedError), match="NF4Linear.*dequantize|no bias|not supported for Lily"):
         getattr(model, merge)()
     after = packed_bytes(model)
-    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -155,7 +157,8 @@ def assert_equal_steps(ours, theirs, ids):
         results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (logits, grads), (expected, expected_grads) = results
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert grads.keys() == expected_grads.keys() and grads
+    assert grads.keys() == expected_grads.keys()
+    assert grads
     assert all(grad.norm() > 0 for name, grad in grads.items() if "lora_A" in name)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-5)

@@ -10,9 +10,9 @@ import torch
 
 from nf4lora.ops import reference
 
-from absmax_claims import *  # noqa: F403  the tests that every device shares
-from absmax_claims import assert_same_bits
-from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from support.absmax_claims import *  # noqa: F403  the tests that every device shares
+from support.absmax_claims import assert_same_bits
+from support.ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

@@ -12,7 +12,7 @@ import torch
 from nf4lora import _C
 from nf4lora.ops import reference
 
-from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from support.ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

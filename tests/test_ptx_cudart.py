@@ -1,5 +1,5 @@
-"""The launchers call the fake runtime of tests/ptx, whatever else is in the process: a CUDA build of torch brings the
-real one, of which every function answers on a machine without a GPU that the driver is insufficient."""
+"""The launchers call the fake runtime of tests/support/ptx, whatever else is in the process: a CUDA build of torch
+brings the real one, of which every function answers on a machine without a GPU that the driver is insufficient."""
 
 import re
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ptx import cudart, find_nvcc
+from support.ptx import cudart, find_nvcc
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 
 TESTS = Path(__file__).parent
 LAUNCH = """
 import ctypes, sys
-from ptx.cudart import FETCH, FILL, LAUNCH
+from support.ptx.cudart import FETCH, FILL, LAUNCH
 
 another, library, function = sys.argv[1:]
 ctypes.CDLL(another, mode=ctypes.RTLD_GLOBAL)  # as torch loads the real one

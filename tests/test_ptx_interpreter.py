@@ -1,14 +1,14 @@
-"""The PTX interpreter itself: what instructions compute, and that it finds every mistake of tests/ptx/planted.cu."""
+"""The PTX interpreter itself: what instructions compute, and that it finds each mistake that planted.cu holds."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ptx import ARCHITECTURES, Device, PtxError, compile_ptx, find_nvcc
-from ptx.grid import Launch
+from support.ptx import ARCHITECTURES, Device, PtxError, compile_ptx, find_nvcc
+from support.ptx.grid import Launch
 
-PLANTED = Path(__file__).parent / "ptx" / "planted.cu"
+PLANTED = Path(__file__).parent / "support" / "ptx" / "planted.cu"
 BUGS = [
     "none", "read_past_end", "half_the_lanes", "no_syncwarp", "two_writers", "misaligned", "no_sync_after_wait",
     "waits_for_a_group_too_few", "no_sync_before_ldmatrix", "no_sync_before_reuse", "writes_row_past_end",

@@ -10,8 +10,9 @@ import torch
 from nf4lora import ops
 from nf4lora.ops import reference
 
-from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
-from ptx.tensors import bits
+from support.bits import assert_same_bits
+from support.ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
+from support.ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 
@@ -173,7 +174,8 @@ def test_the_summed_index_is_split_where_that_fills_the_card(one, backward):
     deep = dict(N=1048, K=64) if backward else dict(N=24, K=1088)
     case = Case(M=6, R=4, backward=backward, bias=not backward, **deep)
     one.check(case)
-    assert len(one.launchers.launches) == 2 and "sum" in one.launchers.launches[1]
+    assert len(one.launchers.launches) == 2
+    assert "sum" in one.launchers.launches[1]
 
 
 def test_weights_are_exactly_those_of_dequantize(one, backward):
@@ -182,7 +184,7 @@ def test_weights_are_exactly_those_of_dequantize(one, backward):
         case = Case(M=40, N=64, K=128, backward=backward, dtype=dtype)
         case.rows = torch.eye(len(case.rows[0]), dtype=dtype)[8:48]
         W = case.weight()
-        assert torch.equal(one(case), W[8:48] if backward else W.T[8:48])
+        assert_same_bits(one(case), W[8:48] if backward else W.T[8:48])
 
 
 def test_a_token_does_not_see_the_others(one, backward):
@@ -190,7 +192,8 @@ def test_a_token_does_not_see_the_others(one, backward):
     whole = one(case)
     case.rows[1:] = float("nan")
     out = one(case)
-    assert torch.equal(out[0], whole[0]) and out[1:].isnan().all()
+    assert_same_bits(out[0], whole[0])
+    assert out[1:].isnan().all()
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["late_copies", "early_copies"])
@@ -223,7 +226,8 @@ def test_what_it_cannot_take_is_refused_before_a_launch(one, case, offset, why):
     arguments, out = one.arguments(Case(M=2, K=64, **case), offset)
     one.launchers.launches.clear()
     assert one.launchers.lora_gemm(ctypes.pointer(arguments), None) == why
-    assert one.launchers.launches == [] and out.untouched()
+    assert one.launchers.launches == []
+    assert out.untouched()
 
 
 def test_too_short_a_weight_is_out_of_bounds(one, backward):

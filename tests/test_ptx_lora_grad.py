@@ -10,9 +10,10 @@ import torch
 from nf4lora.ops import reference
 from nf4lora.ops.kernels import unfused
 
-from ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
-from ptx.grid import Launch
-from ptx.tensors import bits
+from support.bits import assert_same_bits
+from support.ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from support.ptx.grid import Launch
+from support.ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 
@@ -91,6 +92,7 @@ class Grad:
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late_copies", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_float64_on_every_architecture(architecture, late_copies):
@@ -118,14 +120,17 @@ def test_every_instantiation(dtype, R, which):
     Grad().run(37, 264, R, dtype, which, dropout=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_repeats_bit_for_bit_alone_and_together(dropout):
     shape = (300, 264, 5)  # two parts of either product
     P, G = Grad().run(*shape, dropout=dropout)
     again = Grad().run(*shape, dropout=dropout)
     (alone_P,), (alone_G,) = (Grad().run(*shape, which=which, dropout=dropout) for which in ("inner", "outer"))
-    assert torch.equal(P, again[0]) and torch.equal(G, again[1])
-    assert torch.equal(P, alone_P) and torch.equal(G, alone_G)
+    assert_same_bits(P, again[0])
+    assert_same_bits(G, again[1])
+    assert_same_bits(P, alone_P)
+    assert_same_bits(G, alone_G)
 
 
 def test_without_rows_the_gradient_is_zero():
@@ -180,6 +185,7 @@ def test_little_work_space_takes_several_launches(which):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_strips_grow_with_the_rows():
     grad = Grad()
     grad.run(32 * 256 + 40, 8, 3, dropout=0.2)  # strips of 272 rows, of which the last has 72

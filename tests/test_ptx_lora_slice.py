@@ -9,8 +9,8 @@ import torch
 
 from nf4lora import ops
 
-from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
-from ptx.tensors import bits
+from support.ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
+from support.ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 

@@ -10,8 +10,9 @@ import torch
 
 from nf4lora.ops import reference
 
-from ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
-from ptx.tensors import bits
+from support.bits import assert_same_bits
+from support.ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
+from support.ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
 
@@ -77,8 +78,8 @@ def test_quantize_equals_the_reference(nf4, dtype):
         weight = hard_weight(blocksize, dtype)
         qweight, absmax, first_bad = nf4.quantize(weight, blocksize)
         expected_qweight, expected_absmax = reference.nf4_quantize(weight, blocksize)
-        assert torch.equal(qweight, expected_qweight.flatten()), blocksize
-        assert torch.equal(absmax.view(torch.int32), expected_absmax.flatten().view(torch.int32)), blocksize
+        assert_same_bits(qweight, expected_qweight.flatten(), blocksize)
+        assert_same_bits(absmax.view(torch.int32), expected_absmax.flatten().view(torch.int32), blocksize)
         assert first_bad == NO_BLOCK
 
 
@@ -100,7 +101,7 @@ def test_unaligned_tensors_take_the_slow_path_to_the_same_bits(nf4, dtype):
     weight = hard_weight(64, dtype)
     offset = dtype.itemsize
     qweight, absmax, _ = nf4.quantize(weight, 64, offset)
-    assert torch.equal(qweight, nf4.quantize(weight, 64)[0])
+    assert_same_bits(qweight, nf4.quantize(weight, 64)[0])
     restored = nf4.dequantize(qweight, absmax, 64, dtype, offset)
     assert (bits(restored) == bits(nf4.dequantize(qweight, absmax, 64, dtype))).all()
 
@@ -154,8 +155,8 @@ def test_indices_are_64_bit(dtype):
     x, q, a = pointers
     assert nf4.launchers.nf4_quantize(x, DTYPES.index(dtype), q, a, first_bad, count, blocksize, None) is None
     expected = reference.nf4_quantize(weight, blocksize)
-    assert torch.equal(torch.from_numpy(qweight.numpy()), expected[0])
-    assert torch.equal(torch.from_numpy(absmax.numpy()), expected[1])
+    assert_same_bits(torch.from_numpy(qweight.numpy()), expected[0])
+    assert_same_bits(torch.from_numpy(absmax.numpy()), expected[1])
 
     restored = nf4.device.empty(tail, bits(weight).dtype)
     out = at_end(restored, size)

@@ -1,23 +1,16 @@
 """The resource gate of tools/ptxas_gate.py: it reads ptxas, and fails where a kernel grew or spills."""
 
-import importlib
 import json
 import re
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from ptx import compile_ptx
+import ptxas_gate as gate
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))  # the gate imports its neighbour
-try:
-    gate = importlib.import_module("ptxas_gate")
-finally:
-    sys.path.remove(str(TOOLS))
+from support.ptx import compile_ptx
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 needs_binutils = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not on PATH")

@@ -20,8 +20,9 @@ from nf4lora.ops import reference
 from nf4lora.quantization.config import NF4Config
 from nf4lora.quantization.quantizer import NF4Quantizer, layers_to_pack
 
-from adapted import packed_llama
-from models import tiny_llama
+from support.adapted import packed_llama
+from support.bits import assert_same_bits
+from support.models import tiny_llama
 
 IDS = torch.arange(24).reshape(2, 12)
 PROJECTIONS = 14  # linear layers in two Llama blocks
@@ -61,7 +62,7 @@ def assert_same_state(a, b):
     assert a.keys() == b.keys()
     for key in a:
         assert a[key].dtype == b[key].dtype, key
-        assert torch.equal(a[key], b[key]), key
+        assert_same_bits(a[key], b[key], key)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -73,19 +74,19 @@ def test_every_projection_is_packed_as_the_definition_says(saved, dtype, double_
     assert len(layers) == PROJECTIONS
     for name, layer in layers.items():
         qweight, absmax = reference.nf4_quantize(original.get_submodule(name).weight.detach())
-        assert torch.equal(layer.weight, qweight)
+        assert_same_bits(layer.weight, qweight)
         if double_quant:
             codes, nested = reference.absmax_quantize(absmax)
-            assert torch.equal(layer.weight_absmax, codes)
-            assert torch.equal(layer.weight_nested.view(torch.float32), nested)
+            assert_same_bits(layer.weight_absmax, codes)
+            assert_same_bits(layer.weight_nested.view(torch.float32), nested)
         else:
-            assert torch.equal(layer.weight_absmax.view(torch.float32), absmax)
+            assert_same_bits(layer.weight_absmax.view(torch.float32), absmax)
     assert model.dtype == dtype
     others = {key: value for key, value in model.state_dict().items() if key in original.state_dict()}
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= others.keys()
     for key, value in others.items():
         if value.is_floating_point():
-            assert torch.equal(value, original.state_dict()[key])
+            assert_same_bits(value, original.state_dict()[key])
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256])
@@ -102,7 +103,7 @@ def test_save_and_load_again_is_bit_equal(saved, blocksize, double_quant, tied):
     assert second.hf_quantizer.pre_quantized
     third = load(saved(second))
     assert_same_state(first, third)
-    assert torch.equal(logits(first), logits(third))
+    assert_same_bits(logits(first), logits(third))
 
 
 def test_shards_hold_the_same_model_read_and_written(saved):
@@ -130,10 +131,11 @@ def test_saving_over_the_checkpoint_that_was_loaded_keeps_it(saved):
     model = load(folder)
     before = logits(model)
     model.save_pretrained(folder)
-    assert torch.equal(logits(model), before)
-    assert torch.equal(logits(load(folder)), before)
+    assert_same_bits(logits(model), before)
+    assert_same_bits(logits(load(folder)), before)
 
 
+@pytest.mark.slow
 def test_a_bare_import_of_the_package_is_enough_to_load_a_checkpoint(saved):
     folder = saved(load(saved(), NF4Config()))
     code = (
@@ -219,7 +221,7 @@ def test_biases_are_kept_exactly(saved):
     model = load(saved(original), NF4Config())
     bias = "model.layers.0.self_attn.q_proj.bias"
     assert isinstance(model.get_submodule(bias.removesuffix(".bias")), NF4Linear)
-    assert torch.equal(model.get_parameter(bias), original.get_parameter(bias))
+    assert_same_bits(model.get_parameter(bias), original.get_parameter(bias))
     assert_same_state(model, load(saved(model)))
 
 
@@ -356,14 +358,15 @@ def test_a_layer_at_several_places_is_packed_at_all_of_them_while_loading(saved)
     assert model.model.layers[1].mlp is model.model.layers[0].mlp
     assert len(packed_layers(model)) == PROJECTIONS - 3
     assert not [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta]
-    assert torch.equal(logits(load(saved(model), cls=Sharing)), logits(model))
+    assert_same_bits(logits(load(saved(model), cls=Sharing)), logits(model))
 
 
 def test_a_layer_that_is_shared_by_itself_is_replaced_at_all_places():
     shared, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     model = torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared, other), "c": other})
     replace_layers(model, ["a", "b.0", "c"], lambda name, old: torch.nn.Bilinear(1, 1, 1))
-    assert model["a"] is model["b"][0] and model["c"] is model["b"][1]
+    assert model["a"] is model["b"][0]
+    assert model["c"] is model["b"][1]
     assert model["a"] is not model["c"]
     assert {type(module) for module in (model["a"], model["c"])} == {torch.nn.Bilinear}
 
@@ -412,7 +415,7 @@ def test_a_classifier_on_a_language_model_gets_a_new_head(saved, native):
     assert len(packed_layers(model)) == PROJECTIONS
     assert model.score.weight.shape == (3, 128)
     base = load(folder, config, AutoModel)
-    assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+    assert_same_bits(base(IDS)[0], model.model(IDS)[0])
 
 
 # ---- memory ----
@@ -491,14 +494,14 @@ def test_dequantize_gives_plain_layers_with_the_weights_that_were_computed_with(
     for name, weight in weights.items():
         layer = plain.get_submodule(name)
         assert type(layer) is torch.nn.Linear
-        assert torch.equal(layer.weight, weight.to(want))
+        assert_same_bits(layer.weight, weight.to(want))
     assert not packed_layers(plain)
     assert not hasattr(plain, "hf_quantizer")
     if want == torch.bfloat16:
         # the same weights in the same dtype, but other kernels: one or two roundings of a bfloat16 logit
         torch.testing.assert_close(logits(plain), expected, rtol=2**-6, atol=2**-6)
         again = AutoModelForCausalLM.from_pretrained(saved(plain))
-        assert torch.equal(logits(again), logits(plain))
+        assert_same_bits(logits(again), logits(plain))
         assert not hasattr(AutoConfig.from_pretrained(again.config.name_or_path), "quantization_config")
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from nf4lora import NF4Config, load_adapter, save_adapter
 from nf4lora.adapters.renaming import find_prefixes, module_of
 
-from adapted import adapted, packed_llama
+from support.adapted import adapted, packed_llama
+from support.bits import assert_same_bits
 
 IDS = torch.arange(5, 15)[None]
 TEXT = {
@@ -116,9 +117,9 @@ def test_what_was_loaded_under_other_names_is_saved_and_loaded_under_these(qwen,
     recwarn.clear()
     again = load_adapter(whole_of(qwen), tmp_path / "whole")
     assert not [warning for warning in recwarn if "other names" in str(warning.message)]
-    assert torch.equal(logits(again), logits(loaded))
+    assert_same_bits(logits(again), logits(loaded))
     prepared = adapted(whole_of(qwen), target_modules=r".*language_model\.layers.*(proj|proj_.*)", task_type=None)
-    assert torch.equal(logits(load_adapter(prepared, tmp_path / "whole")), logits(loaded))
+    assert_same_bits(logits(load_adapter(prepared, tmp_path / "whole")), logits(loaded))
 
 
 def test_a_prepared_whole_model_takes_the_adapter_of_the_text_part(gemma, tmp_path):
@@ -155,7 +156,7 @@ def test_an_adapter_of_the_bare_decoder_fits_the_model_with_a_head(tmp_path):
         loaded = load_adapter(packed_llama(), tmp_path)
     with torch.no_grad():
         hidden = model.eval()(IDS)[0]
-        assert torch.equal(loaded(IDS).logits, full.lm_head(hidden))
+        assert_same_bits(loaded(IDS).logits, full.lm_head(hidden))
 
 
 def test_names_as_they_were_before_transformers_5_are_found(gemma, tmp_path):

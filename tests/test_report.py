@@ -11,8 +11,8 @@ from torch import nn
 
 from nf4lora import NF4Config, NF4Linear, prepare, report
 
-from adapted import adapted, packed_llama, trainable
-from models import tiny_llama
+from support.adapted import adapted, packed_llama, trainable
+from support.models import tiny_llama
 
 HIDDEN, INNER, VOCABULARY, KEY = 64, 128, 259, 32  # of packed_llama: one layer, two key heads of 16
 WEIGHTS = HIDDEN * HIDDEN * 2 + HIDDEN * KEY * 2 + HIDDEN * INNER * 3
@@ -189,6 +189,7 @@ def test_it_is_frozen():
         report(packed_llama()).trainable = 1
 
 
+@pytest.mark.slow
 def test_it_does_not_import_peft_for_a_model_without_it():
     program = """
 import sys, torch, nf4lora

@@ -1,18 +1,10 @@
 """The instruction gate of tools/sass_gate.py: it reads machine code, and fails where an instruction is missing."""
 
-import importlib
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))  # the gate imports its neighbours
-try:
-    gate = importlib.import_module("sass_gate")
-finally:
-    sys.path.remove(str(TOOLS))
+import sass_gate as gate
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 needs_binutils = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not on PATH")

@@ -18,6 +18,8 @@ from torch import nn
 from nf4lora import PagedAdamW
 from nf4lora.ops import reference
 
+from support.bits import assert_same_bits
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.alone,  # two processes that have 20 seconds' patience with each other
@@ -92,10 +94,10 @@ def elsewhere_placed_parameters_step_as_their_whole(rank):
                 q.grad = grad if bits == 32 else mine(p.grad).clone()
                 optimizer.step()
                 alone.step()
-            assert torch.equal(whole(p) if bits == 32 else mine(p), q), (placement, bits)
+            assert_same_bits(whole(p) if bits == 32 else mine(p), q, (placement, bits))
             state = optimizer.state[p]["exp_avg"]
             assert (state.shape, state.placements) == (p.shape, p.placements)
-            assert torch.equal(whole(state) if bits == 32 else mine(state), alone.state[q]["exp_avg"])
+            assert_same_bits(whole(state) if bits == 32 else mine(state), alone.state[q]["exp_avg"])
 
 
 def gradients_that_lie_otherwise_are_brought(rank):
@@ -106,7 +108,7 @@ def gradients_that_lie_otherwise_are_brought(rank):
     p.grad = distribute_tensor(grad, mesh(), [Replicate()])
     optimizer = PagedAdamW([p], betas=(0.0, 0.9))
     optimizer.step()
-    assert torch.equal(whole(optimizer.state[p]["exp_avg"]), grad)
+    assert_same_bits(whole(optimizer.state[p]["exp_avg"]), grad)
 
 
 def a_process_may_hold_nothing(rank):
@@ -192,12 +194,13 @@ def bits_are_converted_shard_by_shard(rank):
     again.load_state_dict(narrow.state_dict())
     for p in model.parameters():
         value = mine(torchs.state[p]["exp_avg"])
-        assert torch.equal(mine(wide.state[p]["exp_avg"]), value)
+        assert_same_bits(mine(wide.state[p]["exp_avg"]), value)
         codes, absmax = reference.moment_encode(value.flatten(), FIRST)
-        assert torch.equal(mine(narrow.state[p]["exp_avg"]).flatten(), codes)
+        assert_same_bits(mine(narrow.state[p]["exp_avg"]).flatten(), codes)
         rows = mine(narrow.state[p]["absmax"])[:, 0]
-        assert torch.equal(rows[: len(absmax)], absmax) and not rows[len(absmax) :].any()
-        assert torch.equal(mine(again.state[p]["exp_avg"]).flatten(), reference.moment_decode(codes, absmax, FIRST))
+        assert_same_bits(rows[: len(absmax)], absmax)
+        assert not rows[len(absmax) :].any()
+        assert_same_bits(mine(again.state[p]["exp_avg"]).flatten(), reference.moment_decode(codes, absmax, FIRST))
 
 
 def a_flat_state_of_two_groups_goes_on_bit_for_bit(rank):
@@ -217,7 +220,7 @@ def a_flat_state_of_two_groups_goes_on_bit_for_bit(rank):
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(2, 4))
     for p, q in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(mine(p), mine(q))
+        assert_same_bits(mine(p), mine(q))
 
 
 def codes_of_shards_are_not_misread_by_one_process(rank):
@@ -239,7 +242,7 @@ def codes_of_shards_are_not_misread_by_one_process(rank):
         return
     state = alone.state[one.weight]
     found = reference.moment_decode(state["exp_avg"].flatten(), state["absmax"][:, 0], FIRST)
-    assert torch.equal(found, torch.cat(shards))
+    assert_same_bits(found, torch.cat(shards))
 
 
 def codes_of_one_process_are_not_misread_by_shards(rank):
@@ -257,7 +260,7 @@ def codes_of_one_process_are_not_misread_by_shards(rank):
         return
     state = optimizer.state[model.weight]
     found = reference.moment_decode(mine(state["exp_avg"]).flatten(), mine(state["absmax"])[:, 0], FIRST)
-    assert torch.equal(found, expected[:456] if rank == 0 else expected[456:])
+    assert_same_bits(found, expected[:456] if rank == 0 else expected[456:])
 
 
 CLAIMS = [

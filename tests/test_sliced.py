@@ -9,6 +9,8 @@ from nf4lora import ops
 from nf4lora.ops import reference
 from nf4lora.ops.kernels import sliced
 
+from support.bits import assert_same_bits
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Distance of two neighbours of the dtype, relative to the smaller; of float32 what sums in another order differ by.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -124,7 +126,7 @@ def test_a_part_of_W_is_that_of_nf4_dequantize(blocksize, double_quant):
     for dtype in DTYPES:
         W, out = ops.nf4_dequantize(packed.qweight, scales, blocksize, dtype), torch.empty(5, 96, dtype=dtype)
         sliced.unpack(packed, sliced.Rectangle(slice(2, 7), slice(1056, 1152)), out)
-        assert torch.equal(out, W[2:7, 1056:1152])
+        assert_same_bits(out, W[2:7, 1056:1152])
 
 
 def test_slices_share_one_buffer():
@@ -163,8 +165,10 @@ def test_without_out_features_the_gradient_is_zero(lora, slices):
     y, S = sliced.lora_linear(x, bias=None, **arguments)
     dx, dA, dB = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
     assert y.shape == (2, 3, 0)
-    assert dx.shape == x.shape and not dx.any()
-    assert (dA.shape, dB.shape) == (((R, K), (0, R)) if lora else ((0,), (0,))) and not dA.any()
+    assert dx.shape == x.shape
+    assert not dx.any()
+    assert (dA.shape, dB.shape) == (((R, K), (0, R)) if lora else ((0,), (0,)))
+    assert not dA.any()
 
 
 def test_the_packed_weight_is_made_contiguous_once(monkeypatch, slices):
@@ -173,7 +177,8 @@ def test_the_packed_weight_is_made_contiguous_once(monkeypatch, slices):
     unpack, seen = sliced.unpack, []
     monkeypatch.setattr(sliced, "unpack", lambda p, r, out: (seen.append(p.qweight), unpack(p, r, out)))
     sliced.lora_linear(x, bias=None, **arguments)
-    assert seen[0].is_contiguous() and {q.data_ptr() for q in seen} == {seen[0].data_ptr()}
+    assert seen[0].is_contiguous()
+    assert {q.data_ptr() for q in seen} == {seen[0].data_ptr()}
 
 
 def test_strides_of_the_arguments_do_not_matter(slices):
@@ -183,7 +188,7 @@ def test_strides_of_the_arguments_do_not_matter(slices):
     x, dy = x.T.contiguous().T, torch.stack([dy, dy], dim=2)[..., 0]
     for name in ("qweight", "absmax"):
         arguments[name] = torch.stack([arguments[name]] * 2, dim=2)[..., 0]
-    assert torch.equal(sliced.lora_linear(x, bias=bias, **arguments)[0], y)
+    assert_same_bits(sliced.lora_linear(x, bias=bias, **arguments)[0], y)
     got = sliced.lora_linear_backward(dy, x, S, need_dx=True, **arguments)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
@@ -210,7 +215,10 @@ def test_dx_is_not_made_unless_wanted(monkeypatch):
     x, dy, arguments, _ = layer(torch.bfloat16)
     monkeypatch.setattr(sliced, "unpack", lambda *_: pytest.fail("W was unpacked"))
     dx, dA, dB = sliced.lora_linear_backward(dy, x, torch.ones(M, R).bfloat16(), need_dx=False, **arguments)
-    assert dx.shape == (0,) and (dA.shape, dB.shape) == ((R, K), (N, R)) and dA.any() and dB.any()
+    assert dx.shape == (0,)
+    assert (dA.shape, dB.shape) == ((R, K), (N, R))
+    assert dA.any()
+    assert dB.any()
 
 
 def test_arguments_are_checked_in_the_words_of_the_other_kernels():

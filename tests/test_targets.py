@@ -14,9 +14,9 @@ from nf4lora.adapters.files import base_name
 from nf4lora.preparation.targets import find_targets, is_linear
 from nf4lora.preparation.task import text_part
 
-from adapted import layers, trainable
-from families import answer, inputs, tiny
-from models import tiny_llama
+from support.adapted import layers, trainable
+from support.families import answer, inputs, tiny
+from support.models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:prepare. .* of the weights beyond embeddings:UserWarning")
 

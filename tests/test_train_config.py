@@ -221,6 +221,7 @@ def test_exit_codes_of_the_command_line(capsys):
     assert main.main(["doctor", "--verbose"]) == 2
 
 
+@pytest.mark.slow
 def test_help_and_usage_errors_import_no_trainer():
     code = (
         "import sys, torch, transformers; theirs = set(sys.modules);"  # torch 2.11 has them import rich

@@ -10,7 +10,7 @@ from nf4lora.train.data import hold_out, prepare_data, read, show
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.samples.rows import Table
 
-from models import tiny_tokenizer
+from support.models import tiny_tokenizer
 
 
 def chat(question="Hi?", answer="Hello."):

@@ -95,7 +95,8 @@ def test_a_function_that_trains_hides_no_card(monkeypatch, wanted, index):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cards = Cards(4, False, monkeypatch)
     assert choose_device(wanted) == Device("cuda", index)
-    assert cards.current == 0 and cards.count() == 4
+    assert cards.current == 0
+    assert cards.count() == 4
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 

@@ -11,8 +11,8 @@ from nf4lora.train.data import prepare_data, read
 from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.samples.formats import Sample
 
-from chat_templates import TEMPLATES, tokenizer_with
-from models import tiny_tokenizer
+from support.chat_templates import TEMPLATES, tokenizer_with
+from support.models import tiny_tokenizer
 
 ASK = {"role": "user", "content": "Why?"}
 THOUGHT = {"role": "assistant", "content": "<think>\nIt rained.\n</think>\n\nBecause."}

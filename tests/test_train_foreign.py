@@ -361,7 +361,8 @@ def test_setting_with_an_equivalent_is_followed(tmp_path, text, name, value):
 def test_keys_of_other_tools_may_be_flags():
     config = parse_arguments(["--model", "m", "--data", "d", "--evals_per_epoch", "2", "--tf32", "--strict", "false"])
     assert config.eval_steps == 1 / (2 * config.num_train_epochs)
-    assert "tf32" in "".join(config.notes) and "strict" in "".join(config.notes)
+    assert "tf32" in "".join(config.notes)
+    assert "strict" in "".join(config.notes)
 
 
 def test_evaluations_per_epoch_are_a_wish(tmp_path):

@@ -12,8 +12,8 @@ from nf4lora.train.chat.masking import Encoder
 from nf4lora.train.chat.turns import MaskError
 from nf4lora.train.samples.formats import Sample, sample_of
 
-from chat_templates import CALLING, TEMPLATES, tokenizer_with
-from models import tiny_tokenizer
+from support.chat_templates import CALLING, TEMPLATES, tokenizer_with
+from support.models import tiny_tokenizer
 
 
 def encoder(name):

@@ -12,7 +12,7 @@ from nf4lora.train.chat.turns import MaskError
 from nf4lora.train.errors import RunError
 from nf4lora.train.samples.formats import Sample
 
-from models import tiny_tokenizer
+from support.models import tiny_tokenizer
 
 ONE = [{"role": "user", "content": "Hi there?"}, {"role": "assistant", "content": "Hello."}]
 TWO = [

@@ -13,8 +13,9 @@ pytest.importorskip("trl")
 import nf4lora
 from nf4lora.train.errors import RunError, UsageError
 
-from models import tiny_llama, tiny_tokenizer
-from train_runs import adapter, base, check_use, data, equal, options, quick, train, use  # noqa: F401
+from support.bits import assert_same_bits
+from support.models import tiny_llama, tiny_tokenizer
+from support.train_runs import adapter, base, check_use, data, equal, options, quick, train, use  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_tied_head_stays_tied_when_it_is_trained(data, tmp_path):
     model, _ = use(said)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     trained = embedding.modules_to_save["default"].weight
-    assert torch.equal(head.modules_to_save["default"].weight, trained)
+    assert_same_bits(head.modules_to_save["default"].weight, trained)
     assert not torch.equal(trained, embedding.original_module.weight)
 
 

@@ -28,7 +28,7 @@ from nf4lora.train.run import train
 from nf4lora.train.stop import StopRequest
 from nf4lora.train.trainer import Trainer
 
-from train_runs import base, data, options, quick  # noqa: F401
+from support.train_runs import base, data, options, quick  # noqa: F401
 
 LOGGERS = ("", "nf4lora", "transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub")
 
@@ -120,7 +120,8 @@ def test_a_script_asks_for_the_end_of_a_run(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "training_step", asked)
     said = io.StringIO()
     assert train(parse_arguments(options(base, data, tmp_path / "out")), Console(file=said, width=200), stop) == 130
-    assert "stopped after step 1 of 6" in said.getvalue() and (tmp_path / "out/checkpoint-1").is_dir()
+    assert "stopped after step 1 of 6" in said.getvalue()
+    assert (tmp_path / "out/checkpoint-1").is_dir()
 
 
 # ---- nothing but the command line changes it -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from nf4lora.train.data import PARTS
 from nf4lora.train.errors import RunError
 
-from train_runs import base, data, options, quick, train  # noqa: F401
+from support.train_runs import base, data, options, quick, train  # noqa: F401
 
 HEAD = "{% for m in messages %}{{ '<|im_start|>MINE ' + m.role + '\n' }}"
 FOOT = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>MINE assistant\n' }}{% endif %}"
@@ -49,8 +49,11 @@ def template(text):
 def test_the_template_of_the_processor_is_used(base, data, tmp_path, file, text, parts):
     model = checkpoint(base, tmp_path, **{file: template(text)})
     code, said = train(*options(model, data, tmp_path / "out", "--dry_run"))
-    assert code == 0 and "MINE assistant" in said and "ChatML" not in said
-    assert "Say one" in said and f"the chat template is that of the processor ({file}.json)" in said
+    assert code == 0
+    assert "MINE assistant" in said
+    assert "ChatML" not in said
+    assert "Say one" in said
+    assert f"the chat template is that of the processor ({file}.json)" in said
     assert (PARTS in said) is parts
 
 

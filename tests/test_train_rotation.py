@@ -8,7 +8,7 @@ pytest.importorskip("trl")
 from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 
-from train_runs import adapter, base, data, equal, options, quick, train  # noqa: F401
+from support.train_runs import adapter, base, data, equal, options, quick, train  # noqa: F401
 
 
 class Killed(BaseException):
@@ -46,7 +46,8 @@ def test_a_damaged_later_checkpoint_costs_no_good_one_its_place(base, data, tmp_
     assert names(out / "superseded-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     assert whole.exists() == (keep == "2")
     code, said = train(*arguments, "--resume_from_checkpoint")
-    assert code == 0 and f"going on from {out / 'checkpoint-3'}" in said
+    assert code == 0
+    assert f"going on from {out / 'checkpoint-3'}" in said
 
 
 def test_rotation_looks_at_no_later_checkpoint(base, data, tmp_path):
@@ -74,7 +75,8 @@ def test_checkpoints_of_which_none_is_whole_are_kept_aside(base, data, tmp_path)
         (out / each / "scheduler.pt").unlink()
     code, said = train(*arguments, "--resume_from_checkpoint")
     aside = out / "superseded-1"
-    assert code == 0 and "no checkpoint yet" in said
+    assert code == 0
+    assert "no checkpoint yet" in said
     assert f"checkpoint-2 is passed over: scheduler.pt is missing; it is kept in {aside}" in said
     assert names(aside) == ["checkpoint-1", "checkpoint-2"]
     assert all(equal(adapter(aside / name), weights) for name, weights in trained.items())
@@ -98,9 +100,11 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(base, da
     killed_in_step(4, *arguments)
     code, said = train(*arguments, "--resume_from_checkpoint")
     last = ["checkpoint-5"] if keep == "1" else ["checkpoint-4", "checkpoint-5"]
-    assert code == 0 and names(out) == ["checkpoint-2", *last]
+    assert code == 0
+    assert names(out) == ["checkpoint-2", *last]
     assert f"best     of the checkpoints, {out / 'checkpoint-2'} has the lowest held-out loss, 1.0000\n" in said
-    assert "checkpoint-1" not in seen[3] and "checkpoint-2" in seen[3]
+    assert "checkpoint-1" not in seen[3]
+    assert "checkpoint-2" in seen[3]
 
 
 def test_a_best_checkpoint_that_is_the_last_one_leaves_none_beside_it(base, data, tmp_path):
@@ -118,4 +122,6 @@ def test_a_best_checkpoint_that_is_the_last_one_leaves_none_beside_it(base, data
         "3",
     )
     code, said = train(*options(base, data, out, *common))
-    assert code == 0 and names(out) == ["checkpoint-3"] and "best  " not in said
+    assert code == 0
+    assert names(out) == ["checkpoint-3"]
+    assert "best  " not in said

@@ -17,7 +17,7 @@ from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.guard import check_gradients
 from nf4lora.train.trainer import Trainer
 
-from train_runs import ROWS, adapter, base, check_use, data, equal, logged, losses, options, quick, train, user  # noqa: F401
+from support.train_runs import ROWS, adapter, base, check_use, data, equal, logged, losses, options, quick, train, user  # noqa: F401
 
 PLOT_LOSS = plot.plot_loss
 
@@ -211,7 +211,8 @@ def test_32_bits_end_where_torchs_adamw_ends(base, data, tmp_path):
 
 def test_the_optimizer_is_chosen_by_device_and_written_down(base, data, tmp_path):
     code, said = train(*options(base, data, tmp_path / "out"))
-    assert code == 0 and ", adamw" in said
+    assert code == 0
+    assert ", adamw" in said
     assert parse_arguments([str(tmp_path / "out" / "config.yaml")]).optim == "adamw"
     config = parse_arguments(options(base, data, tmp_path / "other"))
     assert optimizer.choose(config, "cuda") == "paged_adamw_8bit"
@@ -224,7 +225,9 @@ def test_state_can_lie_in_a_folder(base, data, tmp_path):
         train(*options(base, data, tmp_path / "out", "--page_to", str(pages)))
     pages.mkdir()
     code, said = train(*options(base, data, tmp_path / "out", "--page_to", str(pages)))
-    assert code == 0 and ", paged_adamw_32bit" in said and "of state (file)" in said
+    assert code == 0
+    assert ", paged_adamw_32bit" in said
+    assert "of state (file)" in said
     assert list(pages.iterdir()) == []
     with pytest.raises(UsageError, match="page_to .* is for the CPU"):
         optimizer.choose(parse_arguments(options(base, data, tmp_path, "--page_to", str(pages))), "cuda")
@@ -236,7 +239,8 @@ def test_a_short_run_shows_its_loss(base, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     _, said = train(*options(base, data, out, "--max_steps", "3", "--logging_steps", "10"))
     assert [step for (step,) in losses(out, "step")] == [1, 3]
-    assert "step 1/3" in said and "step 3/3" in said
+    assert "step 1/3" in said
+    assert "step 3/3" in said
     assert [entry["step"] for entry in drawn[0] if "loss" in entry] == [1, 3]
 
 
@@ -287,5 +291,6 @@ def test_without_matplotlib_a_run_has_no_picture_and_is_told_so(base, data, tmp_
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("nf4lora.cli.train.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     _, said = train(*options(base, data, tmp_path / "out", "--max_steps", "1"))
-    assert "loss.png was not drawn" in said and "pip install matplotlib" in said
+    assert "loss.png was not drawn" in said
+    assert "pip install matplotlib" in said
     assert main.main(["train", "--no_such_option", "1"]) == 2

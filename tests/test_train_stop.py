@@ -30,7 +30,7 @@ from nf4lora.train.errors import RunError
 from nf4lora.train.run_folder import output
 from nf4lora.train.trainer import Trainer
 
-from train_runs import base, data, logged, options, quick, train  # noqa: F401
+from support.train_runs import base, data, logged, options, quick, train  # noqa: F401
 
 
 def test_second_interrupt_ends_at_once(base, data, tmp_path, monkeypatch, capsys):
@@ -51,7 +51,8 @@ def test_signals_of_one_event_are_one_request(base, data, tmp_path, monkeypatch,
 
     stopped_by(monkeypatch, all_at_once)
     code, said = train(*options(base, data, tmp_path / "out"))
-    assert code == 130 and "checkpoint-2 is saved" in said
+    assert code == 130
+    assert "checkpoint-2 is saved" in said
     assert capfd.readouterr().err.count("once more to stop at once") == 1
 
 
@@ -101,7 +102,8 @@ def test_hangups_save_a_checkpoint_however_many_come(base, data, tmp_path, monke
 
     stopped_by(monkeypatch, hang_up)
     code, said = train(*options(base, data, tmp_path / "out"))
-    assert code == 130 and "checkpoint-2 is saved" in said
+    assert code == 130
+    assert "checkpoint-2 is saved" in said
     assert output.checkpoints(tmp_path / "out")[-1].name == "checkpoint-2"
 
 
@@ -132,12 +134,15 @@ def test_an_evaluation_is_broken_off_and_no_step_is_lost(base, data, tmp_path, m
     out = tmp_path / "out"
     code, said = train(*options(base, data, out, "--val_size", "8", "--eval_steps", "1", "--max_steps", "2"))
     if moment == "before the first step":
-        assert code == 130 and "stopped before the first step; nothing was saved" in said
+        assert code == 130
+        assert "stopped before the first step; nothing was saved" in said
     elif moment == "between steps":
-        assert code == 130 and "stopped after step 1 of 2" in said
+        assert code == 130
+        assert "stopped after step 1 of 2" in said
         assert output.checkpoints(out)[-1].name == "checkpoint-1"
     else:
-        assert code == 0 and (out / "adapter_model.safetensors").exists()
+        assert code == 0
+        assert (out / "adapter_model.safetensors").exists()
 
 
 def test_an_evaluation_that_begins_a_resumed_run_is_broken_off(base, data, tmp_path, monkeypatch):
@@ -155,7 +160,8 @@ def test_an_evaluation_that_begins_a_resumed_run_is_broken_off(base, data, tmp_p
         assert train(*arguments)[0] == 130
         calls = itertools.count(5)
         code, said = train(str(out / "config.yaml"), "--resume_from_checkpoint")
-    assert code == 130 and f"stopped after step 1 of 2; {out / 'checkpoint-1'} is saved" in said
+    assert code == 130
+    assert f"stopped after step 1 of 2; {out / 'checkpoint-1'} is saved" in said
     assert train(str(out / "config.yaml"), "--resume_from_checkpoint")[0] == 0
     assert [step for step, loss in logged(out, "step", "eval_loss") if loss is not None] == [0, 1, 2]
 
@@ -246,7 +252,8 @@ def test_process_goes_on_when_its_pipe_is_closed(base, data, tmp_path):
         process.stdout.readline()
         process.stdout.close()
         assert process.wait() == 0
-    assert len(logged(out, "step")) >= 3 and (out / "adapter_model.safetensors").exists()
+    assert len(logged(out, "step")) >= 3
+    assert (out / "adapter_model.safetensors").exists()
 
 
 # ---- full disks and memories -----------------------------------------------------------------------------------------
@@ -315,7 +322,8 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(base, data, 
 
     monkeypatch.setattr(Path, "open", full)
     code, said = train(*options(base, data, tmp_path / "out", "--max_steps", "3"))
-    assert code == 0 and said.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert code == 0
+    assert said.count("metrics.jsonl cannot be written (No space left on device)") == 1
 
 
 @pytest.mark.parametrize(
@@ -340,7 +348,8 @@ def test_out_of_memory_is_one_sentence_and_the_steps_before_are_saved(base, data
     assert len(str(raised.value).splitlines()) == 1
     assert [each.name for each in output.checkpoints(out)] == ["checkpoint-2"]
     code, said = train(str(out / "config.yaml"), "--resume_from_checkpoint")
-    assert code == 0 and "going on from" in said
+    assert code == 0
+    assert "going on from" in said
 
 
 def test_an_error_within_the_optimizers_step_saves_nothing_of_it(base, data, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from nf4lora.train.errors import RunError
 from nf4lora.train.samples.formats import sample_of
 from nf4lora.train.samples.tools import calls, schemas
 
-from chat_templates import CALLING, GPT_OSS, TEMPLATES, tokenizer_with
-from models import tiny_tokenizer
+from support.chat_templates import CALLING, GPT_OSS, TEMPLATES, tokenizer_with
+from support.models import tiny_tokenizer
 
 ARGUMENTS = {"city": "Zürich", "days": [1, 2], "unit": {"name": "C"}}
 TOOL = {

@@ -8,7 +8,7 @@ import torch
 from nf4lora.loss import trl_head
 from nf4lora.loss.causal_lm import chunk_loss
 
-from models import tiny_llama
+from support.models import tiny_llama
 
 trl = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
 if not hasattr(trl, "add_fused_lm_head"):
@@ -55,10 +55,12 @@ def test_numbers_and_gradients_are_those_of_trl(dtype, count, shifted, taken_ove
         grads.append(embeds.grad)
     found, expected = outputs
     assert len(taken_over) == 1
-    assert type(found) is type(expected) and list(found) == list(expected)
+    assert type(found) is type(expected)
+    assert list(found) == list(expected)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]  # TRL multiplies in float32, we as the head does
     for name in found:
-        assert found[name].shape == expected[name].shape and found[name].dtype == expected[name].dtype, name
+        assert found[name].shape == expected[name].shape, name
+        assert found[name].dtype == expected[name].dtype, name
         if name != "is_top1":  # which two neighbours in bfloat16 may swap
             torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
     assert (found.is_top1 != expected.is_top1).sum() <= (0 if dtype == torch.float32 else 2)
@@ -71,7 +73,8 @@ def test_a_batch_without_any_label_is_a_zero_that_can_be_differentiated():
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         output = model(inputs_embeds=embeds, labels=torch.full_like(ids, -100), fused_lm_head=True)
         output.log_probs.sum().backward()
-        assert output.loss == 0 and embeds.grad.abs().sum() == 0
+        assert output.loss == 0
+        assert embeds.grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,8 @@ def test_a_head_that_is_trained_is_left_to_trl(taken_over):
     model, _ = pair()
     model.lm_head.weight.requires_grad_(True)
     model(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
-    assert not taken_over and model.lm_head.weight.grad.abs().sum() > 0
+    assert not taken_over
+    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_other_calls_of_a_model_with_a_fused_head_are_as_before(taken_over):
@@ -104,7 +108,8 @@ def test_other_calls_of_a_model_with_a_fused_head_are_as_before(taken_over):
     found, expected = (each(input_ids=ids, labels=labels) for each in pair())
     torch.testing.assert_close(found.loss, expected.loss)
     torch.testing.assert_close(found.logits.clone(), expected.logits)
-    assert torch.equal(*(each.generate(ids, max_new_tokens=3, do_sample=False) for each in pair())) and not taken_over
+    assert torch.equal(*(each.generate(ids, max_new_tokens=3, do_sample=False) for each in pair()))
+    assert not taken_over
 
 
 def test_under_sft_trainer_a_prepared_model_takes_our_way(tmp_path, taken_over):
@@ -113,7 +118,7 @@ def test_under_sft_trainer_a_prepared_model_takes_our_way(tmp_path, taken_over):
 
     import nf4lora
 
-    from models import tiny_tokenizer
+    from support.models import tiny_tokenizer
 
     model = nf4lora.prepare(tiny_llama(num_hidden_layers=1), r=2)
     rows = Dataset.from_dict({"input_ids": [list(range(1, 30))] * 4, "labels": [list(range(1, 30))] * 4})
@@ -124,6 +129,7 @@ def test_under_sft_trainer_a_prepared_model_takes_our_way(tmp_path, taken_over):
     )  # fmt: skip
     trainer = SFTTrainer(model, options, train_dataset=rows, processing_class=tiny_tokenizer())
     result = trainer.train()
-    assert len(taken_over) == 2 and 0 < result.training_loss < 10
+    assert len(taken_over) == 2
+    assert 0 < result.training_loss < 10
     entropies = [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry]
     assert not entropies or all(0 < entropy < 6 for entropy in entropies)

@@ -7,6 +7,8 @@ from nf4lora import _C, ops
 from nf4lora.ops import reference
 from nf4lora.ops.kernels import unfused
 
+from support.bits import assert_same_bits
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Both sides sum in float32, in another order, and round once: two neighbours of the dtype at most one step apart.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -79,7 +81,7 @@ def test_forward_and_backward_equal_the_reference(dtype, options):
 @pytest.mark.parametrize("seed", [0, 1, 2**62 - 1, -1, -(2**63), 0x123456789ABCDEF])
 def test_random_words_equal_the_reference(seed):
     got = unfused._philox(torch.tensor([seed]), 0, 4096)
-    assert torch.equal(got, reference.philox(seed, 4096))
+    assert_same_bits(got, reference.philox(seed, 4096))
 
 
 def test_random_words_equal_the_published_vectors():
@@ -92,7 +94,7 @@ def test_random_words_far_into_the_stream():
     # Beyond 2^32 blocks the counter's second word counts; a slice must equal the same words of a longer one.
     start = 4 * (2**32 - 2)
     words = unfused._philox(torch.tensor([7]), start, start + 16)
-    assert torch.equal(words[8:], unfused._philox(torch.tensor([7]), start + 8, start + 16))
+    assert_same_bits(words[8:], unfused._philox(torch.tensor([7]), start + 8, start + 16))
     assert len(set(words.tolist())) == 16
 
 
@@ -100,8 +102,8 @@ def test_random_words_far_into_the_stream():
 def test_mask_equals_the_reference(dropout):
     rows, seed = torch.empty(37, 96), torch.tensor([99])
     mask = unfused.mask(rows, slice(0, 37), dropout, seed)
-    assert torch.equal(mask, reference.dropout_mask(37, 96, dropout, seed))
-    assert torch.equal(unfused.mask(rows, slice(11, 20), dropout, seed), mask[11:20])
+    assert_same_bits(mask, reference.dropout_mask(37, 96, dropout, seed))
+    assert_same_bits(unfused.mask(rows, slice(11, 20), dropout, seed), mask[11:20])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -149,11 +151,11 @@ def test_it_is_what_cuda_tensors_get():
     a = arguments
     given = x, a["qweight"], a["absmax"], a["nested"], bias, a["lora_A"], a["lora_B"], 1.75, 0.5, a["seed"], 64
     y, S = torch.ops.nf4lora.lora_linear.default.redispatch(CUDA, *given)
-    assert torch.equal(y, unfused.lora_linear(x, bias=bias, **a)[0])
+    assert_same_bits(y, unfused.lora_linear(x, bias=bias, **a)[0])
     given = dy, x, S, a["qweight"], a["absmax"], a["nested"], a["lora_A"], a["lora_B"], 1.75, 0.5, a["seed"], 64, True
     for got, expected in zip(
         torch.ops.nf4lora.lora_linear_backward.default.redispatch(CUDA, *given),
         unfused.lora_linear_backward(dy, x, S, need_dx=True, **a),
         strict=True,
     ):
-        assert torch.equal(got, expected)
+        assert_same_bits(got, expected)

@@ -11,7 +11,8 @@ import torch
 from nf4lora import PagedAdamW
 from nf4lora.optim import arena_cuda, dtensor, paged_adamw
 
-import cudart
+from support import cudart
+from support.bits import assert_same_bits
 
 PAGES = 64 << 10
 SIZES = [(300, 70), (5,), (64, 64), (1,), (41_000,), (16, 16), (0,), (9, 1000)]
@@ -79,10 +80,10 @@ real_arena = paged_adamw.arena_of
 def assert_same(params, optimizer, others, other):
     optimizer.synchronize()
     for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q)
+        assert_same_bits(p, q)
         assert optimizer.state[p].keys() == other.state[q].keys()
         for name, value in optimizer.state[p].items():
-            assert torch.equal(value, other.state[q][name]), name
+            assert_same_bits(value, other.state[q][name], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -276,15 +277,16 @@ def step_both(params, optimizers, mesh, steps):
 
 
 def assert_shown_state_is_the_plain_ones(params, optimizers):
-    assert torch.equal(params[0].to_local(), params[1])
+    assert_same_bits(params[0].to_local(), params[1])
     shown, plain = (each.state_dict()["state"][0] for each in optimizers)
     assert shown["step"] == plain["step"] > 0
     for name in ("exp_avg", "exp_avg_sq"):
-        assert shown[name].shape == params[0].shape and shown[name].placements == params[0].placements
-        assert torch.equal(shown[name].to_local(), plain[name]), name
+        assert shown[name].shape == params[0].shape
+        assert shown[name].placements == params[0].placements
+        assert_same_bits(shown[name].to_local(), plain[name], name)
     if "absmax" in plain:
         blocks = len(plain["absmax"])
-        assert torch.equal(shown["absmax"].to_local()[:blocks], plain["absmax"])
+        assert_same_bits(shown["absmax"].to_local()[:blocks], plain["absmax"])
         assert len(shown["absmax"]) == 2 * len(shown["absmax"].to_local())
 
 
@@ -375,11 +377,12 @@ def test_on_a_card_paging_changes_no_bit(paging, device, monkeypatch, bits, dtyp
         if step == 2:
             optimizer.load_state_dict(optimizer.state_dict())
     stats = optimizer.stats()
-    assert stats["mode"] == paging and stats["resident"] + stats["paged"] == stats["bytes"]
+    assert stats["mode"] == paging
+    assert stats["resident"] + stats["paged"] == stats["bytes"]
     for p, q in zip(expected, params, strict=True):
-        assert torch.equal(p, q.cpu())
+        assert_same_bits(p, q.cpu())
         for name, value in in_ram_optimizer.state[p].items():
-            assert torch.equal(value, optimizer.state[q][name].cpu()), name
+            assert_same_bits(value, optimizer.state[q][name].cpu(), name)
 
 
 def test_on_a_card_evicted_state_is_used_again(device):

@@ -9,8 +9,8 @@ from nf4lora import NF4Config, NF4Linear, prepare, report
 from nf4lora.quantization.quantizer import layers_to_pack
 from nf4lora.quantization.weight_readers import chains_read, read_weights
 
-from adapted import adapted, packed_llama
-from families import answer, inputs, tiny
+from support.adapted import adapted, packed_llama
+from support.families import answer, inputs, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:prepare. .* of the weights beyond embeddings:UserWarning")
 

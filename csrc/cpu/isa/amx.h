@@ -7,7 +7,7 @@
 //   B panel: [steps][lanes] pairs, of which a register takes 16 steps and 16 lanes
 //
 // Only the instructions of the names _tile_... are used of AMX, and of other instruction sets what simd.h has, so that
-// tests can put an emulator beneath it (tests/amx).
+// tests can put an emulator beneath it (tests/support/amx).
 #pragma once
 
 #include "gemm.h"

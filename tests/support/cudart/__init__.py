@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from shared_library import compile_library
+from support.shared_library import compile_library
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 VERSIONS = 12090, 13000
 SOURCES = [HERE / "runtime.cpp", HERE / "module.cpp", CSRC / "cuda/paged.cpp", CSRC / "cuda/paged_module.cpp"]
 

@@ -6,10 +6,10 @@ import re
 import subprocess
 from pathlib import Path
 
-from ptx.device import Buffer, Device
-from ptx.grid import Launch
-from ptx.memory import PtxError
-from ptx.nvcc import CSRC, compile_library
+from support.ptx.device import Buffer, Device
+from support.ptx.grid import Launch
+from support.ptx.memory import PtxError
+from support.ptx.nvcc import CSRC, compile_library
 
 LAUNCH = ctypes.CFUNCTYPE(
     None,

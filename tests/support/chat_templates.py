@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models import tiny_tokenizer
+from support.models import tiny_tokenizer
 
 SPECIALS = [
     "<|head|>", "<|tail|>", "<|A|>", "<|U|>", "<|T|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",

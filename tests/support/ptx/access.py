@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from ptx.grid import SIGNED, Grid, dtype_of, elements, operation
-from ptx.instructions import require_known
-from ptx.memory import PtxError
-from ptx.parser import Immediate, Instruction
+from support.ptx.grid import SIGNED, Grid, dtype_of, elements, operation
+from support.ptx.instructions import require_known
+from support.ptx.memory import PtxError
+from support.ptx.parser import Immediate, Instruction
 
 
 def _widths(instruction: Instruction) -> tuple[str, int, int]:

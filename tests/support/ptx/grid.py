@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.memory import Clock, Memory, PtxError
-from ptx.parser import Address, Immediate, Instruction, Kernel, Pack, Register, Symbol
+from support.ptx.memory import Clock, Memory, PtxError
+from support.ptx.parser import Address, Immediate, Instruction, Kernel, Pack, Register, Symbol
 
 UNSIGNED = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 SIGNED = {"8": np.int8, "16": np.int16, "32": np.int32, "64": np.int64}

@@ -17,9 +17,9 @@ Floors: parser, memory < grid < instructions < access, warp < device < cudart. A
 is a few lines in one of the middle three.
 """
 
-from ptx.cudart import Launchers
-from ptx.device import Buffer, Device
-from ptx.memory import PtxError
-from ptx.nvcc import ARCHITECTURES, compile_ptx, find_nvcc
+from support.ptx.cudart import Launchers
+from support.ptx.device import Buffer, Device
+from support.ptx.memory import PtxError
+from support.ptx.nvcc import ARCHITECTURES, compile_ptx, find_nvcc
 
 __all__ = ["ARCHITECTURES", "Buffer", "Device", "Launchers", "PtxError", "compile_ptx", "find_nvcc"]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 from nf4lora.cli import train as running  # noqa: E402
 from nf4lora.train.arguments.parse import parse_arguments  # noqa: E402
 
-from models import tiny_llama, tiny_tokenizer  # noqa: E402
+from support.models import tiny_llama, tiny_tokenizer  # noqa: E402
 
 ROWS = [
     ("Say one", "one"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from shared_library import compile_library
+from support.shared_library import compile_library
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ from nf4lora.adapters import lora_layer
 from nf4lora.adapters.lora_layer import NF4LoraLinear
 from nf4lora.nn.linear import NF4Linear
 
-from models import tiny_llama
+from support.models import tiny_llama
 
 IDS = torch.randint(0, 259, (3, 17), generator=torch.Generator().manual_seed(7))
 

@@ -6,9 +6,9 @@ An instruction that a new kernel needs is a few lines more; until then the inter
 
 import numpy as np
 
-from ptx.grid import GENERIC_SHARED, UNSIGNED, Grid, dtype_of, operation
-from ptx.memory import PtxError
-from ptx.parser import Instruction, Pack
+from support.ptx.grid import GENERIC_SHARED, UNSIGNED, Grid, dtype_of, operation
+from support.ptx.memory import PtxError
+from support.ptx.parser import Instruction, Pack
 
 IGNORED = set("rn uni sync aligned to nc ca cg cs lo L1::no_allocate relaxed gpu cta".split())
 TWICE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}

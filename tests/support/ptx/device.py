@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptx import access, instructions, warp  # noqa: F401  they register what instructions mean
-from ptx.grid import Grid, Launch
-from ptx.memory import Memory, PtxError
-from ptx.parser import Kernel, parse
+from support.ptx import access, instructions, warp  # noqa: F401  they register what instructions mean
+from support.ptx.grid import Grid, Launch
+from support.ptx.memory import Memory, PtxError
+from support.ptx.parser import Kernel, parse
 
 BASE = 1 << 16  # the first byte of memory: a null pointer is out of bounds
 GAP = 1 << 12  # invalid bytes after each buffer

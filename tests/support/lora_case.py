@@ -45,7 +45,8 @@ class Case:
 
 def assert_close(got, expected, tolerance, what, least=1e-6):
     """`tolerance` of the largest value expected, or of `least` where all are smaller."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype, what
+    assert got.shape == expected.shape, what
+    assert got.dtype == expected.dtype, what
     if not expected.numel():
         return
     largest = expected.double().abs().max().clamp(min=least)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ptx.grid import Grid, elements, operation
-from ptx.memory import PtxError
-from ptx.parser import Instruction
+from support.ptx.grid import Grid, elements, operation
+from support.ptx.memory import PtxError
+from support.ptx.parser import Instruction
 
 
 @operation("shfl", warp=True)

@@ -1,0 +1,1 @@
+"""What tests share: models and data made on the spot, claims, and stand-ins for hardware that is not there."""
