@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from nf4lora import _C
 
-pytest.register_assert_rewrite("support.absmax_claims")
+pytest.register_assert_rewrite("support")
 settings.register_profile("nf4lora", max_examples=40, deadline=None)  # timings on a busy machine are not what is tested
 settings.register_profile("few", max_examples=8, deadline=None)  # for instrumented builds, which are slow
 settings.load_profile("nf4lora")

@@ -188,7 +188,6 @@ def test_files_stay_short():
 
 # Words that name nothing: a variable is called by the noun that it holds.
 NO_NAMES = {"each", "found", "held", "mine", "some", "told", "whole"}
-RENAMED_LATER = {"train"}  # folders of the package that still use these words
 
 
 def names_given(path):
@@ -201,8 +200,7 @@ def names_given(path):
 
 
 def test_variables_are_called_by_what_they_hold():
-    files = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] not in RENAMED_LATER]
-    files += [*PACKAGE.glob("__*__.py"), *(ROOT / "bench").rglob("*.py")]
+    files = [*MODULES, *PACKAGE.glob("__*__.py"), *(ROOT / "bench").rglob("*.py")]
     wrong = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in files for name, line in names_given(path)
              if name in NO_NAMES]  # fmt: skip
     assert wrong == []

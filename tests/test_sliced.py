@@ -10,25 +10,17 @@ from nf4lora.ops import reference
 from nf4lora.ops.kernels import sliced
 
 from support.bits import assert_same_bits
+from support.torch_kernels import RANK as R
+from support.torch_kernels import assert_makes_no_dx, assert_refuses_as_others, drawn_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Distance of two neighbours of the dtype, relative to the smaller; of float32 what sums in another order differ by.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-M, N, K, R = 10, 200, 320, 4
+M, N, K = 10, 200, 320
 
 
-def layer(dtype, *, bias=True, lora=True, double_quant=True, dropout=0.0, blocksize=64, lead=(M,), N=N, K=K):
-    """x, dy, the arguments that forward and backward share, and a bias."""
-    x, dy = torch.randn(*lead, K).to(dtype), torch.randn(*lead, N).to(dtype)
-    qweight, absmax = ops.nf4_quantize(torch.randn(N, K) / K**0.5, blocksize)
-    nested = None
-    if double_quant:
-        absmax, nested = ops.absmax_quantize(absmax)
-    A, B = (torch.randn(R, K) / K**0.5, torch.randn(N, R)) if lora else (None, None)
-    seed = torch.tensor([-(2**40) - 12345]) if dropout else None
-    arguments = dict(qweight=qweight, absmax=absmax, nested=nested, lora_A=A, lora_B=B)
-    arguments |= dict(scaling=1.75, dropout=dropout, seed=seed, blocksize=blocksize)
-    return x, dy, arguments, torch.randn(N).to(dtype) if bias else None
+def layer(dtype, N=N, K=K, **options):
+    return drawn_layer(dtype, N, K, **options)
 
 
 def packed_of(arguments):
@@ -212,25 +204,9 @@ def test_a_small_adapter_is_not_lost_in_the_rounding_of_y(share, slices):
 
 
 def test_dx_is_not_made_unless_wanted(monkeypatch):
-    x, dy, arguments, _ = layer(torch.bfloat16)
     monkeypatch.setattr(sliced, "unpack", lambda *_: pytest.fail("W was unpacked"))
-    dx, dA, dB = sliced.lora_linear_backward(dy, x, torch.ones(M, R).bfloat16(), need_dx=False, **arguments)
-    assert dx.shape == (0,)
-    assert (dA.shape, dB.shape) == ((R, K), (N, R))
-    assert dA.any()
-    assert dB.any()
+    assert_makes_no_dx(sliced, torch.bfloat16, N, K)
 
 
 def test_arguments_are_checked_in_the_words_of_the_other_kernels():
-    x, dy, arguments, bias = layer(torch.float32, dropout=0.1)
-    cases = [
-        ({"seed": None}, ValueError, "lora_linear: dropout > 0 needs a seed, got None"),
-        ({"blocksize": 48}, ValueError, "lora_linear: blocksize must be a power of two"),
-        ({"lora_B": None}, ValueError, "lora_linear: lora_A and lora_B must come together"),
-        ({"qweight": arguments["qweight"].int()}, TypeError, "lora_linear: qweight must be uint8, got int32"),
-    ]
-    for change, kind, message in cases:
-        with pytest.raises(kind, match=message):
-            sliced.lora_linear(x, bias=bias, **{**arguments, **change})
-        with pytest.raises(kind, match=message.replace("lora_linear:", "lora_linear_backward:")):
-            sliced.lora_linear_backward(dy, x, x.new_empty(M, R), need_dx=True, **{**arguments, **change})
+    assert_refuses_as_others(sliced)

@@ -3,31 +3,22 @@
 import pytest
 import torch
 
-from nf4lora import _C, ops
+from nf4lora import _C
 from nf4lora.ops import reference
 from nf4lora.ops.kernels import unfused
 
 from support.bits import assert_same_bits
+from support.torch_kernels import assert_makes_no_dx, assert_refuses_as_others, drawn_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Both sides sum in float32, in another order, and round once: two neighbours of the dtype at most one step apart.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-M, N, K, R = 10, 24, 256, 4
+M, N, K = 10, 24, 256
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
-def layer(dtype, *, bias=True, lora=True, double_quant=True, dropout=0.0, blocksize=64, lead=(M,)):
-    """Arguments of lora_linear, and a dy."""
-    x, dy = torch.randn(*lead, K).to(dtype), torch.randn(*lead, N).to(dtype)
-    qweight, absmax = ops.nf4_quantize(torch.randn(N, K) / K**0.5, blocksize)
-    nested = None
-    if double_quant:
-        absmax, nested = ops.absmax_quantize(absmax)
-    A, B = (torch.randn(R, K) / K**0.5, torch.randn(N, R)) if lora else (None, None)
-    seed = torch.tensor([-(2**40) - 12345]) if dropout else None
-    arguments = dict(qweight=qweight, absmax=absmax, nested=nested, lora_A=A, lora_B=B)
-    arguments |= dict(scaling=1.75, dropout=dropout, seed=seed, blocksize=blocksize)
-    return x, dy, arguments, torch.randn(N).to(dtype) if bias else None
+def layer(dtype, **options):
+    return drawn_layer(dtype, N, K, **options)
 
 
 def assert_near(got, expected, dtype, *, through=0.0):
@@ -121,28 +112,11 @@ def test_slices_of_rows_change_nothing_but_the_order_of_sums(monkeypatch, dropou
 
 
 def test_dx_is_not_made_unless_wanted():
-    x, dy, arguments, bias = layer(torch.bfloat16)
-    _, S = unfused.lora_linear(x, bias=bias, **arguments)
-    dx, dA, dB = unfused.lora_linear_backward(dy, x, S, need_dx=False, **arguments)
-    assert dx.shape == (0,)
-    assert (dA.shape, dB.shape) == ((R, K), (N, R))
-    assert dA.any()
-    assert dB.any()
+    assert_makes_no_dx(unfused, torch.bfloat16, N, K)
 
 
 def test_arguments_are_checked_in_the_words_of_the_other_kernels():
-    x, dy, arguments, bias = layer(torch.float32, dropout=0.1)
-    cases = [
-        ({"seed": None}, ValueError, "lora_linear: dropout > 0 needs a seed, got None"),
-        ({"blocksize": 48}, ValueError, "lora_linear: blocksize must be a power of two"),
-        ({"lora_B": None}, ValueError, "lora_linear: lora_A and lora_B must come together"),
-        ({"qweight": arguments["qweight"].int()}, TypeError, "lora_linear: qweight must be uint8, got int32"),
-    ]
-    for change, kind, message in cases:
-        with pytest.raises(kind, match=message):
-            unfused.lora_linear(x, bias=bias, **{**arguments, **change})
-        with pytest.raises(kind, match=message.replace("lora_linear", "lora_linear_backward")):
-            unfused.lora_linear_backward(dy, x, x.new_empty(M, R), need_dx=True, **{**arguments, **change})
+    assert_refuses_as_others(unfused)
 
 
 @pytest.mark.skipif(not _C.CUDA_VERSION, reason="built without CUDA")

@@ -275,7 +275,7 @@ NF4LORA_INLINE void look_up_nested(const uint8_t* codes, float* out) {
     __m512i quarter[4];
     NF4LORA_UNROLL
     for (int q = 0; q < 4; ++q) {
-      const uint16_t* table = kSignedWords.word[h] + 64 * q;
+      const uint16_t* table = kSignedWords.part[h] + 64 * q;
       quarter[q] = _mm512_permutex2var_epi16(_mm512_load_si512(table), code, _mm512_load_si512(table + 32));
     }
     half[h] = _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, quarter[0], quarter[1]),

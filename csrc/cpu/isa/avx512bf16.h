@@ -179,11 +179,11 @@ NF4LORA_INLINE Int byte_of(const uint8_t* table, Int code) {
   const Int high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), code, _mm512_load_si512(table + 192));
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);
 }
-NF4LORA_INLINE void decode_map(const BytePlanes& map, const uint8_t* codes, Float* value) {
+NF4LORA_INLINE void decode_map(const Planes<uint8_t>& map, const uint8_t* codes, Float* value) {
   const Int code = transpose_groups(_mm512_loadu_si512(codes));
   Int byte[4];
   NF4LORA_UNROLL
-  for (int i = 0; i < 4; ++i) byte[i] = byte_of(map.byte[i], code);
+  for (int i = 0; i < 4; ++i) byte[i] = byte_of(map.part[i], code);
   const Int low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
   const Int low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
   value[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
@@ -195,8 +195,8 @@ NF4LORA_INLINE void decode_signed(const uint8_t* codes, Float* value) { decode_m
 NF4LORA_INLINE void decode_unsigned(const uint8_t* codes, Float* value) { decode_map(kUnsignedBytes, codes, value); }
 NF4LORA_INLINE void decode_drop(const uint8_t* codes, Float* drop) {  // of its bytes, two are zero
   const Int code = transpose_groups(_mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
-  const Int low = _mm512_unpacklo_epi8(byte_of(kDropBytes.byte[2], code), byte_of(kDropBytes.byte[3], code));
-  const Int high = _mm512_unpackhi_epi8(byte_of(kDropBytes.byte[2], code), byte_of(kDropBytes.byte[3], code));
+  const Int low = _mm512_unpacklo_epi8(byte_of(kDropBytes.part[2], code), byte_of(kDropBytes.part[3], code));
+  const Int high = _mm512_unpackhi_epi8(byte_of(kDropBytes.part[2], code), byte_of(kDropBytes.part[3], code));
   drop[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, low));
   drop[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, low));
   drop[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, high));

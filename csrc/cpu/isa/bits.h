@@ -32,4 +32,18 @@ NF4LORA_INLINE float to_bf16(float value) {
   return float_of((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
 }
 
+// The first `count` lanes by way of memory, for sets without masks; what is loaded has zeros in the rest.
+template <int kLanes, class Vector>
+NF4LORA_INLINE Vector load_first(Vector (*load)(const float*), const float* p, int64_t count) {
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof lanes[0]);
+  return load(lanes);
+}
+template <int kLanes, class Element, class Vector>
+NF4LORA_INLINE void store_first(void (*store)(Element*, Vector), Element* p, Vector v, int64_t count) {
+  Element lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
+}
+
 }  // namespace nf4lora::NF4LORA_ISA

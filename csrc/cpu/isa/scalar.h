@@ -123,26 +123,12 @@ NF4LORA_INLINE void store_f16(uint16_t* p, Float v) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
 }
 
-NF4LORA_INLINE Float load_part(const float* p, int64_t count) {
-  float lanes[kLanes] = {};
-  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof lanes[0]);
-  return load(lanes);
-}
-NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) {
-  float lanes[kLanes];
-  store(lanes, v);
-  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
-}
+NF4LORA_INLINE Float load_part(const float* p, int64_t count) { return load_first<kLanes>(load, p, count); }
+NF4LORA_INLINE void store_part(float* p, Float v, int64_t count) { store_first<kLanes>(store, p, v, count); }
 NF4LORA_INLINE void store_part_bf16(uint16_t* p, Float v, int64_t count) {
-  uint16_t lanes[kLanes];
-  store_bf16(lanes, v);
-  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
+  store_first<kLanes>(store_bf16, p, v, count);
 }
-NF4LORA_INLINE void store_part_f16(uint16_t* p, Float v, int64_t count) {
-  uint16_t lanes[kLanes];
-  store_f16(lanes, v);
-  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof lanes[0]);
-}
+NF4LORA_INLINE void store_part_f16(uint16_t* p, Float v, int64_t count) { store_first<kLanes>(store_f16, p, v, count); }
 
 // ---- bits in lanes
 

@@ -53,35 +53,25 @@ alignas(64) inline constexpr NestedCode kDropTable = kMomentDrop;
 alignas(64) inline constexpr Magnitudes kSigned = signed_magnitudes();
 alignas(64) inline constexpr Magnitudes kUnsigned = unsigned_magnitudes();
 
-// The bytes of a map's floats, each byte of them for itself: a permutation of AVX512-VBMI looks 64 of 128 bytes up.
-struct BytePlanes {
-  uint8_t byte[4][256];
+// The floats of a map, cut into bytes or words that each have a table: out of 128 bytes a permutation of AVX512-VBMI looks
+// up 64, out of 64 words one of AVX512-BW 32.
+template <class Part>
+struct Planes {
+  Part part[4 / sizeof(Part)][256];
 };
-constexpr BytePlanes byte_planes(const float* values) {
-  BytePlanes map{};
+template <class Part>
+constexpr Planes<Part> planes(const float* values) {
+  Planes<Part> map{};
   for (int i = 0; i < 256; ++i) {
     const auto bits = __builtin_bit_cast(uint32_t, values[i]);
-    for (int j = 0; j < 4; ++j) map.byte[j][i] = static_cast<uint8_t>(bits >> 8 * j);
+    for (size_t j = 0; j < 4 / sizeof(Part); ++j) map.part[j][i] = static_cast<Part>(bits >> 8 * sizeof(Part) * j);
   }
   return map;
 }
-alignas(64) inline constexpr BytePlanes kSignedBytes = byte_planes(kNestedCode.value);
-alignas(64) inline constexpr BytePlanes kUnsignedBytes = byte_planes(kSquareCode.value);
-alignas(64) inline constexpr BytePlanes kDropBytes = byte_planes(kMomentDrop.value);
-
-// The halves of the signed map's floats, each half for itself: a permutation of AVX512-BW looks 32 of 64 words up.
-struct WordPlanes {
-  uint16_t word[2][256];
-};
-constexpr WordPlanes word_planes(const float* values) {
-  WordPlanes map{};
-  for (int i = 0; i < 256; ++i) {
-    const auto bits = __builtin_bit_cast(uint32_t, values[i]);
-    for (int j = 0; j < 2; ++j) map.word[j][i] = static_cast<uint16_t>(bits >> 16 * j);
-  }
-  return map;
-}
-alignas(64) inline constexpr WordPlanes kSignedWords = word_planes(kNestedCode.value);
+alignas(64) inline constexpr auto kSignedBytes = planes<uint8_t>(kNestedCode.value);
+alignas(64) inline constexpr auto kUnsignedBytes = planes<uint8_t>(kSquareCode.value);
+alignas(64) inline constexpr auto kDropBytes = planes<uint8_t>(kMomentDrop.value);
+alignas(64) inline constexpr auto kSignedWords = planes<uint16_t>(kNestedCode.value);
 
 // ---- the nearest position in a map of moments
 

@@ -200,7 +200,7 @@ def memory_told(when: str) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
-            isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+            isinstance(error, RuntimeError) and any(word in str(error) for word in words)
         ):
             raise
         raise RunError(
@@ -287,7 +287,7 @@ def check_packing(trainer: Any) -> None:
     for step in (7, 11):  # another first sample, the same second one
         ids = [(3 + step * i) % size for i in range(12)] + [(5 + 13 * i) % size for i in range(9)]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [12, 9]}])
-        batch = {name: each for name, each in trainer.on_device(batch).items() if name != "labels"}
+        batch = {name: tensor for name, tensor in trainer.on_device(batch).items() if name != "labels"}
         with evaluating(model), torch.no_grad():
             scores.append(model(**batch, use_cache=False).logits[0, 12:].float())
     if (scores[0] - scores[1]).abs().max() > 1e-3 * scores[0].std():

@@ -70,5 +70,5 @@ def check_gradients(trainable: list[tuple[str, Tensor]]) -> None:
 
     lora_A's is zero as long as B is; experts that no token was sent to have none.
     """
-    dead = {name for name, each in trainable if each.grad is None or ("lora_B" in name and not each.grad.any())}
+    dead = {name for name, p in trainable if p.grad is None or ("lora_B" in name and not p.grad.any())}
     refuse_unreached(dead, [name for name, _ in trainable])

@@ -90,9 +90,7 @@ class Trainer(OpenTrainer):
         return -log_p.sum() / (tokens if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
     def clip_gradients(self, model: Any, norm: Tensor) -> None:
-        clip_grads_with_norm_(
-            [each for each in model.parameters() if each.requires_grad], self.args.max_grad_norm, norm
-        )
+        clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm, norm)
 
     def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients, before anything is changed in them; refuses what is not finite.
@@ -102,7 +100,7 @@ class Trainer(OpenTrainer):
         Raises:
             RunError: the loss or a gradient is NaN or infinite; the weights are still those of the step before.
         """
-        grads = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = get_total_norm(grads.values())
         assert self._sums is not None  # compute_loss has just run
         size, self.step_loss, seen = torch.cat((norm.double()[None], self._sums.to(norm.device))).tolist()
@@ -118,7 +116,7 @@ class Trainer(OpenTrainer):
                 "A smaller learning_rate or dtype float32 may help"
             )
         if not self._checked:
-            check_gradients([(name, each) for name, each in model.named_parameters() if each.requires_grad])
+            check_gradients([(name, p) for name, p in model.named_parameters() if p.requires_grad])
             self._checked = True
         return norm
 
@@ -189,7 +187,7 @@ class Trainer(OpenTrainer):
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
         if made and warmup:
-            scheduler.lr_lambdas = [warmed_up(each, warmup) for each in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = [warmed_up(factor, warmup) for factor in scheduler.lr_lambdas]
             set_rates(scheduler)
         return scheduler
 
@@ -230,12 +228,14 @@ class Trainer(OpenTrainer):
 
     def _rotate(self, folder: Path) -> None:
         """Drop the checkpoints before the current one that are too many; the best one is kept beside the last."""
-        earlier = [each for step, each in files.own_checkpoints(folder).items() if step < self.state.global_step]
+        earlier = [
+            checkpoint for step, checkpoint in files.own_checkpoints(folder).items() if step < self.state.global_step
+        ]
         best = self.best()
-        for each in earlier[: max(len(earlier) + 1 - self.keep, 0)] if self.keep else ():
-            if best is None or each.name != best[0].name:
+        for checkpoint in earlier[: max(len(earlier) + 1 - self.keep, 0)] if self.keep else ():
+            if best is None or checkpoint.name != best[0].name:
                 with contextlib.suppress(OSError):  # one too many is no reason to stop
-                    files.remove(each)
+                    files.remove(checkpoint)
 
     def best(self) -> tuple[Path, float] | None:
         """Of the run's checkpoints the one with the lowest held-out loss, and that loss; None where none has any."""
