@@ -35,6 +35,7 @@ def arm() -> tuple[str, list[str]]:
     return compiler, [emulator]
 
 
+@pytest.mark.slow
 def test_neon_is_the_portable_set(arm):
     compiler, runner = arm
     command = [compiler, *FLAGS]
