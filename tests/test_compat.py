@@ -350,6 +350,7 @@ def test_what_is_required_stands_in_pyproject_alone(monkeypatch):
     asked = {"torch": "torch>=2.11", "rich": "rich", "numpy": "numpy", "nothing": "nothing"}
     monkeypatch.setattr(library.metadata, "requires", lambda name: ["torch>=2.11", "rich ; extra == 'train'", "numpy"])
     assert {name: library.requirement(name) for name in asked} == asked
+    assert "it needs torch 2.11 or later and this Python" in library.module_cure()
     monkeypatch.setattr(library.metadata, "requires", absent)
     monkeypatch.setattr(library.metadata, "version", absent)
     if library.PROJECT.is_file():  # a source tree
@@ -357,4 +358,5 @@ def test_what_is_required_stands_in_pyproject_alone(monkeypatch):
         assert re.fullmatch(r"\d+\.\d+\.\d+ \(source tree\)", library.version())
     monkeypatch.setattr(library, "PROJECT", library.PROJECT / "absent")
     assert library.requirement("torch") == "torch"
+    assert "it needs torch and this Python" in library.module_cure()
     assert "not installed" in library.version()

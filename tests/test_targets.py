@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -160,6 +161,20 @@ def test_a_linear_layer_is_known_by_what_it_computes():
             assert layer.training
             assert is_linear(cls(64, 32, bias=bias, device="meta")) == linear
     assert is_linear(tiny("LlamaForCausalLM").model.layers[0].mlp.up_proj)
+
+
+def test_a_forward_of_a_layers_own_is_not_that_of_its_class():
+    class Plain(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    layer = Plain(64, 32)
+    assert is_linear(layer)
+    layer.forward = lambda x: Plain.forward(layer, x).relu()
+    assert not is_linear(layer)
+    hooked = Plain(64, 32)
+    add_hook_to_module(hooked, ModelHook())  # accelerate's, whose forward calls that of the class
+    assert is_linear(hooked)
 
 
 def test_the_names_that_peft_gets_say_the_same_to_whoever_loads_the_adapter():

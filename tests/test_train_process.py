@@ -19,9 +19,11 @@ pytest.importorskip("trl")
 import datasets
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled
 from rich.console import Console
 
 import nf4lora
+from nf4lora.cli.main import main
 from nf4lora.train.arguments.parse import parse_arguments
 from nf4lora.train.errors import RunError
 from nf4lora.train.run import train
@@ -79,6 +81,25 @@ def test_a_run_is_silent_of_names_that_others_have_replaced(base, data, tmp_path
         warnings.simplefilter("always")
         assert run(base, data, tmp_path / "out") == 0
     assert [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)] == []
+
+
+def test_the_command_shows_the_bars_of_a_download(base, tmp_path, monkeypatch):
+    shown = []
+
+    def read_hub(*_):
+        shown.append((not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()))
+        raise RunError("no network")
+
+    monkeypatch.setattr("nf4lora.train.data.read_hub", read_hub)
+    assert main(["train", "--model", str(base), "--data", "someone/data", "--output_dir", str(tmp_path / "out")]) == 1
+    assert shown == [(True, True)]
+    assert datasets.are_progress_bars_disabled()  # for what follows in a process of the command's own
+
+
+def test_the_command_refuses_several_processes_before_it_looks_for_a_card(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *options(base, data, tmp_path / "out"), "--device", "cuda"]) == 2
+    assert "runs in one process for now" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -67,12 +69,14 @@ def train(config: TrainConfig, console: Console | None = None) -> int:
     """
     from nf4lora.cli.cards import choose_card
     from nf4lora.train import run
+    from nf4lora.train.device import check_one_process
 
     interrupt = Interrupt()
     with enduring_output(lambda: interrupt.requested):
         try:
             quiet()
-            return run.train(config, console, interrupt, choose_card(config.device))
+            check_one_process()
+            return run.train(config, console, interrupt, choose_card(config.device), downloads_shown)
         except (UsageError, RunError):
             if config.traceback:
                 traceback.print_exc()
@@ -93,3 +97,18 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|datasets)(\..*)?")
+
+
+@contextmanager
+def downloads_shown() -> Iterator[None]:
+    """Show the libraries' progress bars inside: a data set that is fetched from the Hub may take long."""
+    import datasets
+    import huggingface_hub
+
+    datasets.enable_progress_bars()
+    huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()

@@ -38,11 +38,16 @@ def torch_cure() -> str:
 
 def module_cure() -> str:
     """What to do about a compiled module that does not load."""
-    lowest = requirement("torch").rpartition(">=")[2]
+    lowest = requirement("torch").partition(">=")[2].partition(",")[0]
     return (
-        f"it needs torch {lowest} or later and this Python; rebuild it where it runs: "
+        f"it needs torch{f' {lowest} or later' if lowest else ''} and this Python; rebuild it where it runs: "
         "pip install --force-reinstall --no-deps nf4lora"
     )
+
+
+def doctor_cure() -> str:
+    """What to do about a package that cannot be imported."""
+    return "`nf4lora doctor` says which, and what brings it"
 
 
 def load(*names: str) -> list[ModuleType]:
@@ -51,17 +56,17 @@ def load(*names: str) -> list[ModuleType]:
     Raises:
         ImportError: torch, the compiled module, or a package that they need, cannot be imported. The text names a cure.
     """
-    what, cure = "torch cannot be imported", torch_cure()
+    what, cure = "torch cannot be imported", torch_cure
     try:
         import torch
 
         what = f"the compiled module did not load with torch {torch.__version__}"
-        cure = module_cure()
+        cure = module_cure
         import_module("nf4lora._C")
-        what, cure = "a package that it needs cannot be imported", "`nf4lora doctor` says which, and what brings it"
+        what, cure = "a package that it needs cannot be imported", doctor_cure
         return [import_module(f"nf4lora.{name}") for name in names]
     except Exception as error:  # a broken installation raises anything, OSError and RuntimeError included
-        raise ImportError(f"nf4lora: {what}: {error}; {cure}") from error
+        raise ImportError(f"nf4lora: {what}: {error}; {cure()}") from error
 
 
 def build_info() -> dict[str, Any]:

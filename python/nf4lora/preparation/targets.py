@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nf4lora.compat.accelerate import has_hook
 from nf4lora.compat.peft import check_target
 from nf4lora.compat.torch import bare_copy
 from nf4lora.nn.linear import NF4Linear
@@ -131,6 +132,8 @@ def is_linear(layer: nn.Linear) -> bool:
     has_own_forward = type(layer).forward is not nn.Linear.forward
     if not has_own_forward or isinstance(layer, NF4Linear) or bitsandbytes_format.is_linear4bit(layer):
         return True
+    if "forward" in vars(layer) and not has_hook(layer):  # somebody's own, in place of that of the class
+        return False
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)

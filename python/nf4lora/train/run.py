@@ -5,7 +5,8 @@ Each stage returns a value, and none changes what an earlier one returned.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +31,15 @@ from nf4lora.train.settings import TrainConfig, on_machine, within_positions, wi
 from nf4lora.train.stop import StopRequest
 from nf4lora.words import dtype_name
 
+Context = Callable[[], AbstractContextManager]
+
 
 def train(
     config: TrainConfig,
     console: Console | None = None,
     stop: StopRequest | None = None,
     device: Device | None = None,
+    downloading: Context = nullcontext,
 ) -> int:
     """Fine-tune as the options say; returns the exit code: 0 done, 130 stopped by request.
 
@@ -48,15 +52,23 @@ def train(
         console: what the run says is printed here; default: standard output
         stop: how somebody asks for an early end, with a checkpoint; default: nobody does
         device: in place of the one that config.device means
+        downloading: a context for reading the rows, which may come from the Hub
 
     Raises:
         UsageError, RunError: with the text to print.
     """
     with unchanged_process(), ExitStack() as stack:
-        return _train(config, console or Console(), stop or StopRequest(), device, stack)
+        return _train(config, console or Console(), stop or StopRequest(), device, downloading, stack)
 
 
-def _train(config: TrainConfig, console: Console, stop: StopRequest, device: Device | None, stack: ExitStack) -> int:
+def _train(
+    config: TrainConfig,
+    console: Console,
+    stop: StopRequest,
+    device: Device | None,
+    downloading: Context,
+    stack: ExitStack,
+) -> int:
     with banner.working(console, "loading torch and transformers"):
         import transformers
 
@@ -67,7 +79,7 @@ def _train(config: TrainConfig, console: Console, stop: StopRequest, device: Dev
     config = on_machine(config, optimizer.choose(config, device.kind), dtype_name(dtype))
     output = Output(config, stack)
 
-    config, base, data, clock = read_inputs(config, output.checkpoint, console)
+    config, base, data, clock = read_inputs(config, output.checkpoint, console, downloading)
     identity = checkpoints.data_identity(data.train, config)
     banner.show_machine(console, device)
     banner.show_data(console, data)
@@ -99,14 +111,15 @@ class Inputs(NamedTuple):
     clock: Clock
 
 
-def read_inputs(config: TrainConfig, checkpoint: Path | None, console: Console) -> Inputs:
+def read_inputs(config: TrainConfig, checkpoint: Path | None, console: Console, downloading: Context) -> Inputs:
     """The rows as tokens and labels of the base model, with everything that is to be said about them.
 
     Args:
         checkpoint: the one that the run goes on from, whose date the chat template is shown
     """
     with banner.working(console, "reading the data") as status:
-        rows, held_out, notes = reading.read(config)
+        with downloading():
+            rows, held_out, notes = reading.read(config)
         check_reports(config)
         base = loading.read_base(config)
         config, shortened = within_positions(config, base.positions)
