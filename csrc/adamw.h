@@ -6,9 +6,9 @@
 //   exp_avg    = fma(weight, g - exp_avg, from_gradient ? g : exp_avg)      torch's lerp
 //   exp_avg_sq = fma(square_weight * g, g, exp_avg_sq * beta2)
 //   param      = param * decay + (-step_size * exp_avg) / (sqrt(exp_avg_sq) / correction + eps)
-// and where g is not finite, nothing of this value changes. With moments of 8 bits, |g| < gone * |exp_avg| before the step
-// and drop that of exp_avg's code (kMomentDrop in format.h), exp_avg is the smaller in magnitude of the above and of
-//   before - drop * absmax
+// and where g is not finite, nothing of this value changes. Moments of 8 bits have one rule more: where |g| is below
+// gone * |exp_avg|, the gradient has ended, and exp_avg is lowered by at least drop * absmax, so that its code changes.
+// kMomentDrop in format.h holds `drop` for each code.
 #pragma once
 
 #include <cmath>
@@ -17,9 +17,9 @@
 namespace nf4lora {
 
 struct AdamW {
-  float weight;         // 1 - beta1, or -beta1 from the gradient
-  bool from_gradient;   // beta1 <= 0.5: torch.lerp then starts from its end
-  float beta2;          //
+  float weight;        // 1 - beta1, or -beta1 from the gradient
+  bool from_gradient;  // beta1 <= 0.5: torch.lerp then starts from its end
+  float beta2;
   float square_weight;  // 1 - beta2
   float decay;          // 1 - lr * weight_decay
   float negative_step;  // -lr / (1 - beta1^step)

@@ -1,5 +1,5 @@
-// The arguments of adamw_step_, as torch's box holds them while it calls. ops.cpp names them for torch, here they become a
-// struct, which the check and the kernels of every device take.
+// The arguments of adamw_step_, which ops.cpp names for torch, as a struct that the check and the kernels of every device
+// take. It holds references, which live as long as torch's call.
 #pragma once
 
 #include "adamw.h"
@@ -21,7 +21,8 @@ struct AdamWStep {
   bool eight_bits() const { return !absmaxs.empty(); }
   AdamW numbers() const { return adamw_numbers(lr, beta1, beta2, eps, weight_decay, step); }
 
-  // What torch's box calls, argument by argument in the order of the schema, for a function of the struct.
+  // TORCH_BOX (torch's adapter from its untyped stack to a C++ function) calls this with the arguments in the order of the
+  // schema, for a function of the struct.
   template <auto compute>
   static void op(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                  const Tensors& absmaxs, const Tensor& skipped, const OptionalTensor& scale, double lr, double beta1,

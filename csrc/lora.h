@@ -24,7 +24,8 @@ struct Adapter {
   OptionalTensor seed;  // [1] int64, where there is dropout
 };
 
-// In both: `op` is what torch's box calls, argument by argument in the order of the schema, for a function of the struct.
+// In both, TORCH_BOX (torch's adapter from its untyped stack to a C++ function) calls `op` with the arguments in the order
+// of the schema, for a function of the struct.
 struct LoraLinear {
   Tensor x;  // [..., K]
   PackedTensors weight;

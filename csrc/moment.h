@@ -10,8 +10,9 @@ inline constexpr uint32_t kFirstBucket = (127 - 22) << 7;  // upper 16 bits of 2
 inline constexpr int kBuckets = 23 << 7;
 
 // What a map holds from zero on, by position: value[k] for k = 0 ... top, and what lies half way to the next.
-// Nearest is the first position that is taken, plus the number of thresholds below a magnitude. Magnitudes of the same exponent and 7 bits of mantissa,
-// from 2^-22 on, are a bucket: no bucket holds two thresholds, so that one look-up and one addition find the nearest.
+// The nearest position is `first` plus the number of thresholds below a magnitude. Magnitudes of the same exponent and 7
+// bits of mantissa, from 2^-22 on, are a bucket. No bucket holds two thresholds, so one look-up and one addition find the
+// nearest position.
 struct Magnitudes {
   int first;  // of the smallest magnitudes: 0, or 1 where only zero itself is stored as zero
   int top;

@@ -256,6 +256,16 @@ def test_instruction_set_can_be_chosen_by_environment():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("command", "code"), [(["doctor"], 1), (["train", "--model", ".", "--data", "README.md"], 2)])
+def test_a_wrong_instruction_set_is_one_sentence(command, code):
+    environment = {**os.environ, "NF4LORA_CPU": "sse9"}
+    done = subprocess.run([sys.executable, "-m", "nf4lora", *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "NF4LORA_CPU: instruction set must be one of scalar" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_unknown_instruction_set_is_an_error_with_the_choices():
     code = "import torch, nf4lora; nf4lora.ops.nf4_quantize(torch.ones(64))"
     done = subprocess.run(

@@ -15,7 +15,7 @@ inline void check_nf4_quantize(const Tensor& weight, int64_t blocksize) {
                 shape_of(weight));
 }
 
-// A weight that is not finite has no nearest code. `block` is where it was met.
+// A weight that is not finite has no nearest code. `block` is the index of the first such block.
 inline void fail_nf4_quantize_finite(int64_t block, int64_t blocksize) {
   require_value(false, "nf4_quantize: weight must be finite, got NaN or Inf in block ", block, " (flat elements ",
                 block * blocksize, " to ", (block + 1) * blocksize - 1, ")");

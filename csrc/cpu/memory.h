@@ -66,7 +66,7 @@ class Spare {
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr size_t kMost = 0;  // so that each use has its own bounds
 #else
-  static constexpr size_t kMost = 512 << 10;  // more is for many rows, which take their time anyway
+  static constexpr size_t kMost = 512 << 10;  // larger ones are for many rows, beside which an allocation is short
 #endif
   struct Piece {
     void* memory = nullptr;

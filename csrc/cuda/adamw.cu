@@ -229,8 +229,8 @@ __device__ __forceinline__ void store_lane(T* to, int count, bool aligned, const
 // Threads   one warp per block of 256 values, eight neighbours a lane; blocks of threads stay for one piece after the
 //           other, so that they copy the tables once
 // Assumes   a tensor, or a part of one, that begins with a block; the last block may be short
-// Bound     instructions, 89 a value on Hopper and what first_of adds, five of them look-ups; memory, 16.1 bytes a value (10.1 for 16-bit
-//           parameters), is close behind
+// Bound     instructions, 89 a value on Hopper and what first_of adds, five of them look-ups; memory, 16.1 bytes a value
+//           (10.1 for 16-bit parameters), is close behind
 constexpr int kBlocksAtOnce = 3;  // of threads on a multiprocessor
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)

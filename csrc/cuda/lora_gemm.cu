@@ -133,8 +133,8 @@ struct Plan {
   int steps_of_split;
 };
 
-// Blocks come in rounds of as many as the card holds. Splitting the summed index fills the last round, at the price of
-// partial sums, which take about as long as six steps of a block to be written and read.
+// The card runs a fixed number of blocks at a time, a round. Splitting the sum over k gives the last round enough blocks,
+// at the price of partial sums, which take about as long as six steps of a block to be written and read.
 Plan plan_of(const LoraGemm& g) {
   constexpr int64_t kStepsOfAPartial = 6, kMostSplits = 8;
   const Card card = current_card();

@@ -83,8 +83,8 @@ struct Quotient {
   }
 };
 
-// A code in the making is the upper half of a word; below it is what decided between two codes.
-// x in (0, 1] -> the position, from zero, of the nearest value of a map.
+// x in (0, 1] -> the position, counted from zero, of the nearest value of a map: the upper 16 bits of the result. The lower
+// 16 bits are left over from the addition and are ignored.
 __device__ __forceinline__ uint32_t nearest(const uint32_t* bucket, float x) {
   const uint32_t bits = max(__float_as_uint(x), kFirstBucket << 16);
   return bucket[(bits >> 16) - kFirstBucket] + bits;

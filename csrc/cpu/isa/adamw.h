@@ -55,7 +55,8 @@ NF4LORA_INLINE Float param_of(const Step& step, Float p, const Moments& moments)
 }
 
 // Lines of memory that are wanted kAhead values later: the processor's own prefetching falls behind where four arrays
-// are read and three of them written (bench: adamw). There may be no such memory, hence no pointer.
+// are read and three of them written (bench: adamw). The address may lie behind the last value, so it is
+// computed as an integer.
 template <int kAhead, class Element>
 NF4LORA_INLINE void prefetch(const Element* from, int count) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + kAhead * sizeof *from;
@@ -64,7 +65,8 @@ NF4LORA_INLINE void prefetch(const Element* from, int count) {
   }
 }
 
-// Values [0, count) of tensors that are float32 moments. Returns how many gradients were not finite.
+// Updates the first `size` values, in whole vectors only; the moments are float32. Returns how many gradients were not
+// finite.
 template <class T>
 NF4LORA_INLINE int64_t adamw_run(const Step& step, typename T::Element* param, const typename T::Element* grad,
                                  float* exp_avg, float* exp_avg_sq, int64_t size) {

@@ -203,7 +203,8 @@ static void panel_nf4_columns(const Packed& W, int64_t n, int64_t valid, int lan
   auto* out = static_cast<uint32_t*>(panel);
   const int64_t count = smaller(valid, lanes);
   for (int64_t row = k; row < k + depth; row += Math::kStep, out += lanes) {
-    // Rows lie far apart, which no hardware prefetcher follows. The last ones have no such rows: hence no pointer.
+    // Rows lie far apart, which no hardware prefetcher follows. The address may lie behind the last
+    // row, so it is computed as an integer.
     for (int i = 0; i < Math::kStep; ++i) {
       const int64_t ahead = (row + kAhead + i) * (W.K / 2) + n / 2;
       __builtin_prefetch(

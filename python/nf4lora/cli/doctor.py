@@ -50,10 +50,13 @@ def findings(info: dict[str, Any] | None = None) -> Iterator[Finding]:
         )
     if info is None:
         yield from (broken := list(_broken_imports()))
-        if not broken:
-            info = build_info()
-        else:
+        if broken:
             yield Finding(f"Python {platform.python_version()}")
+        else:
+            try:
+                info = build_info()
+            except ValueError as error:  # NF4LORA_CPU names no instruction set of this processor
+                yield Finding(str(error), "unset NF4LORA_CPU", broken=True)
     if info is not None:
         yield Finding(
             f"nf4lora {info['version']} (checkpoint format {info['format_version']}), Python {info['python']}"
@@ -138,7 +141,7 @@ def _cuda(info: dict[str, Any]) -> Iterator[Finding]:
     if built:
         yield Finding(f"CUDA kernels: built with CUDA {built} for {info['cuda_archs'].replace(';', ' ')}")
     else:
-        yield Finding("CUDA kernels: not built, no nvcc was found; the CPU path works")
+        yield Finding("CUDA kernels: not built (NF4LORA_CUDA=OFF, or no nvcc at build time); the CPU path works")
     if not info["cuda_torch"]:
         yield Finding(
             "GPU: none used, this torch is a CPU build",

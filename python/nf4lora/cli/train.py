@@ -42,7 +42,11 @@ def main(arguments: list[str]) -> int:
         return _fail(f"nf4lora train: needs {', '.join(missing)}; pip install 'nf4lora[train]'", 1)
     try:
         config = parse_arguments(arguments)
-        library.load("quantization.quantizer", "train.run")
+        compiled, *_ = library.load("_C", "quantization.quantizer", "train.run")
+        try:
+            compiled.cpu_instruction_set()
+        except ValueError as error:  # NF4LORA_CPU names no instruction set of this processor
+            raise UsageError(str(error)) from None
         return train(config)
     except UsageError as error:
         return _fail(f"nf4lora train: {error}", 2)

@@ -1,7 +1,8 @@
 """PagedAdamW: AdamW whose state lies in one arena, in 32 or 8 bits, and can be moved away where memory is short.
 
-The code of a step is here (which parameters), in bucket.py (which chunks and launches) and in ops/adamw.py (the
-arithmetic). arena.py provides the memory, state_dict.py reads saved states.
+The code of a step is here (which parameters), in bucket.py (which chunks and launches) and in csrc/cpu/isa/adamw.h or
+csrc/cuda/adamw.cu (the arithmetic, whose formula ops/adamw.py documents). arena.py provides the memory, state_dict.py
+reads saved states.
 """
 
 from __future__ import annotations

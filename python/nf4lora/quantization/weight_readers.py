@@ -174,7 +174,7 @@ class _Search(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _visit_comprehension_expression(self, node: Any) -> None:
-        for generator in node.generators:  # before the element, which comes first in the tree
+        for generator in node.generators:  # first, although the tree lists the element before them
             self.visit(generator)
         self.generic_visit(node)
 

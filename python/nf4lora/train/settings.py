@@ -80,7 +80,7 @@ class TrainConfig:
     dataset_config: str | None = option(D, None, text, "configuration of the Hub data set")
     dataset_train_split: str = option(D, "train", text, "split of the Hub data set to train on")
     dataset_test_split: str | None = option(D, None, text, "split of the Hub data set to evaluate on")
-    train_file: str | None = option(D, None, path, "file to train on (json, jsonl, csv, parquet, txt)")
+    train_file: str | None = option(D, None, path, "file to train on (json, jsonl, csv, tsv, parquet, txt)")
     eval_file: str | None = option(D, None, path, "file to evaluate on", "validation_file")
     val_size: float = option(D, 0, share_or_count, "hold out this share (or number) of the training rows",
         "val_set_size")

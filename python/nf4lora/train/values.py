@@ -22,7 +22,7 @@ def boolean_or_auto(value: Any) -> bool | str:
 
 
 INFINITE = float("inf")
-LARGEST = 2**31 - 1  # what counts of steps and rows and sizes must stay below, so that no library's integers overflow
+LARGEST = 2**31 - 1  # upper limit of numbers of steps and rows and of sizes, so that no library's integers overflow
 
 
 def integer(low: int, high: int = LARGEST) -> Callable[[Any], int]:
