@@ -6,6 +6,7 @@ A device's page is results/<device>.md; README.md has one table of all targets, 
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from .machine import TOP, file_name
@@ -63,10 +64,29 @@ def summary(by_device: dict[Path, dict[str, dict]]) -> list[str]:
     rows = [["device", "case", "target", ""]]
     for path, cases in by_device.items():
         for record in cases.values():
-            targets = [target for table in record["tables"] for target in table["targets"]]
             link = f"[{short_name(record['environment'])}](results/{path.with_suffix('.md').name})"
-            rows += [[link, record["case"], claim, "met" if met else "**missed**"] for claim, met in targets]
+            for part, table in named_parts(record["tables"]):
+                case = f"{record['case']}, {part}" if part else record["case"]
+                rows += [[link, case, claim, "met" if met else "**missed**"] for claim, met in table["targets"]]
     return list(grid(rows)) if len(rows) > 1 else []
+
+
+def named_parts(tables: list[dict]) -> list[tuple[str, dict]]:
+    """The tables that have targets, each with a name if targets of two of them begin alike.
+
+    The name is the title without the parts, between commas, with which all these titles begin.
+
+    >>> titles, claims = ("A step, r = 16, without", "A step, r = 16, with"), [["time: at most 1", True]]
+    >>> [name for name, _ in named_parts([{"title": title, "targets": claims} for title in titles])]
+    ['without', 'with']
+    """
+    tables = [table for table in tables if table["targets"]]
+    subjects = [subject for table in tables for subject in {claim.partition(": ")[0] for claim, _ in table["targets"]}]
+    if len(subjects) == len(set(subjects)):
+        return [("", table) for table in tables]
+    titles = [table["title"].split(", ") for table in tables]
+    alike = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*titles))))
+    return [(", ".join(title[alike:]).lower(), table) for title, table in zip(titles, tables, strict=True)]
 
 
 def device_page(cases: dict[str, dict]) -> str:
