@@ -151,10 +151,11 @@ def main() -> int:
         return 1
     command = ["train", str(CONFIG.relative_to(ROOT)), "--overwrite_output_dir"]
     print(f"$ nf4lora {' '.join(command)}\n", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # the training prints what it saved
-        training = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
-        training.wait()
-    if training.wait():
+    training = subprocess.Popen([sys.executable, "-m", "nf4lora", *command], cwd=ROOT)
+    while training.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the training gets it too, and prints what it saved
+            training.wait()
+    if training.returncode:
         return training.returncode
 
     rows = [json.loads(line)["messages"] for line in (ROOT / config["eval_file"]).read_text("utf-8").splitlines()]
@@ -173,4 +174,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
