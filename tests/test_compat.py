@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,8 +174,7 @@ def test_attributes_come_without_modules():
 
 def test_a_module_that_refuses_replicas_is_asked_by_torch():
     class Refusing(compat.Unreplicated, nn.Linear):
-        def refuse_replica(self):
-            raise RuntimeError("not copied")
+        why_no_replica = "not copied"
 
     with pytest.raises(RuntimeError, match="not copied"):
         Refusing(2, 2)._replicate_for_data_parallel()
@@ -360,3 +360,19 @@ def test_what_is_required_stands_in_pyproject_alone(monkeypatch):
     assert library.requirement("torch") == "torch"
     assert "it needs torch and this Python" in library.module_cure()
     assert "not installed" in library.version()
+
+
+@pytest.mark.parametrize(
+    ("file", "package", "module"),
+    [
+        ("torch", "torch", "torch"),
+        ("transformers", "transformers", "transformers"),
+        ("peft", "PEFT", "peft"),
+        ("trl", "TRL", "trl"),
+    ],
+)
+def test_the_tested_versions_begin_at_the_required_one(file, package, module):
+    text = (Path(library.__file__).parent / f"{file}.py").read_text()
+    tested = re.search(rf"^Tested with (?:.* and )?{package} ([\d.]+)", text, re.MULTILINE)[1]
+    required = library.requirement(module).partition(">=")[2].split(",")[0]
+    assert (required + ".0").startswith(tested + "."), (tested, required)

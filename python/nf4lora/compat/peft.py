@@ -86,7 +86,7 @@ class AdapterDtype:
 
     def adapter_dtype(self, base_layer: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype that adapters over this base get, where PEFT would take `dtype`; None: they keep their own."""
-        raise NotImplementedError
+        return dtype
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[misc]

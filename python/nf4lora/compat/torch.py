@@ -89,13 +89,12 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 class Unreplicated:
-    """Mixin of a module that torch.nn.DataParallel must not copy: `refuse_replica` raises an error instead."""
+    """Mixin of a module that torch.nn.DataParallel must not copy: it raises a RuntimeError with this text instead."""
 
-    def refuse_replica(self) -> NoReturn:
-        raise NotImplementedError
+    why_no_replica: str
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        self.refuse_replica()
+        raise RuntimeError(self.why_no_replica)
 
 
 def uncompiled(model: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import utils
 from trl import SFTConfig, SFTTrainer
 
 
@@ -76,15 +77,12 @@ class OpenTrainer(SFTTrainer):
 
     def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients; called once a step, before the optimizer's."""
-        raise NotImplementedError
-
-    def clip_gradients(self, model: Any, norm: Tensor) -> None:
-        """Scale the gradients, which have this norm, to max_grad_norm."""
-        raise NotImplementedError
+        return utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         norm = self.gradient_norm(model)
-        self.clip_gradients(model, norm)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        utils.clip_grads_with_norm_(trained, self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

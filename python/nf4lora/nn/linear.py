@@ -8,7 +8,7 @@ for FSDP2 fails on them. The float32 scales are stored as int32 tensors with the
 from __future__ import annotations
 
 import weakref
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,12 @@ class NF4Linear(Unreplicated, nn.Linear):
     >>> layer(torch.ones(2, 128)).shape, layer.weight.shape
     (torch.Size([2, 16]), torch.Size([16, 64]))
     """
+
+    why_no_replica = (
+        "NF4Linear: a model must be run by one process a GPU, got torch.nn.DataParallel, which copies it at each "
+        "step, and which transformers' Trainer uses where a process sees several GPUs; set CUDA_VISIBLE_DEVICES=0, "
+        "or start a process for each: torchrun --nproc_per_node=2 script.py"
+    )
 
     def __init__(
         self,
@@ -192,13 +198,6 @@ class NF4Linear(Unreplicated, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_guard"}
-
-    def refuse_replica(self) -> NoReturn:
-        raise RuntimeError(
-            "NF4Linear: a model must be run by one process a GPU, got torch.nn.DataParallel, which copies it at each "
-            "step, and which transformers' Trainer uses where a process sees several GPUs; set CUDA_VISIBLE_DEVICES=0, "
-            "or start a process for each: torchrun --nproc_per_node=2 script.py"
-        )
 
     def absmax(self) -> Tensor:
         """The scale of each block, decoded: [N, K/blocksize] float32."""

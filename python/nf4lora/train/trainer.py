@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nf4lora.compat.trl import OpenTrainer, set_rates
 from nf4lora.loss.causal_lm import has_plain_head, score
@@ -89,9 +88,6 @@ class Trainer(OpenTrainer):
         self.metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(correct.sum() / tokens)
         return -log_p.sum() / (tokens if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
-    def clip_gradients(self, model: Any, norm: Tensor) -> None:
-        clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm, norm)
-
     def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients, before anything is changed in them; refuses what is not finite.
 
@@ -101,7 +97,7 @@ class Trainer(OpenTrainer):
             RunError: the loss or a gradient is NaN or infinite; the weights are still those of the step before.
         """
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = get_total_norm(grads.values())
+        norm = super().gradient_norm(model)
         assert self._sums is not None  # compute_loss has just run
         size, self.step_loss, seen = torch.cat((norm.double()[None], self._sums.to(norm.device))).tolist()
         self._sums = None
