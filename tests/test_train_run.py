@@ -11,10 +11,12 @@ pytest.importorskip("trl")
 import torch
 
 from nf4lora.cli import main
+from nf4lora.compat import trl
 from nf4lora.train import optimizer, plot
 from nf4lora.train.arguments.parse import parse_arguments
+from nf4lora.train.batch import KNOWN
 from nf4lora.train.errors import RunError, UsageError
-from nf4lora.train.guard import check_gradients
+from nf4lora.train.guard import arrivals, check_arrivals
 from nf4lora.train.trainer import Trainer
 
 from support.train_runs import ROWS, adapter, base, check_use, data, equal, logged, losses, options, quick, train, user  # noqa: F401
@@ -113,7 +115,7 @@ def test_loss_counts_exactly_the_labelled_tokens(base, data, tmp_path, monkeypat
     def spy(self, model, inputs, *args, **kwargs):
         self.plain_head = plain_head
         with torch.no_grad():
-            logits = model(**{name: each for name, each in inputs.items() if name != "labels"}).logits
+            logits = model(**{name: each for name, each in inputs.items() if name not in ("labels", KNOWN)}).logits
             expected = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten(), reduction="sum"
             )
@@ -165,6 +167,9 @@ def test_gradient_that_is_not_finite_stops_before_the_step(base, data, tmp_path,
 
 
 def test_adapter_without_a_gradient_is_named():
+    def check_gradients(trainable):
+        check_arrivals(trainable, {name: arrived.item() for name, arrived in arrivals(trainable).items()})
+
     trained, idle = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     trained.grad, zero = torch.ones(2), torch.nn.Parameter(torch.ones(2))
     zero.grad = torch.zeros(2)
@@ -275,10 +280,14 @@ def test_the_parameter_whose_gradient_is_not_finite_is_the_one_named(base, data,
 @pytest.mark.parametrize("limit", ["1.0", "0"])
 def test_one_norm_of_the_gradients_is_computed_a_step(base, data, tmp_path, monkeypatch, limit):
     calls = []
-    for name in ("get_total_norm", "clip_grad_norm_"):
-        whole = getattr(torch.nn.utils, name)
+    for module, name in (
+        (trl, "norms_in_groups"),
+        (torch.nn.utils, "get_total_norm"),
+        (torch.nn.utils, "clip_grad_norm_"),
+    ):
+        whole = getattr(module, name)
         counted = lambda *a, whole=whole, **k: (calls.append(1), whole(*a, **k))[1]  # noqa: E731
-        monkeypatch.setattr(torch.nn.utils, name, counted)
+        monkeypatch.setattr(module, name, counted)
     train(*options(base, data, tmp_path / "out", "--max_steps", "2", "--max_grad_norm", limit))
     assert len(calls) == 2
     assert all(norm > 0 for (norm,) in losses(tmp_path / "out", "grad_norm"))

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nf4lora.compat.accelerate import HOOK
@@ -133,6 +134,18 @@ def dtensor_like(tensor: Tensor, dtensor: Any) -> Any:
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor, in float32, computed in one call."""
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+
+
+def norms_in_groups(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """The 2-norms of tensors as torch.nn.utils.get_total_norm computes them: [n] on the device of the first tensor, one
+    group of a device and dtype after the other, and the number of the tensor that each norm belongs to."""
+    norms: list[Tensor] = []
+    order: list[int] = []
+    groups: Any = _group_tensors_by_device_and_dtype([list(tensors)], with_indices=True)
+    for (group,), numbers in groups.values():
+        norms += torch._foreach_norm(group, 2.0)
+        order += numbers
+    return torch.stack([norm.to(tensors[0].device) for norm in norms]), order
 
 
 # ---- calling ops

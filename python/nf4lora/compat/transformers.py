@@ -5,14 +5,15 @@ Tested with transformers 5.17 to 5.24. `tests/test_compat.py` fails where one of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 
 # ---- what a checkpoint held
 
@@ -100,3 +101,39 @@ def cached_file(name: str, file: str, revision: str | None) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+# ---- masks
+
+
+@contextlib.contextmanager
+def known_batch(shape: torch.Size, padded: bool, packed: bool) -> Iterator[None]:
+    """Build the attention masks of a batch [B, T] without asking the device whether its rows have padding or hold
+    several samples: transformers waits for a GPU at each forward to decide whether it needs a mask.
+
+    What transformers builds does not change. Where a release lacks one of its two functions, it asks as before.
+    """
+    names = ("fast_all", "find_packed_sequence_indices", "is_tracing")
+    original = {name: getattr(masking_utils, name) for name in names if hasattr(masking_utils, name)}
+
+    def fast_all(mask: Tensor) -> Any:
+        return not padded if mask.shape == shape else original["fast_all"](mask)
+
+    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
+        if not packed:
+            return None
+        masking_utils.is_tracing = lambda *tensors: True  # type: ignore[assignment]  # else it looks for one sample
+        try:
+            return original["find_packed_sequence_indices"](position_ids)
+        finally:
+            masking_utils.is_tracing = original["is_tracing"]  # type: ignore[assignment]
+
+    if "fast_all" in original:
+        masking_utils.fast_all = fast_all  # type: ignore[assignment]
+    if len(original.keys() & names[1:]) == 2:
+        masking_utils.find_packed_sequence_indices = find_packed_sequence_indices  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(masking_utils, name, function)

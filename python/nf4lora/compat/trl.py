@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import utils
 from trl import SFTConfig, SFTTrainer
 
+from nf4lora.compat.torch import norms_in_groups
+
 
 def recomputation(wanted: bool) -> dict[str, Any]:
     """The options of SFTConfig for computing activations again in the backward pass, by their names in this release:
@@ -75,9 +77,23 @@ class OpenTrainer(SFTTrainer):
         """A batch of the collator, moved to the model's device."""
         return self._prepare_inputs(batch)
 
+    @property
+    def summed_loss(self) -> Tensor:
+        """The sum of the losses since the last log, on the device."""
+        return self._tr_loss
+
+    def gradient_norms(self, model: Any) -> tuple[Tensor, list[str]]:
+        """The norm of each gradient, [n], and the name of its parameter."""
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if not grads:
+            return torch.zeros(0, device=self.args.device), []
+        norms, order = norms_in_groups(list(grads.values()))
+        names = list(grads)
+        return norms, [names[i] for i in order]
+
     def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients; called once a step, before the optimizer's."""
-        return utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return torch.linalg.vector_norm(self.gradient_norms(model)[0])
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         norm = self.gradient_norm(model)
@@ -87,6 +103,32 @@ class OpenTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return super()._get_grad_norm(model, self.gradient_norm(model) if grad_norm is None else grad_norm)
+
+    # ---- what is shown of a step
+
+    def known_at_log(self) -> tuple[float, float] | None:
+        """`summed_loss` and the last norm of the gradients, if the host has them; None: Trainer reads both from the
+        device, one after the other."""
+        return None
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            known = self.known_at_log()
+            if known is not None:
+                loss, grad_norm = known
+                tr_loss.zero_()  # as Trainer does with the one that it is given
+                tr_loss = torch.tensor(loss, dtype=tr_loss.dtype)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def step_back(self, epoch: float | None) -> None:
+        """Set the counters of steps to those before the last one, which has changed no weight, and `state.epoch` to
+        what it was then."""
+        self.state.global_step -= 1
+        self.state.epoch = epoch  # type: ignore[assignment]  # None before the first
+        scheduler: Any = self.lr_scheduler
+        scheduler.last_epoch -= 1
+        scheduler._step_count -= 1
+        set_rates(scheduler)
 
     # ---- evaluation between steps
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nf4lora.compat.torch import buffers_of
 from nf4lora.loss import trl_head
@@ -21,24 +22,24 @@ from nf4lora.loss.deferred_logits import as_matrix, deferred, is_deferrable
 from nf4lora.nn.model_tree import evaluating, output_head, unchanged_random_state
 
 
-def score(base: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def score(base: nn.Module, inputs: dict[str, Any], positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log p of each trained token of a batch, and whether it is the likeliest: [tokens] float32, [tokens] bool.
 
     Args:
         base: a model for which `has_plain_head` holds
         inputs: input_ids; labels [B, T] with -100 where a token is not trained; other arguments of the model
+        positions: [tokens] int64, b * T + t for each trained label [b, t + 1]; None: they are read from the labels, for
+            which a GPU has to be waited for
     """
     inputs = dict(inputs)
-    targets = inputs.pop("labels")[:, 1:]
-    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator]
-    return score_hidden(base, hidden, targets)
-
-
-def score_hidden(base: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `score`, from the last hidden states [B, T, H] and the tokens to predict [B, T], -100 where there is none."""
-    asked = targets != -100
+    labels = inputs.pop("labels")
+    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    if positions is None:
+        positions = functional.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
     head: Any = output_head(base)
-    return CrossEntropy.apply(hidden[asked], head.weight, head.bias, targets[asked])
+    # index_select, since a mask as an index waits for a GPU, in the forward and in the backward pass.
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    return CrossEntropy.apply(rows, head.weight, head.bias, labels.flatten().index_select(0, positions + 1))
 
 
 def has_plain_head(base: nn.Module, device: torch.device) -> bool:

@@ -243,16 +243,18 @@ def _cross_entropy(
     known = reduction in ("mean", "sum", "none") and target.dtype == torch.int64 and target.device == logits.device
     if not (ordinary and one_target_a_row and known) or isinstance(target, DeferredLogits):
         return None
-    asked = target != ignore_index
-    head, chosen = logits.head, target[asked]
+    asked = (target != ignore_index).nonzero()[:, 0]  # here a GPU is waited for, once
+    head, chosen = logits.head, target.index_select(0, asked)
     if chosen.device.type == "cpu" and len(chosen) and not 0 <= chosen.min() <= chosen.max() < logits.shape[-1]:
         return None  # torch raises an error that names the index
     # The loss is computed in float32 whatever the logits are: a cast to it changes nothing.
     steps = () if set(logits.steps) <= {TO_FLOAT} else logits.steps
     logits.use.loss_in_chunks = True
-    log_p, _ = CrossEntropy.apply(logits.hidden[asked], head.weight, head.bias, chosen, steps, logits.product)
+    log_p, _ = CrossEntropy.apply(
+        logits.hidden.index_select(0, asked), head.weight, head.bias, chosen, steps, logits.product
+    )
     if reduction == "none":
-        losses = log_p.new_zeros(len(target)).masked_scatter(asked, -log_p)
+        losses = log_p.new_zeros(len(target)).index_copy(0, asked, -log_p)
     else:
         # The mean over no token at all is NaN, as it is for torch.
         losses = -log_p.sum() / (len(log_p) if reduction == "mean" else 1)

@@ -51,6 +51,10 @@ class PagedAdamW(Optimizer):
     Values whose gradient is not finite are left as they are, with their moments, and counted: `stats()["skipped"]`.
     With max_grad_norm all values are skipped if the norm is not finite.
 
+    `found_inf`, as in torch's fused AdamW: a tensor of one float32 on the device; steps change no parameter while it is
+    not zero, without a wait of the host. `uncount_step` takes back the count of such a step. (Moments of 8 bits may be
+    rounded once more.)
+
     Raises:
         ValueError, TypeError: an option or a parameter that is not allowed.
         OSError, MemoryError: there is not enough memory or disk space for the state.
@@ -64,6 +68,8 @@ class PagedAdamW(Optimizer):
     >>> weight.data, optimizer.stats()["skipped"]
     (tensor([0.5000, 1.5000, 1.0000, 1.0000]), 1)
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class PagedAdamW(Optimizer):
         self._param_states: dict[Tensor, ParamState] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._norm: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
+        self._counted: list[tuple[Bucket, list[int]]] = []  # parameters that took part in the last step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if page_to is not None:
             self._assign_buckets()
@@ -213,6 +220,7 @@ class PagedAdamW(Optimizer):
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
             on_device = None if scale is None else scale.to(device)
             bucket.step(taking_part, hyperparameters, self._skipped[device], on_device)
+        self._counted = [(bucket, taking_part.indices) for bucket, taking_part in by_bucket.items()]
         for shard, updated in strided:
             shard.copy_(updated)
         torch.autograd.graph.increment_version([p for p, _ in params])
@@ -220,15 +228,25 @@ class PagedAdamW(Optimizer):
 
     def _gradients(self) -> tuple[list[tuple[Tensor, int]], list[Tensor], Tensor | None]:
         """The parameters that have a gradient, each with the number of its group; the gradients as the op takes them;
-        and the factor [1] that clips them."""
+        and the factor [1] that clips them, NaN for a step that is left out."""
         params = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
         grads = [gradient_of(p, p.grad) for p, _ in params]
-        if self.max_grad_norm is None or not grads:
-            return params, grads, None
-        norm = self.grad_norm()
-        self._norm = None
-        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        return params, grads, torch.where(norm.isfinite(), scale, math.nan).view(1)
+        scale: Tensor | None = None
+        if self.max_grad_norm is not None and grads:
+            norm = self.grad_norm()
+            self._norm = None
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            scale = torch.where(norm.isfinite(), scale, math.nan).view(1)
+        if self.found_inf is not None:
+            taken = torch.ones_like(self.found_inf) if scale is None else scale.to(self.found_inf.device)
+            scale = torch.where(self.found_inf == 0, taken, math.nan).view(1)
+        return params, grads, scale
+
+    def uncount_step(self) -> None:
+        """Set the counts of steps to those before the last one, which `found_inf` has kept from changing anything."""
+        for bucket, indices in self._counted:
+            bucket.steps[indices] -= 1
+        self._counted = []
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -321,7 +339,7 @@ class PagedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "bits" in state:  # unpickled, or a deep copy: no state is in an arena yet
-            self._param_states, self._skipped, self._norm = {}, {}, None
+            self._param_states, self._skipped, self._norm, self._counted = {}, {}, None, []
         super().__setstate__(state)
         for p, entry in list(self.state.items()):
             if isinstance(entry, Moments):  # these two classes come from `_readable`

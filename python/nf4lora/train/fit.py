@@ -242,6 +242,7 @@ def arguments(config: TrainConfig, device: str, dtype: torch.dtype, evaluate: bo
         bf16=dtype is torch.bfloat16 and needs_autocast(config),
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
+        accelerator_config={"non_blocking": device == "cuda"},  # else each tensor of a batch waits for the card
         dataset_kwargs={"skip_prepare_dataset": True},  # tokenised and labelled already
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would replace a loss that is not finite by an average; we stop instead
@@ -281,13 +282,14 @@ def check_packing(trainer: Any) -> None:
     import torch
 
     from nf4lora.nn.model_tree import evaluating
+    from nf4lora.train.batch import KNOWN
 
     model, scores = trainer.model, []
     size = model.config.get_text_config().vocab_size
     for step in (7, 11):  # another first sample, the same second one
         ids = [(3 + step * i) % size for i in range(12)] + [(5 + 13 * i) % size for i in range(9)]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [12, 9]}])
-        batch = {name: tensor for name, tensor in trainer.on_device(batch).items() if name != "labels"}
+        batch = {name: tensor for name, tensor in trainer.on_device(batch).items() if name not in ("labels", KNOWN)}
         with evaluating(model), torch.no_grad():
             scores.append(model(**batch, use_cache=False).logits[0, 12:].float())
     if (scores[0] - scores[1]).abs().max() > 1e-3 * scores[0].std():

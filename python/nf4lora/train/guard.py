@@ -18,6 +18,9 @@ class Guarded(Protocol):
     in_step: bool  # whether the weights are between two steps' values
     tokens_seen: int  # without padding
 
+    def read_step(self) -> None:
+        """Read the numbers of the last step; refuse what is not finite."""
+
 
 class Guard(TrainerCallback):
     """Resumes the token count, knows when weights are between two steps, logs what is worth reading."""
@@ -42,6 +45,22 @@ class Guard(TrainerCallback):
         # A checkpoint forgets the losses since the last log: logging first makes the log of a resumed run the same. The
         # last step is logged too, so that a run of fewer steps than logging_steps shows where it ended.
         control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
+        self.read(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.read(control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.read_step()
+
+    def read(self, control: TrainerControl) -> None:
+        """Read the step's numbers where something of it is about to be shown, measured or written."""
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.trainer.read_step()
 
 
 class StopOnRequest(TrainerCallback):
@@ -65,10 +84,21 @@ class StopOnRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def check_gradients(trainable: list[tuple[str, Tensor]]) -> None:
+def arrivals(trainable: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whether each gradient has arrived, by name: [] bool, on its device, for those that only their values tell of.
+
+    lora_A's is zero as long as B is, so that one only has to be there.
+    """
+    return {name: p.grad.any() for name, p in trainable if p.grad is not None and "lora_B" in name}
+
+
+def check_arrivals(trainable: list[tuple[str, Tensor]], arrived: dict[str, float]) -> None:
     """Every adapter tensor must have a gradient after the first step, else it would silently never be trained.
 
-    lora_A's is zero as long as B is; experts that no token was sent to have none.
+    Experts that no token was sent to have none.
+
+    Args:
+        arrived: the values of `arrivals`
     """
-    dead = {name for name, p in trainable if p.grad is None or ("lora_B" in name and not p.grad.any())}
+    dead = {name for name, p in trainable if p.grad is None or not arrived.get(name, True)}
     refuse_unreached(dead, [name for name, _ in trainable])

@@ -10,6 +10,8 @@ from nf4lora.train.errors import RunError, UsageError
 from nf4lora.train.settings import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nf4lora.train.trainer import Trainer
 
 
@@ -42,12 +44,42 @@ def keywords(config: TrainConfig) -> dict[str, Any]:
     return {"optimizer_cls_and_kwargs": (PagedAdamW, options)}
 
 
+def unwrapped(used: Any) -> Any:
+    """The optimizer under accelerate's wrapper."""
+    return getattr(used, "optimizer", used)
+
+
 def state_report(trainer: Trainer) -> list[str]:
     """What a paged optimizer says of its memory at the end."""
     from nf4lora.optim.paged_adamw import PagedAdamW
 
-    used = getattr(trainer.optimizer, "optimizer", None)  # accelerate wraps it
+    used = unwrapped(trainer.optimizer)
     return used.report().splitlines() if isinstance(used, PagedAdamW) else []
+
+
+def can_leave_out(used: Any) -> bool:
+    """Whether the optimizer leaves out a step by itself where its `found_inf` says so: PagedAdamW, and torch's AdamW in
+    its fused form."""
+    import torch
+
+    from nf4lora.optim.paged_adamw import PagedAdamW
+
+    fused = isinstance(used, torch.optim.AdamW) and all(group.get("fused") for group in used.param_groups)
+    return fused or isinstance(used, PagedAdamW)
+
+
+def leave_out(used: Any, bad: Tensor | None) -> None:
+    """Have the next step change nothing if `bad` ([] float32, on the device) is 1; None: it is to be taken."""
+    if can_leave_out(used):
+        used.found_inf = bad
+
+
+def uncount(used: Any) -> None:
+    """Take back the count of a step that was left out; torch's AdamW has not counted it."""
+    from nf4lora.optim.paged_adamw import PagedAdamW
+
+    if isinstance(used, PagedAdamW):
+        used.uncount_step()
 
 
 def check_state(config: TrainConfig, checkpoint: Path) -> None:

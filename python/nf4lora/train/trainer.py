@@ -6,17 +6,22 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nf4lora.compat.transformers import known_batch
 from nf4lora.compat.trl import OpenTrainer, set_rates
 from nf4lora.loss.causal_lm import has_plain_head, score
 from nf4lora.nn.model_tree import unchanged_random_state
+from nf4lora.train import optimizer as optimizers
+from nf4lora.train.batch import KNOWN, KnowingCollator, Known
 from nf4lora.train.errors import RunError
-from nf4lora.train.guard import Guard, check_gradients
+from nf4lora.train.guard import Guard, arrivals, check_arrivals
+from nf4lora.train.reading import Reading, read
 from nf4lora.train.run_folder import files
 from nf4lora.train.run_folder.output import writing
 
@@ -25,8 +30,36 @@ class Stopped(Exception):
     """The user has stopped the run while it was evaluated before its first step."""
 
 
+@dataclass
+class Batches:
+    """What the batches of a step, or of an evaluation, have given so far: tensors that nobody has waited for."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # that are trained
+    metrics: list[tuple[str, Tensor]] = field(default_factory=list)  # by name
+
+
+@dataclass
+class Step:
+    """An optimizer step whose numbers are on their way to the host."""
+
+    number: int
+    epoch: float | None  # before the step
+    reading: Reading  # loss since the last log, norm, loss of each batch, metrics, arrivals
+    batches: int
+    metrics: list[str]
+    norms: Tensor  # of each gradient, on the device
+    names: list[str]  # of the parameters that they belong to
+    trained: list[tuple[str, Tensor]]  # parameters whose gradients are checked: in the first step
+    arrivals: list[str]
+
+
 class Trainer(OpenTrainer):
     """SFTTrainer for rows that are tokenised and labelled already.
+
+    The host reads the numbers of a step once, all together: on a CPU before the optimizer's step, on a GPU where a log,
+    a checkpoint or an evaluation follows, else one step later, when the card has long computed them. A step whose loss
+    or gradients are not finite changes no weight either way: on a GPU the optimizer leaves it out (`found_inf`).
 
     Args:
         record: what is written into each checkpoint, for `checkpoints.py` to compare
@@ -38,6 +71,7 @@ class Trainer(OpenTrainer):
         self, *, record: dict[str, Any], keep: int = 0, stop: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        self.data_collator = KnowingCollator(self.data_collator)
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
@@ -46,12 +80,14 @@ class Trainer(OpenTrainer):
         self.record, self.keep, self.stop = record, keep, stop
         self.saved: Path | None = None  # the last checkpoint that was written, or the one gone on from
         self._written = -1  # the step of the last checkpoint that this process has written
-        self.step_loss = 0.0  # of the running optimizer step, complete at its end
-        self._checked = False  # whether the first step's gradients have arrived
+        self.step_loss = 0.0  # of the last step whose numbers the host has read
         self.in_step = False  # whether the weights are between two steps' values
         self.began_at = 0  # the step of the checkpoint that the run goes on from
-        self._sums: Tensor | None = None  # loss and tokens of this step, on the device: reading them waits for it
-        self._eval_sums: Tensor | None = None
+        self._checked = False  # whether the first step's gradients have arrived
+        self._batches = Batches()  # of this step
+        self._evaluated = Batches()
+        self._unread: Step | None = None
+        self._shown: tuple[float, float] | None = None  # loss since the last log and norm, of the last step read
         self.add_callback(Guard(self))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -62,66 +98,103 @@ class Trainer(OpenTrainer):
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        tokens, seen = inputs["labels"][..., 1:].ne(-100).sum(), inputs["labels"].new_zeros(())
-        if self.plain_head and not return_outputs:
-            ids = inputs["input_ids"]
-            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else seen + ids.numel()
-            result = self._loss(model, inputs, num_items_in_batch, tokens)
-        else:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = (result[0] if return_outputs else result).detach().double()
-        if loss.device.type == "cpu":  # where reading waits for nothing; elsewhere it is read once a step
-            check_finite(loss.item(), f"step {self.state.global_step + 1}" if model.training else "the evaluation")
-        if model.training:
-            sums = torch.stack((loss, seen.double()))
-            self._sums = sums if self._sums is None else self._sums + sums
-        else:
-            sums = torch.stack((loss * tokens, tokens.double()))
-            self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        inputs = dict(inputs)
+        known: Known = inputs.pop(KNOWN, None) or Known.of(inputs)
+        batches = self._batches if model.training else self._evaluated
+        with known_batch(inputs["labels"].shape, known.padded, known.packed):
+            if self.plain_head and not return_outputs:
+                if model.training:
+                    self.tokens_seen += known.seen
+                result = self._loss(model, inputs, num_items_in_batch, known.positions, batches)
+            else:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batches.losses.append((result[0] if return_outputs else result).detach())
+        batches.tokens.append(len(known.positions))
         return result
 
-    def _loss(self, model: Any, inputs: dict, num_items_in_batch: Any, tokens: Tensor) -> Tensor:
+    def _loss(self, model: Any, inputs: dict, num_items_in_batch: Any, positions: Tensor, batches: Batches) -> Tensor:
         """TRL's loss and metrics, over trained tokens only."""
         with self.accelerator.autocast():
-            log_p, correct = score(self.accelerator.unwrap_model(model).get_base_model(), inputs)
-        tokens = tokens.clamp(min=1)
-        self.metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(correct.sum() / tokens)
+            log_p, correct = score(self.accelerator.unwrap_model(model).get_base_model(), inputs, positions)
+        tokens = max(len(positions), 1)
+        batches.metrics.append(("mean_token_accuracy", correct.sum() / tokens))
         return -log_p.sum() / (tokens if num_items_in_batch is None else num_items_in_batch.clamp(min=1))
 
     def gradient_norm(self, model: Any) -> Tensor:
         """The norm of all gradients, before anything is changed in them; refuses what is not finite.
 
-        Here the device is waited for, once a step.
+        Raises:
+            RunError: the loss or a gradient of this step or, on a GPU, of the one before is NaN or infinite; the
+                weights are those of the step before that.
+        """
+        self.read_step()
+        norms, names = self.gradient_norms(model)
+        norm = torch.linalg.vector_norm(norms)
+        batches, self._batches = self._batches, Batches()
+        trained = [] if self._checked else [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        arrived = arrivals(trained)
+        metrics = [value for _, value in batches.metrics]
+        step = self._unread = Step(
+            number=self.state.global_step + 1,
+            epoch=self.state.epoch,
+            reading=Reading([self.summed_loss, norm, *batches.losses, *metrics, *arrived.values()]),
+            batches=len(batches.losses),
+            metrics=[name for name, _ in batches.metrics],
+            norms=norms,
+            names=names,
+            trained=trained,
+            arrivals=list(arrived),
+        )
+        optimizer = optimizers.unwrapped(self.optimizer)
+        bad = None
+        if trained or step.reading.has_arrived() or not optimizers.can_leave_out(optimizer):
+            self.read_step()
+        else:
+            bad = torch.stack([norm, *batches.losses]).isfinite().all().logical_not().float()
+        optimizers.leave_out(optimizer, bad)
+        return norm
+
+    def read_step(self) -> None:
+        """Read the numbers of the last step, unless that was done; here a GPU is waited for.
 
         Raises:
-            RunError: the loss or a gradient is NaN or infinite; the weights are still those of the step before.
+            RunError: the loss or a gradient is not finite; weights and counters are those of the step before.
         """
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = super().gradient_norm(model)
-        assert self._sums is not None  # compute_loss has just run
-        size, self.step_loss, seen = torch.cat((norm.double()[None], self._sums.to(norm.device))).tolist()
-        self._sums = None
-        self.tokens_seen += int(seen)
-        step = self.state.global_step + 1
-        check_finite(self.step_loss, f"step {step}")
-        if not math.isfinite(size):
-            bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
-            what = bad[0] if bad else "all parameters together"
-            raise RunError(
-                f"the gradient of {what} is not finite in step {step}; nothing of this step was kept. "
-                "A smaller learning_rate or dtype float32 may help"
-            )
-        if not self._checked:
-            check_gradients([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+        step, self._unread = self._unread, None
+        if step is None:
+            return
+        summed, norm, *rest = step.reading.values()
+        losses, rest = rest[: step.batches], rest[step.batches :]
+        try:
+            for loss in losses:
+                check_finite(loss, f"step {step.number}")
+            if not math.isfinite(norm):
+                finite = dict(zip(step.names, step.norms.isfinite().tolist(), strict=True))
+                bad = next((name for name, is_finite in finite.items() if not is_finite), "all parameters together")
+                raise RunError(
+                    f"the gradient of {bad} is not finite in step {step.number}; nothing of this step was kept. "
+                    "A smaller learning_rate or dtype float32 may help"
+                )
+        except RunError:
+            if self.state.global_step == step.number:  # the optimizer has left it out
+                optimizers.uncount(optimizers.unwrapped(self.optimizer))
+                self.step_back(step.epoch)
+            raise
+        if step.trained:
+            check_arrivals(step.trained, dict(zip(step.arrivals, rest[len(step.metrics) :], strict=True)))
             self._checked = True
-        return norm
+        self.step_loss, self._shown = sum(losses), (summed, norm)
+        for name, value in zip(step.metrics, rest):
+            self.metrics["train"][name].append(value)
+
+    def known_at_log(self) -> tuple[float, float] | None:
+        self.read_step()
+        return self._shown
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for metrics in self.metrics.values():
             if self.plain_head and metrics.get("mean_token_accuracy"):
                 metrics["num_tokens"] = [self.tokens_seen]
-            for name, values in metrics.items():
-                metrics[name] = [float(value) for value in values]
         super().log(logs, start_time)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -135,13 +208,19 @@ class Trainer(OpenTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The mean over all trained tokens, where Trainer takes the mean of the batches' means."""
-        self._eval_sums = None
+        self._evaluated = Batches()
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        total, tokens = (0.0, 0.0) if self._eval_sums is None else self._eval_sums.tolist()
-        check_finite(total, "the evaluation")
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        batches, self._evaluated = self._evaluated, Batches()
+        values = read([*batches.losses, *(value for _, value in batches.metrics)])
+        losses, metrics = values[: len(batches.losses)], values[len(batches.losses) :]
+        for loss in losses:
+            check_finite(loss, "the evaluation")
+        for (name, _), value in zip(batches.metrics, metrics, strict=True):
+            self.metrics["eval"][name].append(value)
+        total = sum(loss * tokens for loss, tokens in zip(losses, batches.tokens, strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(sum(batches.tokens), 1)
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -196,6 +275,7 @@ class Trainer(OpenTrainer):
         Raises:
             RunError: it could not be written; nothing of it is left.
         """
+        self.read_step()  # nothing of a step is saved before its numbers are known to be finite
         folder = Path(self.args.output_dir or "")
         final = folder / f"checkpoint-{self.state.global_step}"
         if self._written == self.state.global_step:
@@ -242,13 +322,15 @@ class Trainer(OpenTrainer):
 
     def rescue(self) -> bool:
         """After an error within a step: save the steps before, unless they are saved; says whether that was done."""
+        with contextlib.suppress(Exception):  # the first error is the one to be told
+            self.read_step()
         done = self.state.global_step
         if self.in_step or done <= self.began_at:
             return False
         if self.saved is not None and self.saved.name == f"checkpoint-{done}":
             return False
         self.model.zero_grad()  # type: ignore[union-attr]
-        with contextlib.suppress(Exception):  # the first error is the one to be told
+        with contextlib.suppress(Exception):
             self.save_checkpoint(rotate=False)
             return True
         return False
