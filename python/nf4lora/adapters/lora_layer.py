@@ -16,9 +16,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from nf4lora.compat.accelerate import has_hook
 from nf4lora.compat.peft import AdapterDtype, Create, build_lora_layers, is_target
-from nf4lora.compat.torch import children_of, has_hooks, parameters_of
+from nf4lora.compat.torch import children_of, has_hooks, hooks_every_module, is_called_plainly, parameters_of
 from nf4lora.nn.linear import NF4Linear
 
 SEEDS = 2**63 - 1
@@ -50,13 +49,16 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
         # PEFT would round a new or a loaded adapter to the base's compute_dtype.
         return None if isinstance(base_layer, NF4Linear) else dtype
 
-    def _fused_adapter(self) -> tuple[nn.Module, nn.Module, float, float] | None:
-        """lora_A, lora_B, scaling and dropout for the fused op; None where PEFT's own forward must run."""
+    def _fused_adapter(self) -> tuple[NF4Linear, Tensor, Tensor, float, float] | None:
+        """The base layer, A, B, scaling and dropout for the fused op; None where PEFT's own forward must run.
+
+        All of it is looked up at each call. That takes three microseconds, because the dictionaries of the modules are
+        read, where an attribute of a module would take half a microsecond; and nothing can be out of date, whatever
+        changes a layer: PEFT, accelerate, FSDP or a user.
+        """
         if self.disable_adapters or self.merged_adapters:
             return None
-        # An attribute of a module takes half a microsecond, and a generated token needs thousands of them. So the code
-        # below reads the dictionaries that hold them.
-        modules: Any = children_of(self)
+        modules = children_of(self)
         layers_A, layers_B = children_of(modules["lora_A"]), children_of(modules["lora_B"])
         active = [name for name in self.active_adapters if name in layers_A]
         base = modules["base_layer"]
@@ -68,29 +70,33 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
         plain = (
             name not in self.lora_variant
             and isinstance(scaling, (int, float))  # a tensor once PEFT's compiled hot-swap has prepared it
-            and _is_plain(lora_A)
-            and _is_plain(lora_B)
+            and is_called_plainly(lora_A, nn.Linear)
+            and is_called_plainly(lora_B, nn.Linear)
             and _parameter(lora_B, "bias") is None
         )
         if not plain:
             return None
+        p = 0.0
         if type(dropout) is nn.Dropout and dropout.p < 1:
-            return lora_A, lora_B, scaling, dropout.p if dropout.training else 0.0
-        return (lora_A, lora_B, scaling, 0.0) if isinstance(dropout, nn.Identity) else None
+            p = dropout.p if dropout.training else 0.0
+        elif not isinstance(dropout, nn.Identity):
+            return None
+        return base, _parameter(lora_A, "weight"), _parameter(lora_B, "weight"), scaling, p
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         fused = None if args or kwargs else self._fused_adapter()
         if fused is None:
             return super().forward(x, *args, **kwargs)
-        lora_A, lora_B, scaling, p = fused
+        base, A, B, scaling, p = fused
         # The seed comes from torch's generator, whose state checkpointing restores: it then draws the same mask again.
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
-        A, B = _parameter(lora_A, "weight"), _parameter(lora_B, "weight")
         if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision
             A, B = A.float(), B.float()
-        base: Any = children_of(self)["base_layer"]
+        call: Any = base
+        if is_called_plainly(base, NF4Linear) and not hooks_every_module():
+            call = base.forward  # a call of a module takes a microsecond more
         # The adapter goes by keyword: global hooks of torch then get x as the only input, as from any linear layer.
-        return base(x, lora_A=A, lora_B=B, scaling=scaling, dropout=p, seed=seed)
+        return call(x, lora_A=A, lora_B=B, scaling=scaling, dropout=p, seed=seed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a 16-bit base as PEFT does; refuse a packed one."""
@@ -145,17 +151,6 @@ def check_variant(who: str, config: Any) -> None:
                 f"{type(getattr(config, option.name)).__name__}, a variant of LoRA that needs a floating-point base; "
                 f"plain LoRA and {', '.join(sorted(VARIANTS))} work on one"
             )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module only multiplies by its weight: the fused op reads the weight and makes no call.
-
-    The module must be called if it has hooks, a replaced forward (by accelerate or a user) or parametrizations, which
-    change its class.
-    """
-    if type(module) is not nn.Linear or has_hooks(module):
-        return False
-    return "forward" not in module.__dict__ and not has_hook(module)
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -54,6 +55,32 @@ def has_hooks(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     )
+
+
+def is_called_plainly(module: nn.Module, cls: type) -> bool:
+    """Whether a call of the module is one of `cls.forward` and nothing else, but for hooks of `hooks_every_module`.
+
+    Not so with hooks, with a forward that accelerate or a user has replaced, with one that `compile()` has compiled, or
+    for another class, which parametrizations and FSDP make.
+    """
+    state = module.__dict__
+    return (
+        type(module) is cls
+        and not (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        )
+        and "forward" not in state
+        and HOOK not in state
+        and state.get("_compiled_call_impl") is None
+    )
+
+
+def hooks_every_module() -> bool:
+    """Whether a hook was registered for all modules together."""
+    return bool(_has_any_global_hook())
 
 
 def forward_pre_hooks_of(module: nn.Module) -> dict[int, Any]:
@@ -159,6 +186,11 @@ def below_autograd() -> AbstractContextManager[None]:
 def below_subclasses() -> AbstractContextManager[None]:
     """Call functions of tensors without calling `__torch_function__` of their classes again."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_any_autocast_enabled() -> bool:
+    """Whether autocast is on for any kind of device. (To find out which kind a tensor has takes half a microsecond.)"""
+    return torch._C._is_any_autocast_enabled()
 
 
 def is_transformed() -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nf4lora import ops
-from nf4lora.compat.torch import Unreplicated, parameters_of
+from nf4lora.compat.torch import Unreplicated, is_any_autocast_enabled, parameters_of
 from nf4lora.nn.packed_weight import PackedWeight
 from nf4lora.ops import BLOCKSIZES, NESTED_BLOCKSIZE
 
@@ -217,16 +217,21 @@ class NF4Linear(Unreplicated, nn.Linear):
 
     def op_arguments(self) -> dict[str, Any]:
         """The layer's state as `ops.lora_linear` takes it: qweight, absmax, nested (float32 views) and blocksize."""
+        codes, absmax, nested = self._packed()
+        return {"qweight": codes, "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """qweight, absmax and nested, as in op_arguments."""
         state: Any = parameters_of(self)  # an attribute of a module takes half a microsecond to find
-        absmax, nested = state["weight_absmax"], None
+        codes, absmax, nested = state["weight"], state["weight_absmax"], None
         if self.double_quant:
+            # Made anew at each call: to check whether a view that was kept is still that of this memory takes as long.
             nested = state["weight_nested"].view(torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        codes = state["weight"]
         if type(codes) is PackedWeight:
             codes = self._unguarded()
-        return {"qweight": codes, "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
+        return codes, absmax, nested
 
     def forward(  # type: ignore[override]
         self,
@@ -256,23 +261,30 @@ class NF4Linear(Unreplicated, nn.Linear):
                 f"states to the dtype of this layer's weight, which is packed, keep the layer in 16 bits: "
                 f"NF4Config(modules_to_not_convert=[its name])"
             )
-        kind = x.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        result_dtype = torch.get_autocast_dtype(kind) if autocast else given
+        result_dtype = given
+        if is_any_autocast_enabled():
+            kind = x.device.type
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                result_dtype = torch.get_autocast_dtype(kind)
         dtype = self.compute_dtype or result_dtype
         if given != dtype:
             x = x.to(dtype)
-        trained = parameters_of(self)["bias"] if "bias" in parameters_of(self) else self.bias
-        bias = None if trained is None else trained.detach().to(dtype)
+        state = parameters_of(self)
+        trained = state["bias"] if "bias" in state else self.bias
+        bias = trained if trained is None or trained.dtype == dtype else trained.detach().to(dtype)
+        codes, absmax, nested = self._packed()
         y = ops.lora_linear(
             x,
-            **self.op_arguments(),
-            bias=bias,
+            codes,
+            absmax,
+            nested,
+            bias,
             lora_A=lora_A,
             lora_B=lora_B,
             scaling=scaling,
             dropout=dropout,
             seed=seed,
+            blocksize=self.blocksize,
         )
         if trained is not None and trained.requires_grad and torch.is_grad_enabled():
             # The op gives no gradient for the bias, which PEFT's bias="all" and "lora_only" train. So add an exact zero

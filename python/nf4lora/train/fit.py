@@ -95,7 +95,7 @@ def fit(setup: Setup) -> int:
             "peak_memory": peak,
         }
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        for line in optimizer.state_report(trainer):
+        for line in optimizer.state_report(trainer.optimizer):
             banner.say(console, "state", line)
         files = output.save(trainer, metrics)
     banner.show_end(console, config, losses, trainer.best(), metrics, files, setup.base)

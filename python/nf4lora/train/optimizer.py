@@ -12,8 +12,6 @@ from nf4lora.train.settings import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nf4lora.train.trainer import Trainer
-
 
 def choose(config: TrainConfig, device: str) -> str:
     """The optimizer of this device, where the options leave it open.
@@ -49,11 +47,11 @@ def unwrapped(used: Any) -> Any:
     return getattr(used, "optimizer", used)
 
 
-def state_report(trainer: Trainer) -> list[str]:
+def state_report(used: Any) -> list[str]:
     """What a paged optimizer says of its memory at the end."""
     from nf4lora.optim.paged_adamw import PagedAdamW
 
-    used = unwrapped(trainer.optimizer)
+    used = unwrapped(used)
     return used.report().splitlines() if isinstance(used, PagedAdamW) else []
 
 
