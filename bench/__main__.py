@@ -4,6 +4,7 @@ python -m bench                   all cases, into bench/results/<device>.json
 python -m bench nf4 lora          two cases; the results of the others stay
 python -m bench nf4 --quick       tiny sizes, takes seconds, keeps nothing
 python -m bench tune              only by name: measures which kernel a GPU should take, and writes heuristics.json
+python -m bench lora --clocks saturated --seconds 90    on a GPU: one time of the three, what fits into so many seconds
 python -m bench --table           writes bench/results/<device>.md, and all targets into bench/README.md
 """
 
@@ -20,12 +21,13 @@ import torch
 from .harness import results
 from .harness.case import MODEL, Absent, Settings, WrongAnswer
 from .harness.machine import environment
-from .harness.timing import Watch, warning, warning_before
+from .harness.timing import NAMES, Watch, heading, warning, warning_before
 
 CASES = (
     "nf4",
     "absmax",
     "lora",
+    "overhead",
     "adamw",
     "isa",
     "bounds",
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in (*CASES, *EXPLICIT):
             print(f"{name:<12}{case(name).QUESTION}")
         return 0
-    settings = Settings(options.quick, options.device, options.model)
+    settings = Settings(options.quick, options.device, options.model, tuple(options.clocks), options.seconds)
     machine = environment(settings.device)
     print(results.headline(machine), flush=True)
     if not options.quick and (text := warning_before()):
@@ -116,6 +118,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a line per case here, keep nothing elsewhere")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the real model (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--clocks",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="CLOCK",
+        help=f"on a GPU, which of {', '.join(map(heading, NAMES))} (as {', '.join(NAMES)}) lora and overhead show; all",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="on a GPU, lora and step begin no more rows after S seconds"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and what they answer")
     parser.add_argument(
         "--table", action="store_true", help="write the pages of bench/results, and bench/README.md's targets"

@@ -1,4 +1,4 @@
-"""lora: the linear layer with its adapter, forward and backward."""
+"""lora: the linear layer with its adapter, forward and backward. Here on a CPU; lora_gpu.py has the tables of a GPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from nf4lora.ops import reference
 
 from ..harness.case import Settings, check_close, installed, without
 from ..harness.contenders import ALPHA, RANK
-from ..harness.layers import CALLS, forward, linear, of_bitsandbytes, taking, with_lora
+from ..harness.layers import CALLS, forward, linear, of_bitsandbytes, with_lora
 from ..harness.machine import bandwidth
 from ..harness.shapes import QUICK, Shape, named
 from ..harness.table import Table
-from ..harness.timing import CLOCKS, Timing, alternate, rotation
-from .overhead import overhead
+from ..harness.timing import Timing, alternate, rotation
+from . import lora_gpu
 
 QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and beside bitsandbytes + PEFT?"
 
 SHAPES = named("Llama-2-7B gate, up", "SmolLM2-135M down", "TinyLlama-1.1B down", "Llama-3.1-8B down")
 TOKENS = (1, 4, 16, 128, 512, 2048)
-MANY_TOKENS = (4096, 8192)  # on a GPU as well
-OTHER_WAYS = ("sliced", "unfused")  # of dispatch.KERNELS, on a GPU
 # Targets for our time over torch's on a CPU with AVX512-BF16, by tokens: forward for the first shape, forward and
 # backward for all shapes.
 FORWARD = {4: 0.3, 16: 0.7, 128: 0.97, 512: 0.97, 2048: 0.97}
@@ -35,27 +33,20 @@ OF_BANDWIDTH = 0.95  # target for one token: share of the bandwidth at which tor
 
 
 def run(settings: Settings) -> list[Table]:
+    if settings.device == "cuda":
+        spare = settings.seconds is None  # the last table is computed on the CPU, where a card would wait
+        return [*lora_gpu.tables(settings), *([small_adapters(settings)] if spare else [])]
     shapes, tokens = (QUICK, (1, 16)) if settings.quick else (SHAPES, TOKENS)
-    if settings.device == "cuda" and not settings.quick:
-        tokens += MANY_TOKENS
     rows = [row for shape in shapes for row in rows_of(shape, tokens, settings)]
-    read_rate = bandwidth(settings.device, 16 if settings.quick else 256)["read"] / 1e9
+    read_rate = bandwidth("cpu", 16 if settings.quick else 256)["read"] / 1e9
     notes = [
         "LoRA of rank 16 on bf16 input, layers made by PEFT; torch is F.linear in bf16 without any LoRA, its weight "
         "frozen as ours is",
         "torch / ours, bitsandbytes / ours: their time over ours",
-        *(
-            [
-                "sliced, unfused: W dequantised by slices, or whole, then torch's product",
-                "ours, ms: one call alone, host and card; saturated: the card's work, the host hidden behind a queue",
-            ]
-            if settings.device == "cuda"
-            else []
-        ),
         *without("bitsandbytes"),
     ]
     packed = f"packed GB/s: codes and scales over time; torch's sum over int64 reads {read_rate:.1f} GB/s here"
-    has_targets = build_info()["cpu"] == "avx512bf16" and settings.device == "cpu" and not settings.quick
+    has_targets = build_info()["cpu"] == "avx512bf16" and not settings.quick
     share = rows[0]["forward"]["packed GB/s"] / read_rate
     bandwidth_target = (
         f"1 token: {OF_BANDWIDTH:.0%} of torch's read bandwidth, got {share:.0%}",
@@ -76,7 +67,6 @@ def run(settings: Settings) -> list[Table]:
             targets(rows, "both", BOTH) if has_targets else [],
         ),
         small_adapters(settings),
-        overhead(settings),
     ]
 
 
@@ -93,42 +83,33 @@ def targets(rows: list[dict[str, dict]], kind: str, allowed: dict[int, float]) -
 
 def rows_of(shape: Shape, tokens: tuple[int, ...], settings: Settings) -> list[dict[str, dict]]:
     """For each number of tokens a row of either table, by "forward" and "both"."""
-    weight = torch.randn(shape.N, shape.K, device=settings.device).mul_(0.02).bfloat16()
+    weight = torch.randn(shape.N, shape.K).mul_(0.02).bfloat16()
     nbytes = sum(parameter.nbytes for parameter in NF4Linear.from_linear(linear(weight)).parameters())
 
     def rotated(make: Callable[[], nn.Module], size: int, kind: str) -> Callable[[], nn.Module]:
         def ready(_: int) -> nn.Module:
             layer = make().train(kind == "both")
-            forward(lambda: layer, torch.ones(1, shape.K, device=settings.device).bfloat16())
+            forward(lambda: layer, torch.ones(1, shape.K).bfloat16())
             return layer
 
-        return partial(next, rotation(ready, size, settings.device))
+        return partial(next, rotation(ready, size))
 
     contenders: dict[str, tuple[Callable[[], nn.Module], int]] = {
         "nf4lora": (lambda: with_lora(NF4Linear.from_linear(linear(weight))), nbytes),
         "torch": (lambda: linear(weight.clone()), weight.nbytes),
     }
-    if settings.device == "cuda":
-        contenders |= {name: contenders["nf4lora"] for name in OTHER_WAYS}
     if installed("bitsandbytes"):
         contenders["bitsandbytes"] = (lambda: with_lora(of_bitsandbytes(weight)), nbytes)
     rows: list[dict[str, dict]] = [{} for _ in tokens]
     for kind in ("forward", "both"):  # separate layers: bitsandbytes repacks a layer permanently when it is evaluated
         turns = {name: rotated(make, size, kind) for name, (make, size) in contenders.items()}
-        check_answers(shape, turns, kind, settings.device)
+        check_answers(shape, turns, kind)
         for row, M in zip(rows, tokens, strict=True):
-            x = torch.randn(M, shape.K, device=settings.device).bfloat16()
-            dy = torch.randn(M, shape.N, device=settings.device).bfloat16()
-            calls = {
-                name: partial(taking(name, CALLS[kind]) if name in OTHER_WAYS else CALLS[kind], turn, x, dy)
-                for name, turn in turns.items()
-            }
-            seconds = 0.1 if settings.quick else 2.0 if settings.device == "cpu" else 0.7
-            took = alternate(calls, seconds=seconds, most=100, device=settings.device)
+            x = torch.randn(M, shape.K).bfloat16()
+            dy = torch.randn(M, shape.N).bfloat16()
+            calls = {name: partial(CALLS[kind], turn, x, dy) for name, turn in turns.items()}
+            took = alternate(calls, seconds=0.1 if settings.quick else 2.0, most=100)
             row[kind] = described(shape, M, took, kind, nbytes)
-            if settings.device == "cuda":
-                took = alternate(calls, seconds=seconds, most=20, device="cuda", clock=CLOCKS["cuda"]["saturated"])
-                row[kind] |= saturated(took)
     return rows
 
 
@@ -146,19 +127,9 @@ def described(shape: Shape, M: int, took: dict[str, Timing], kind: str, nbytes: 
         "torch / ours": took["torch"].over(ours),
         "bitsandbytes / ours": took["bitsandbytes"].over(ours) if "bitsandbytes" in took else None,
     }
-    for name in OTHER_WAYS:
-        if name in took:
-            row[f"{name} / ours"] = took[name].over(ours)
     if kind == "forward":
         row["packed GB/s"] = nbytes / ours.median / 1e9
     return row
-
-
-def saturated(took: dict[str, Timing]) -> dict:
-    """The time of the card alone, and the ratios of the others' to ours."""
-    ours = took["nf4lora"]
-    others = {name: timing.over(ours) for name, timing in took.items() if name != "nf4lora"}
-    return {"saturated, ms": ours.spread(), **{f"saturated: {name} / ours": ratio for name, ratio in others.items()}}
 
 
 def small_adapters(settings: Settings) -> Table:
@@ -202,24 +173,21 @@ def arrives(layer: Any, x: Tensor, share: float) -> float:
     return ((y - y0).flatten() @ delta.flatten() / delta.norm() ** 2).item()
 
 
-def check_answers(shape: Shape, turns: dict[str, Callable], kind: str, device: str, M: int = 8) -> None:
+def check_answers(shape: Shape, turns: dict[str, Callable], kind: str, M: int = 8) -> None:
     """Check our answer against the reference, and the rival's roughly, so that it does the same work."""
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(M, size, generator=generator).bfloat16() for size in (shape.K, shape.N))
     layer = turns["nf4lora"]()
-    A, B = layer.lora_A["default"].weight.data.cpu(), layer.lora_B["default"].weight.data.cpu()
-    packed = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in layer.base_layer.op_arguments().items()
-    }
+    A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+    packed = layer.base_layer.op_arguments()
     y, S = reference.lora_linear(x, **packed, lora_A=A, lora_B=B, scaling=ALPHA / RANK)
     expected = (y,)
     if kind == "both":
         expected = reference.lora_linear_backward(dy, x, S, **packed, lora_A=A, lora_B=B, scaling=ALPHA / RANK)
 
     def answer(name: str) -> tuple[Tensor, ...]:
-        result = CALLS[kind](turns[name], x.to(device), dy.to(device))
-        return tuple(tensor.cpu() for tensor in (result if isinstance(result, tuple) else (result,)))
+        result = CALLS[kind](turns[name], x, dy)
+        return result if isinstance(result, tuple) else (result,)
 
     for number, (result, wanted) in enumerate(zip(answer("nf4lora"), expected, strict=True)):
         check_close(f"lora_linear {shape.name}, {kind} {number}", result, wanted, 2**-7)  # bf16: a last place of 2**-8

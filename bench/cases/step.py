@@ -1,16 +1,18 @@
-"""step: the time of our training step by operator, and its memory."""
+"""step: the time of our training step by operator, and its memory; on a GPU, steps of large random models as well."""
 
 from __future__ import annotations
 
+import contextlib
 from itertools import cycle
 
 import torch
 
-from ..harness.case import Settings
+from ..harness.case import Absent, Settings
 from ..harness.contenders import OURS, adapted
 from ..harness.process import Process, forget_peak, peak_bytes
 from ..harness.prose import batches
 from ..harness.table import Table
+from . import step_random
 from .train import BATCH, LENGTH, MB
 
 QUESTION = "Where does the time of our training step go?"
@@ -30,6 +32,17 @@ REST = "everything else, Python included"
 
 
 def run(settings: Settings) -> list[Table]:
+    """The table by operator needs a real model; that of random models, a GPU or tiny sizes."""
+    if settings.device != "cuda" and not settings.quick:
+        return [by_operator(settings)]
+    tables = [step_random.table(settings)]
+    if settings.seconds is None:
+        with contextlib.suppress(Absent):
+            tables.append(by_operator(settings))
+    return tables
+
+
+def by_operator(settings: Settings) -> Table:
     batch, length = (2, 32) if settings.quick else (BATCH, LENGTH)
     options = {"folder": settings.folder().resolve(), "device": settings.device, "batch": batch, "length": length}
     with Process("step", **options) as process:
@@ -38,18 +51,16 @@ def run(settings: Settings) -> list[Table]:
     rows = [
         {"what": group, "ms": 1e3 * seconds, "share, %": 100 * seconds / total} for group, seconds in result["groups"]
     ]
-    return [
-        Table(
-            f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, by operator",
-            rows,
-            [
-                f"one step of {1e3 * total:.0f} ms under torch.profiler, which slows it a little, after two to warm up",
-                "each operator's own time",
-                f"resident memory: {result['before'] / MB:.0f} MB when the model is loaded, Python and its libraries "
-                f"included, {result['peak'] / MB:.0f} MB at the peak of the step",
-            ],
-        )
-    ]
+    return Table(
+        f"A step of {settings.model.name}, {batch} x {length} tokens, r = 16 on every linear layer, by operator",
+        rows,
+        [
+            f"one step of {1e3 * total:.0f} ms under torch.profiler, which slows it a little, after two to warm up",
+            "each operator's own time",
+            f"resident memory: {result['before'] / MB:.0f} MB when the model is loaded, Python and its libraries "
+            f"included, {result['peak'] / MB:.0f} MB at the peak of the step",
+        ],
+    )
 
 
 def group_of(name: str) -> str:

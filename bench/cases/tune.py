@@ -19,7 +19,7 @@ from nf4lora import ops
 from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward
 from nf4lora.ops.kernels import dispatch
 
-from ..harness import heuristics
+from ..harness import expected, heuristics, steady
 from ..harness.case import Absent, Settings, check_close
 from ..harness.contenders import ALPHA, RANK
 from ..harness.layers import taking
@@ -27,20 +27,22 @@ from ..harness.machine import TOP, commit
 from ..harness.results import IN_REPOSITORY
 from ..harness.shapes import Shape, named
 from ..harness.table import Table
-from ..harness.timing import CLOCKS, alternate, rotation
+from ..harness.timing import ALONE, CLOCKS, HOW, IN_A_ROW, NAMES, SATURATED, Clock, Timing, alternate, heading, rotation
 
 QUESTION = "Which kernel is the fastest for how many tokens, forward and backward, on this GPU?"
 
 SHAPES = named(
     "SmolLM2-135M q, o",
     "SmolLM2-135M gate, up",
+    "Llama-3.1-8B k, v",
+    "TinyLlama-1.1B down",
     "Llama-3.1-8B q, o",
     "Llama-2-7B gate, up",
     "Llama-3.1-8B down",
 )
 QUICK = named("SmolLM2-135M q, o", "Llama-3.1-8B q, o")
-TOKENS = tuple(2**power for power in range(14))
-SMALL = 1 << 22  # weights of a small layer: the geometric middle of the measured 0.9 (SmolLM2) and 17 million (Llama)
+TOKENS = tuple(2**power for power in range(15))
+SMALL = 1 << 22  # weights of a small layer: the largest power of two that holds k and v of an 8B model
 TOLERANCE = 0.02  # a few units of bf16's last place, 2**-8, to which S and T are rounded
 PATH = TOP / "python/nf4lora/ops/kernels/heuristics.json"
 
@@ -49,10 +51,12 @@ Packed = tuple[Tensor, Tensor, Tensor]  # qweight, absmax and nested
 
 @dataclass(frozen=True)
 class Time:
-    """Times of all kernels that support this number of tokens, for a layer N x K.
+    """Times of all kernels that support this number of tokens, for a layer N x K, by kernel.
 
-    seconds: of a call among many in a row, by kernel; the rules follow these
-    saturated: of the card's work alone, by kernel
+    seconds: of a call among many in a row, which is the host's where it takes longer than the card
+    saturated: of the card's work alone
+    alone: the latency of one call
+    moved: by how much the host became faster or slower meanwhile
     """
 
     direction: str
@@ -61,6 +65,17 @@ class Time:
     tokens: int
     seconds: dict[str, float]
     saturated: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+
+    @property
+    def in_a_step(self) -> dict[str, float]:
+        """What a call adds to a step, by kernel: the longer one of host and card. The rules follow it.
+
+        >>> Time("forward", 64, 64, 1, {"few": 3.0, "fused": 2.0}, {"few": 1.0, "fused": 2.5}).in_a_step
+        {'few': 3.0, 'fused': 2.5}
+        """
+        return {name: max(seconds, self.saturated.get(name, 0.0)) for name, seconds in self.seconds.items()}
 
 
 def run(settings: Settings) -> list[Table]:
@@ -87,11 +102,12 @@ def run(settings: Settings) -> list[Table]:
 
 
 def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Time]:
-    """Times of both directions of one layer, in bf16 with LoRA. First each answer is checked against unfused's."""
+    """Times of both directions of one layer, in bf16 with LoRA. Each answer is checked first, by torch's products."""
     device = settings.device
     weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
     qweight, scales = ops.nf4_quantize(weight)
     packed = (qweight, *ops.absmax_quantize(scales))
+    W = ops.nf4_dequantize(qweight, ops.absmax_dequantize(*packed[1:]), dtype=weight.dtype)
     nbytes = sum(tensor.nbytes for tensor in packed)
     turn = rotation(lambda _: tuple(tensor.clone() for tensor in packed), nbytes, device)
     A, B = (torch.randn(size, device=device).mul_(0.02) for size in ((RANK, shape.K), (shape.N, RANK)))
@@ -106,60 +122,82 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
     times = []
     for M in tokens:
         x, dy = (torch.randn(M, size, device=device).bfloat16() for size in (shape.K, shape.N))
-        S = taking("unfused", forward)(x, packed)[1]
+        products = expected.forward(x, W, A, B, ALPHA / RANK)
+        S = products[1]
         for direction, call in (("forward", partial(forward, x)), ("backward", partial(backward, dy, x, S))):
+            right = products if direction == "forward" else expected.backward(dy, x, W, A, B, ALPHA / RANK)
             able = [name for name in dispatch.KERNELS if dispatch.fits(name, direction, M, x.dtype, shape.N)]
             kernels = {name: taking(name, call) for name in able}
-            check_kernels(
-                f"{shape.name}, {M} tokens, {direction}", {name: kernel(packed) for name, kernel in kernels.items()}
-            )
+            answers = {name: kernel(packed) for name, kernel in kernels.items()}
+            check_kernels(f"{shape.name}, {M} tokens, {direction}", answers, right)
+            del right, answers
             turns = {name: partial(_on_next, kernel, turn) for name, kernel in kernels.items()}
-
-            def medians(clock: str) -> dict[str, float]:
-                seconds, most = (0.05, 5) if settings.quick else (0.3, 30)
-                took = alternate(turns, seconds=seconds, most=most, device=device, clock=CLOCKS[device][clock])  # noqa: B023
-                return {name: timing.median for name, timing in took.items()}
-
-            times.append(Time(direction, shape.N, shape.K, M, medians("in_a_row"), medians("saturated")))
+            medians, moved = {}, []
+            for name in NAMES:
+                medians[name], movement = _medians(turns, CLOCKS[device][name], settings)
+                moved.append(movement)
+            by_clock = (medians[name] for name in (IN_A_ROW, SATURATED, ALONE))
+            times.append(Time(direction, shape.N, shape.K, M, *by_clock, moved=max(moved)))
     return times
+
+
+def _medians(turns: dict[str, Callable], clock: Clock, settings: Settings) -> tuple[dict[str, float], float]:
+    """Seconds by kernel, and by how much the host moved meanwhile."""
+    seconds, most = (0.05, 5) if settings.quick else (0.1, 30)
+
+    def measure(look: Callable[[], None]) -> dict[str, Timing]:
+        return alternate(turns, seconds=seconds, most=most, device=settings.device, clock=clock, between=look)
+
+    took, moved = steady.steadily(measure, settings.device)
+    return {name: timing.median for name, timing in took.items()}, moved
 
 
 def _on_next(kernel: Callable[[Packed], object], turn: Iterator[Packed]) -> object:
     return kernel(next(turn))
 
 
-def check_kernels(what: str, answers: dict[str, tuple[Tensor, ...]]) -> None:
-    """Check the answers of all kernels against unfused, whose product torch computes."""
+def check_kernels(what: str, answers: dict[str, tuple[Tensor, ...]], right: tuple[Tensor, ...]) -> None:
+    """Check the answers of all kernels against those of torch's products in float32."""
     for name, answer in answers.items():
-        for number, (result, wanted) in enumerate(zip(answer, answers["unfused"], strict=True)):
+        for number, (result, wanted) in enumerate(zip(answer, right, strict=True)):
             check_close(f"{name}, {what}, result {number}", result, wanted, TOLERANCE)
 
 
 def table_of(direction: str, times: Iterable[Time], rules: Iterable[dispatch.Rule]) -> Table:
-    """Milliseconds of each kernel, and the time of the chosen one over that of the fastest one that may be chosen."""
+    """Milliseconds of each kernel by each clock, and how near the chosen one comes to the fastest one of CHOICES."""
     rules = list(rules)
     rows = []
     for time in times:
         if time.direction != direction:
             continue
         rule = next(r for r in rules if r.direction == direction and r.holds(time.tokens, time.N * time.K))
-        fastest = min(seconds for name, seconds in time.seconds.items() if name in dispatch.CHOICES[direction])
+        fastest = min(seconds for name, seconds in time.in_a_step.items() if name in dispatch.CHOICES[direction])
         rows.append(
             {
                 "layer": f"{time.N} x {time.K}",
                 "M": time.tokens,
-                **{f"{name}, ms": _milliseconds(time.seconds, name) for name in dispatch.KERNELS},
-                **{f"{name}, saturated": _milliseconds(time.saturated, name) for name in dispatch.KERNELS},
+                **{
+                    f"{name}, {heading(clock)}, ms": _milliseconds(seconds, name)
+                    for clock, seconds in ((SATURATED, time.saturated), (IN_A_ROW, time.seconds), (ALONE, time.alone))
+                    for name in dispatch.KERNELS
+                },
                 "chosen": rule.kernel,
-                "chosen / fastest": time.seconds[rule.kernel] / fastest,
+                "chosen / fastest": time.in_a_step[rule.kernel] / fastest,
+                "host moved": steady.shown(time.moved),
             }
         )
+    never = [name for name in dispatch.KERNELS if all(name not in choices for choices in dispatch.CHOICES.values())]
     notes = [
-        f"bf16, LoRA of rank {RANK}, double quantisation; calls of the op from Python, 20 in a row, which take as long "
-        "as the slower of host and card; saturated: the card alone, behind a queue; medians",
-        "few, fused, sliced, unfused: each forced; unfused is never chosen, it needs memory for the whole of W",
+        f"bf16, LoRA of rank {RANK}, double quantisation; calls of the op from Python; medians",
+        HOW,
+        f"{', '.join(dispatch.KERNELS)}: each forced" + (f"; never chosen: {', '.join(never)}" if never else ""),
+        f"chosen / fastest: {STEP}",
+        steady.NOTE,
     ]
     return Table(direction.capitalize(), rows, notes)
+
+
+STEP = "by the longer one of host (in a row) and card (saturated), which is what a call adds to a step"
 
 
 def _milliseconds(seconds: dict[str, float], name: str) -> float | None:
@@ -172,18 +210,20 @@ def _milliseconds(seconds: dict[str, float], name: str) -> float | None:
 def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> list[dispatch.Rule]:
     """Rules for small layers, then for all: each kernel is used up to the number of tokens where the next is faster.
 
-    The times are geometric means over the layers of a size. A size that was not measured gets the rules of the other.
+    A kernel's time is what a call adds to a step: that of the card or of the host, whichever is longer. The times are
+    geometric means over the layers of a size. A size that was not measured gets the rules of the other.
     Small layers get no rules of their own if these would be the same.
 
+    >>> early, late = dispatch.CHOICES["backward"]
     >>> for rule in rules_from(
-    ...     [Time("backward", 4096, 4096, M, {"fused": M, "sliced": 100 + M / 2}) for M in (64, 128, 256, 512)]
-    ...     + [Time("forward", 4096, 4096, M, {"fused": 1, "sliced": 2}) for M in (64, 512)],
-    ...     "9.0", "a card, a commit",
+    ...     [Time("backward", 4096, 4096, M, {early: M, late: 96 + M / 2}) for M in (64, 128, 256)]
+    ...     + [Time("forward", 4096, 4096, M, {early: 1, late: 2}) for M in (64, 512)],
+    ...     "9.0", "X",
     ... ):
-    ...     print(rule.direction, rule.kernel, rule.most_tokens, rule.why)
-    forward fused None measured: sliced takes 2.00 times as long for 64 to 512 tokens; a card, a commit
-    backward fused 128 measured: sliced takes 1.28 to 2.06 times as long for 64 to 128 tokens; a card, a commit
-    backward sliced None measured: fused takes 1.12 to 1.44 times as long for 256 to 512 tokens; a card, a commit
+    ...     print(rule.direction, rule.kernel == late, rule.most_tokens, rule.why.replace(late, "it"))
+    forward False None measured: it takes 2.00 times as long for 64 to 512 tokens; host or card, the longer; X
+    backward False 128 measured: it takes 1.25 to 2.00 times as long for 64 to 128 tokens; host or card, the longer; X
+    backward True None measured: fused takes 1.14 times as long for 256 tokens; host or card, the longer; X
     """
     rules = []
     times = list(times)
@@ -196,12 +236,13 @@ def rules_from(times: Iterable[Time], architecture: str, measured_on: str) -> li
             groups.insert(0, (SMALL, of_small, means(small)))
         for most_weights, by_kernel, took in groups:
             for (kernel, most_tokens), tokens in zip(limits(by_kernel), by_kernel.values(), strict=True):
-                why = f"measured: {reason(kernel, tokens, took, dispatch.CHOICES[direction])}; {measured_on}"
+                because = reason(kernel, tokens, took, dispatch.CHOICES[direction])
+                why = f"measured: {because}; host or card, the longer; {measured_on}"
                 rules.append(dispatch.Rule(architecture, direction, kernel, most_tokens, most_weights, why))
     return rules
 
 
-Means = dict[int, dict[str, float]]  # by tokens and kernel: geometric means of seconds over layers
+Means = dict[int, dict[str, float]]  # by tokens and kernel: geometric means of seconds in a step over layers
 
 
 def means(times: Iterable[Time]) -> Means:
@@ -211,7 +252,7 @@ def means(times: Iterable[Time]) -> Means:
     """
     logs: dict[int, dict[str, list[float]]] = {}
     for time in times:
-        for name, seconds in time.seconds.items():
+        for name, seconds in time.in_a_step.items():
             logs.setdefault(time.tokens, {}).setdefault(name, []).append(math.log(seconds))
     return {
         tokens: {name: math.exp(math.fsum(logarithms) / len(logarithms)) for name, logarithms in kernels.items()}

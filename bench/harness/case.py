@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .timing import NAMES as CLOCK_NAMES
+
 # bitsandbytes warns at import if the package `kernels` is absent; the environment in each result records that.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -21,11 +23,18 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: tiny sizes that take seconds, to test that a case runs; their figures mean nothing."""
+    """What a run was asked for.
+
+    quick: tiny sizes that take seconds, to test that a case runs; their figures mean nothing
+    clocks: which of timing.CLOCKS the tables of a GPU have
+    seconds: a case of a GPU that has many rows begins none after so many; None for no limit
+    """
 
     quick: bool = False
     device: str = "cpu"
     model: Path = MODEL
+    clocks: tuple[str, ...] = CLOCK_NAMES
+    seconds: float | None = None
 
     def folder(self) -> Path:
         """The folder of the real model."""

@@ -1,7 +1,8 @@
 """Runs a contender in a process of its own, with fresh memory and caches and no library that another has patched.
 
 In the child process a contender is a generator, `contender(**arguments)` of a case's module. In the parent `next()`
-lets it run to its next yield and returns the yielded value. So several contenders can be alive and take turns.
+lets it run to its next yield and returns the yielded value; `ask(...)` also sends it a value. So several contenders can
+be alive and take turns.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class Process:
         self.child.stdout.close()
         self.log.close()
 
-    def start(self) -> None:
-        """Let the contender run on; result() waits for the value that it yields."""
+    def start(self, question: object = None) -> None:
+        """Let the contender run on; result() waits for the value that it yields. Its yield returns `question`."""
         try:
-            self.child.stdin.write("\n")
+            self.child.stdin.write(json.dumps(question) + "\n")
             self.child.stdin.flush()
         except BrokenPipeError:
             self.fail()
@@ -77,6 +78,11 @@ class Process:
 
     def __next__(self) -> dict:
         self.start()
+        return self.result()
+
+    def ask(self, **question: object) -> dict:
+        """Send the contender, which waits in a yield, a dictionary; returns what it yields next."""
+        self.start(question)
         return self.result()
 
     def fail(self) -> dict:
@@ -121,8 +127,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not write between the answers
     steps = importlib.import_module(f"..cases.{module}", __package__).contender(**json.loads(arguments))
-    for _ in sys.stdin:
-        print(json.dumps(next(steps)), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(steps.send(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,15 @@ class Shape:
     def weights(self) -> int:
         return self.N * self.K
 
+    @property
+    def count(self) -> int:
+        """How many layers of a block have this shape.
+
+        >>> Shape("Llama-3.1-8B", "k, v", 1024, 4096).count
+        2
+        """
+        return len(self.layer.split(", "))
+
 
 SHAPES = (
     Shape("SmolLM2-135M", "q, o", 576, 576),
@@ -40,8 +49,25 @@ SHAPES = (
     Shape("Qwen2.5-7B", "down", 3584, 18944),
 )
 QUICK = SHAPES[:2]
+ON_A_CARD = (  # measured there only: a processor takes minutes for them
+    Shape("Llama-3.2-1B", "q, o", 2048, 2048),
+    Shape("Llama-3.2-1B", "k, v", 512, 2048),
+    Shape("Llama-3.2-1B", "gate, up", 8192, 2048),
+    Shape("Llama-3.2-1B", "down", 2048, 8192),
+    Shape("Llama-3.1-70B", "gate, up", 28672, 8192),
+)
 
 
 def named(*names: str) -> list[Shape]:
     """The shapes of 'model layer' names."""
-    return [next(shape for shape in SHAPES if f"{shape.model} {shape.layer}" == name) for name in names]
+    every = {f"{shape.model} {shape.layer}": shape for shape in (*SHAPES, *ON_A_CARD)}
+    return [every[name] for name in names]
+
+
+def block_of(model: str) -> list[Shape]:
+    """All shapes of a model's block; their `count`s tell how many layers of it have each.
+
+    >>> [shape.layer for shape in block_of("Llama-3.1-8B")]
+    ['q, o', 'k, v', 'gate, up', 'down']
+    """
+    return [shape for shape in (*SHAPES, *ON_A_CARD) if shape.model == model]

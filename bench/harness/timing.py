@@ -17,8 +17,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TypeVar
@@ -70,21 +69,32 @@ def alternate(
     most: int = 200,
     device: str = "cpu",
     clock: Clock | None = None,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Call the contenders in turn for about so many seconds, in at least and at most so many rounds.
 
-    `clock` times one call. By default this is a single call, from its start to its end on the host; see also CLOCKS.
+    `clock` times one call. By default this is a single call, from its start to its end; see also CLOCKS. `between` is
+    called before each round and after the last one.
     """
-    clock = clock or (timed_on_cuda if device == "cuda" else timed)
+    clock = clock or (CardClock() if device == "cuda" else timed)
+    once = clock.of_one_call() if isinstance(clock, CardClock) else clock
     for call in calls.values():  # the first call builds caches and thread pools, the second tells the time
-        clock(call)
-    once = sum(clock(call) for call in calls.values())
-    rounds = min(most, max(least, math.ceil(seconds / once)))
+        once(call)
+    clocks, round_takes = {}, 0.0
+    for name, call in calls.items():
+        took = once(call)
+        clocks[name] = fitted = clock.fitted(took) if isinstance(clock, CardClock) else clock
+        round_takes += took * (fitted.calls if isinstance(fitted, CardClock) else 1)
+    rounds = min(most, max(least, math.ceil(seconds / round_takes)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
+        if between is not None:
+            between()
         order = list(calls.items())
         for name, call in order if number % 2 == 0 else reversed(order):
-            samples[name].append(clock(call))
+            samples[name].append(clocks[name](call))
+    if between is not None:
+        between()
     return {name: Timing(values) for name, values in samples.items()}
 
 
@@ -94,40 +104,77 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed_on_cuda(call: Callable[[], object], calls: int = 1, ahead: bool = False) -> float:
+@dataclass(frozen=True)
+class CardClock:
     """Seconds of a call on the card, as the mean over `calls` calls in a row.
 
     With `ahead` the card first waits until the host has queued all calls, so that only the card's work is timed.
     Without it the time of a call is that of the slower one of host and card, and of both together for a single call.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cycles = 2_000_000  # a millisecond
-    for _ in range(8):
-        if ahead:
-            torch.cuda._sleep(cycles)
-        start.record()
-        for _ in range(calls):
-            call()
-        is_ahead = not start.query()  # the host has queued everything before the card begins
-        end.record()
-        end.synchronize()
-        if is_ahead or not ahead:
-            return start.elapsed_time(end) / 1e3 / calls
-        cycles *= 4
-    raise RuntimeError("timing: the host could not get ahead of the card; somebody else seems to be working")
 
+    calls: int = 1
+    ahead: bool = False
+    pause: float = 1e-3  # seconds that the card waits at first, with `ahead`; four times as long after each failure
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pause = self.pause
+        for _ in range(8):
+            if self.ahead:
+                torch.cuda._sleep(int(pause * CYCLES))
+            start.record()
+            for _ in range(self.calls):
+                call()
+            is_ahead = not start.query()  # the host has queued everything before the card begins
+            end.record()
+            end.synchronize()
+            if is_ahead or not self.ahead:
+                return start.elapsed_time(end) / 1e3 / self.calls
+            pause *= 4
+        raise RuntimeError("timing: the host could not get ahead of the card; somebody else seems to be working")
+
+    def of_one_call(self) -> CardClock:
+        """The clock of a single call, which warms up."""
+        return CardClock()
+
+    def fitted(self, latency: float) -> CardClock:
+        """The clock for a call whose latency is known: fewer calls where they would take more than LONG together.
+
+        The card waits as long as the host may need to queue them, which is less than their latencies.
+
+        >>> CardClock(50).fitted(0.0001).calls, CardClock(50).fitted(0.004).calls, CardClock(1).fitted(1.0).calls
+        (50, 5, 1)
+        """
+        calls = min(self.calls, max(LEAST_CALLS, math.ceil(LONG / latency)))
+        return replace(self, calls=calls, pause=min(MOST_PAUSE, max(self.pause, 1.2 * calls * latency)))
+
+
+CYCLES = 2e9  # a second for torch.cuda._sleep, about; a card's clock is a little slower
+LONG = 0.02  # seconds that the calls of one sample take at most, if LEAST_CALLS do
+LEAST_CALLS = 2
+MOST_PAUSE = 0.02
 
 # How a call is timed, by device. alone: its latency; in_a_row: the time that it adds to a step, which is that of the
 # host or the card, whichever takes longer; saturated: the card's work, with a queue that hides the host. On a CPU all
 # three are the same.
+SATURATED, IN_A_ROW, ALONE = NAMES = ("saturated", "in_a_row", "alone")
 CLOCKS: dict[str, dict[str, Clock]] = {
-    "cpu": dict.fromkeys(("alone", "in_a_row", "saturated"), timed),
-    "cuda": {
-        "alone": timed_on_cuda,
-        "in_a_row": partial(timed_on_cuda, calls=20),
-        "saturated": partial(timed_on_cuda, calls=8, ahead=True),
-    },
+    "cpu": dict.fromkeys(NAMES, timed),
+    "cuda": {SATURATED: CardClock(8, ahead=True), IN_A_ROW: CardClock(50), ALONE: CardClock()},
 }
+HOW = (
+    "saturated: the card's work, behind a queue that hides the host; in a row: 50 calls, fewer where they take over 20 "
+    "ms, the slower one of host and card; alone: one call on an idle card, host and card"
+)
+
+
+def heading(clock: str) -> str:
+    """A clock's name in a table.
+
+    >>> [heading(name) for name in NAMES]
+    ['saturated', 'in a row', 'alone']
+    """
+    return clock.replace("_", " ")
 
 
 def rotation(make: Callable[[int], T], nbytes: int, device: str = "cpu") -> Iterator[T]:

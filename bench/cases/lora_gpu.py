@@ -1,0 +1,357 @@
+"""The tables of the case lora on a GPU: three times of a layer beside all rivals, and the sum of a block's layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nf4lora import ops
+
+from ..harness import expected, layers, steady, targets
+from ..harness.case import Settings, check_close
+from ..harness.composition import forget_buffers
+from ..harness.contenders import ALPHA, RANK
+from ..harness.layers import BITSANDBYTES, CALLS, MAKERS, OURS, TORCH, TORCH_LORA, TORCHAO, adapter, forward
+from ..harness.shapes import QUICK, Shape, block_of, named
+from ..harness.table import Table
+from ..harness.timing import ALONE, CLOCKS, HOW, SATURATED, Clock, Timing, alternate, heading, rotation
+
+BLOCKS = ("Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B")  # whose layers are added up
+# The first ones decide; a budget may leave out the last ones.
+SHAPES = [
+    *block_of("Llama-3.1-8B"),
+    *block_of("Llama-3.2-1B"),
+    *named("Llama-3.1-70B gate, up"),
+    *block_of("Qwen2.5-7B"),
+    *named("Llama-2-7B gate, up", "TinyLlama-1.1B down", "SmolLM2-135M down"),
+]
+TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+KINDS = {"forward": "forward", "both": "forward and backward"}
+CHECKED = 1024  # tokens up to which our answers are checked: enough for every kernel to be taken once
+RIVALS_CHECKED = 16
+# bf16 has a last place of 2**-8. torchao rounds the scales in its own way, so that its W is not ours to the bit.
+TOLERANCES = {OURS: 2**-7, TORCHAO: 0.1}
+TOLERANCE = 0.02
+IN_16_BITS = (TORCH, TORCH_LORA)
+
+Turns = dict[str, Callable[[], nn.Module]]
+Took = dict[str, dict[str, Timing]]  # by clock and contender
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer at one number of tokens; kind is one of KINDS, moved how unsteady the host was."""
+
+    shape: Shape
+    M: int
+    kind: str
+    took: Took
+    moved: float
+
+    def medians(self, clock: str) -> dict[str, float]:
+        return {name: timing.median for name, timing in self.took[clock].items()}
+
+
+class Budget:
+    """Seconds that a case may take, and what did not fit in."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.left: list[str] = []
+
+    def spent_before(self, what: str) -> bool:
+        """Whether there is no time for this any more, which is then noted."""
+        if self.end is None or time.monotonic() < self.end:
+            return False
+        self.left.append(what)
+        return True
+
+    def notes(self) -> list[str]:
+        return [f"not measured, the time was spent: {'; '.join(self.left)}"] if self.left else []
+
+
+def tables(settings: Settings) -> list[Table]:
+    """Both directions, then the sums of blocks."""
+    shapes, tokens = (QUICK, (1, 16)) if settings.quick else (SHAPES, TOKENS)
+    budget, names = Budget(settings.seconds), layers.present()
+    rows: list[Row] = []
+    missing: list[str] = []
+    for shape in shapes:
+        if not budget.spent_before(shape.name):
+            rows += rows_of(shape, tokens, names, settings, budget, missing)
+    notes = [
+        f"LoRA of rank {RANK} on bf16 input; ours is a layer made by PEFT",
+        HOW,
+        *layers.notes(names),
+        *missing,
+        steady.NOTE,
+        *budget.notes(),
+    ]
+    return [
+        *(
+            Table(
+                text.capitalize() + ("" if kind == "both" else ", no gradients"),
+                [described(row, names, settings.clocks) for row in rows if row.kind == kind],
+                notes,
+                latency_targets([row for row in rows if row.kind == kind], settings),
+            )
+            for kind, text in KINDS.items()
+        ),
+        layer_table(rows, names, settings),
+    ]
+
+
+def rows_of(
+    shape: Shape, tokens: Sequence[int], names: Sequence[str], settings: Settings, budget: Budget, missing: list[str]
+) -> list[Row]:
+    """A row of either kind for each number of tokens; `missing` gets a line for each rival that failed."""
+    device = settings.device
+    weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
+    W = dequantised(weight)
+    turns = turns_of(weight, names, device, partial(_failed, missing, shape.name))
+    rows = []
+    for M in tokens:
+        if budget.spent_before(f"{shape.name}, {M} tokens"):
+            continue
+        x, dy = (torch.randn(M, size, device=device).bfloat16() for size in (shape.K, shape.N))
+        for kind in KINDS:
+            failed = partial(_failed, missing, f"{shape.name}, {M} tokens, {KINDS[kind]}")
+            able = checked(turns, kind, x, dy, weight, W, failed)
+            calls = {name: partial(CALLS[kind], turn, x, dy) for name, turn in able.items()}
+            rows.append(Row(shape, M, kind, *timed(calls, settings)))
+            print(progress(rows[-1]), flush=True)
+    del turns, able, calls
+    forget_buffers()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def timed(calls: dict[str, Callable[[], object]], settings: Settings) -> tuple[Took, float]:
+    """The times by each clock, and by how much the host moved at most."""
+    took, moved = {}, []
+    seconds, most = (0.02, 5) if settings.quick else (0.25, 30)
+    for name in settings.clocks:
+
+        def measure(look: Callable[[], None], clock: Clock = CLOCKS[settings.device][name]) -> dict[str, Timing]:
+            return alternate(calls, seconds=seconds, most=most, device=settings.device, clock=clock, between=look)
+
+        took[name], movement = steady.steadily(measure, settings.device)
+        moved.append(movement)
+    return took, max(moved)
+
+
+def turns_of(weight: Tensor, names: Sequence[str], device: str, failed: Callable[[str, Exception], None]) -> Turns:
+    """For each contender a function that returns its next copy; contenders that cannot be made are left out."""
+    packed = weight.numel() * 0.52  # bytes: codes, scales, their scales
+    turns: Turns = {}
+    one = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=device)
+    for name in names:
+
+        def ready(_: int, name: str = name) -> nn.Module:
+            layer = MAKERS[name](weight).train()
+            forward(lambda: layer, one)
+            return layer
+
+        try:
+            copies = rotation(ready, weight.nbytes if name in IN_16_BITS else int(packed), device)
+        except Exception as error:
+            failed(name, error)
+        else:
+            turns[name] = partial(next, copies)
+    return turns
+
+
+def checked(
+    turns: Turns,
+    kind: str,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    W: Tensor,
+    failed: Callable[[str, Exception], None],
+) -> Turns:
+    """The contenders that can take this call. Our answer is checked, and the rivals', so that they do the same work.
+
+    Raises:
+        WrongAnswer: ours is wrong.
+    """
+    able = {}
+    M = len(x)
+    lora = adapter(len(weight), weight.shape[1], weight.device)
+    for name, turn in turns.items():
+        try:
+            if M <= (CHECKED if name == OURS else RIVALS_CHECKED):
+                own, AB = weight if name in IN_16_BITS else W, (None, None) if name == TORCH else lora
+                wanted = answers(kind, x, dy, own, *AB)
+                result = CALLS[kind](turn, x, dy)
+                for number, (tensor, right) in enumerate(zip(_tuple(result), wanted, strict=True)):
+                    check_close(f"{name}, {M} tokens, {kind} {number}", tensor, right, TOLERANCES.get(name, TOLERANCE))
+            else:
+                CALLS[kind](turn, x, dy)  # whether there is memory for it
+        except Exception as error:
+            failed(name, error)
+        else:
+            able[name] = turn
+    return able
+
+
+def answers(kind: str, x: Tensor, dy: Tensor, W: Tensor, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, ...]:
+    if kind == "forward":
+        return (expected.forward(x, W, A, B, ALPHA / RANK)[0],)
+    return expected.backward(dy, x, W, A, B, ALPHA / RANK)
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """The weight as NF4 with double quantisation has it."""
+    codes, scales = ops.nf4_quantize(weight)
+    return ops.nf4_dequantize(codes, ops.absmax_dequantize(*ops.absmax_quantize(scales)), dtype=weight.dtype)
+
+
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _failed(missing: list[str], where: str, name: str, error: Exception) -> None:
+    """Note that a rival cannot be measured; a card is lent for minutes, and the others go on. Ours must not fail."""
+    if name == OURS:
+        raise error
+    first_line = (str(error).splitlines() or [""])[0]
+    missing.append(f"{where}: {name} is not measured: {type(error).__name__}: {first_line.strip()}")
+
+
+def progress(row: Row) -> str:
+    """One line about a row, so that an interrupted run has said what it measured."""
+    parts = []
+    for clock in row.took:
+        ours, *others = row.medians(clock).items()
+        ratios = [f"{ours[1] / seconds:.2f} of {name}" for name, seconds in others]
+        parts.append(", ".join([f"{heading(clock)} {1e3 * ours[1]:.4f} ms", *ratios]))
+    return f"{row.shape.name}, {row.M} tokens, {KINDS[row.kind]}: {'; '.join(parts)}"
+
+
+# ---- tables ----
+
+
+def described(row: Row, names: Sequence[str], clocks: Sequence[str]) -> dict:
+    """A row of a table: our three times, then each rival's three ratios."""
+    cells: dict = {"layer": row.shape.name, "M": row.M}
+    for clock in clocks:
+        cells[f"{heading(clock)}, ms"] = row.took[clock][OURS].spread()
+    if SATURATED in clocks:
+        products = 2 if row.kind == "both" else 1  # y = x W^T, dx = dy W
+        flops = 2 * row.M * products * row.shape.weights
+        cells["TFLOP/s, saturated"] = flops / row.took[SATURATED][OURS].median / 1e12
+    for rival in names[1:]:
+        for clock in clocks:
+            took = row.took[clock]
+            cells[ratio_of(clock, rival)] = took[OURS].over(took[rival]) if rival in took else None
+    cells["host moved"] = steady.shown(row.moved)
+    return cells
+
+
+def ratio_of(clock: str, rival: str) -> str:
+    return f"{heading(clock)}: ours / {rival}"
+
+
+def layer_table(rows: Iterable[Row], names: Sequence[str], settings: Settings) -> Table:
+    """The sums of all linear layers of a block, for each model and number of tokens at which all were measured."""
+    rows = list(rows)
+    cells, limits = [], []
+    for model in BLOCKS:
+        for text, M, sums in sums_of(rows, model):
+            row: dict = {"layer": f"{model}, the layer", "pass": text, "M": M}
+            for clock in settings.clocks:
+                row[f"{heading(clock)}, ms"] = 1e3 * sums[clock][OURS]
+            for rival in names[1:]:
+                for clock in settings.clocks:
+                    took = sums[clock]
+                    row[ratio_of(clock, rival)] = took[OURS] / took[rival] if rival in took else None
+            cells.append(row)
+            if model == targets.LAYER_OF and SATURATED in sums:
+                limits += layer_target(text, M, sums[SATURATED], settings)
+    return Table(
+        "The layer: q, k, v, o, gate, up and down of one block together",
+        cells,
+        [
+            "sums of medians; with checkpointing: the forward pass twice and the backward pass, of all contenders",
+            "ours / torch: to cuBLAS's bf16 products of the base alone, without LoRA",
+        ],
+        limits,
+    )
+
+
+Sums = dict[str, dict[str, float]]  # seconds by clock and contender
+
+
+def sums_of(rows: Iterable[Row], model: str) -> list[tuple[str, int, Sums]]:
+    """For each pass and number of tokens the times of all layers of the model's block together.
+
+    A contender that one layer lacks has no sum; a number of tokens that one layer lacks has none for anybody.
+    """
+    of = {(row.shape, row.M, row.kind): row for row in rows}
+    block = block_of(model)
+    result = []
+    for M in sorted({M for _, M, _ in of}):
+        if not all((shape, M, kind) in of for shape in block for kind in KINDS):
+            continue
+        forwards, both = ([of[shape, M, kind] for shape in block] for kind in KINDS)
+        passes = {"forward": forwards, "forward and backward": both, "with checkpointing": [*forwards, *both]}
+        result += [(text, M, _sum(parts)) for text, parts in passes.items()]
+    return sorted(result, key=lambda entry: list(targets.LAYER).index(entry[0]))
+
+
+def _sum(rows: Sequence[Row]) -> Sums:
+    sums: Sums = {}
+    for clock in rows[0].took:
+        medians = [(row.shape.count, row.medians(clock)) for row in rows]
+        common = [name for name in medians[0][1] if all(name in of_row for _, of_row in medians)]
+        sums[clock] = {name: sum(count * of_row[name] for count, of_row in medians) for name in common}
+    return sums
+
+
+# ---- targets ----
+
+
+def layer_target(text: str, M: int, took: dict[str, float], settings: Settings) -> list[tuple[str, bool]]:
+    """The target of a pass of Llama-3.1-8B's layer at so many tokens, if it has one."""
+    allowance, limit = targets.allowance(settings.device), targets.LAYER[text].get(M)
+    if allowance is None or limit is None or settings.quick or TORCH not in took:
+        return []
+    claim = f"{targets.LAYER_OF}, the layer, {text}, {M} tokens, saturated: {{}} of cuBLAS bf16 without LoRA"
+    return [targets.at_most(claim, limit + allowance, took[OURS] / took[TORCH])]
+
+
+def latency_targets(rows: Sequence[Row], settings: Settings) -> list[tuple[str, bool]]:
+    """The targets of one call alone, forward and backward, each for the layer that is worst."""
+    allowance = targets.allowance(settings.device)
+    rows = [row for row in rows if row.kind == "both" and ALONE in row.took]
+    if allowance is None or settings.quick:
+        return []
+    few, many = [row for row in rows if row.M <= targets.FEW], [row for row in rows if row.M >= targets.MANY]
+    claims = []
+    for chosen, span, limit in (
+        (few, f"1 to {targets.FEW} tokens", targets.FEW_OF_BITSANDBYTES),
+        (many, f"from {targets.MANY} tokens", targets.MANY_OF_BITSANDBYTES),
+    ):
+        ratios = [
+            (took[OURS] / took[BITSANDBYTES], row) for row in chosen if BITSANDBYTES in (took := row.medians(ALONE))
+        ]
+        if ratios:
+            worst, row = max(ratios, key=lambda pair: pair[0])
+            claim = f"one call, {span}: {{}} of bitsandbytes + PEFT's time ({row.shape.name}, {row.M} tokens is worst)"
+            claims.append(targets.at_most(claim, limit + allowance, worst))
+    above = [(took[OURS] - took[TORCH], row) for row in few if TORCH in (took := row.medians(ALONE))]
+    if above:
+        worst, row = max(above, key=lambda pair: pair[0])
+        claim = (
+            f"one call, 1 to {targets.FEW} tokens: {{}} us more than F.linear without LoRA ({row.shape.name}, {row.M} "
+            "tokens is worst)"
+        )
+        claims.append(targets.at_most(claim, 1e6 * targets.FEW_ABOVE_TORCH, 1e6 * worst, digits=0))
+    return claims
