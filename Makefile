@@ -63,7 +63,8 @@ sanitize: $(VENV)/test
 instrumented: $(VENV)/test
 	VENV=$(VENV) tools/sanitize.sh build
 
-# On a machine with an NVIDIA GPU: build for it, test, sanitize, measure. ARGS=--quick takes three minutes.
+# On a machine with an NVIDIA GPU: build for it, test, sanitize, measure. ARGS=--quick takes three minutes;
+# ARGS="--minutes 5" does what decides and fits into five, and --wheel FILE takes a wheel that was made beforehand.
 gpu:
 	$(PYTHON) tools/gpu.py $(ARGS)
 

@@ -247,7 +247,7 @@ def test_measured_rules_are_those_of_kernel_for(tmp_path, monkeypatch):
 
 def test_small_layers_have_rules_of_their_own():
     def seconds(name, M, weights):
-        return least(1e9 if weights < tune.SMALL else 512)(name, M, weights)
+        return least(1e9 if weights <= tune.SMALL else 512)(name, M, weights)
 
     times = measured(seconds)
     rules = rules_from(times, "9.0", "a card, abc")
@@ -255,7 +255,7 @@ def test_small_layers_have_rules_of_their_own():
     assert worst(times, rules) == 1
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and rule.most_weights} == {None}
     assert {rule.most_tokens for rule in rules if rule.kernel == "fused" and not rule.most_weights} == {512}
-    assert max(N * K for N, K in SHAPES[:2]) < tune.SMALL < min(N * K for N, K in SHAPES[2:])
+    assert max(N * K for N, K in SHAPES[:3]) <= tune.SMALL < min(N * K for N, K in SHAPES[3:])
 
 
 def test_noise_does_not_move_a_limit_far():
@@ -273,27 +273,47 @@ def test_noise_does_not_move_a_limit_far():
             assert rule.kernel != "fused" or rule.most_tokens in (256, 512)
 
 
+STEP = "host or card, the longer"
+
+
+def test_rules_count_host_or_card_whichever_is_longer():
+    # few keeps the host longer, fused the card: the longer one of each is 3 and 4 at 8 tokens, 3 and 2 at 16.
+    early, late = dispatch.CHOICES["forward"][:2]
+    times = [
+        Time("forward", 4096, 4096, 8, {early: 3.0, late: 2.0}, {early: 1.0, late: 4.0}),
+        Time("forward", 4096, 4096, 16, {early: 3.0, late: 2.0}, {early: 1.0, late: 1.0}),
+        Time("backward", 4096, 4096, 8, {dispatch.CHOICES["backward"][0]: 1.0}),
+    ]
+    first, second, _ = rules_from(times, "9.0", "a card")
+    assert (first.kernel, first.most_tokens, second.kernel) == (early, 8, late)
+    assert first.why == f"measured: {late} takes 1.33 times as long for 8 tokens; {STEP}; a card"
+    (row, _) = tune.table_of("forward", times, [first, second]).rows
+    assert (row[f"{late}, in a row, ms"], row[f"{late}, saturated, ms"], row["chosen / fastest"]) == (2e3, 4e3, 1)
+
+
 def test_reason_states_what_was_measured():
     rules = rules_from(measured(least(512)), "9.0", "NVIDIA H100, abc123")
     few = next(rule for rule in rules if rule.kernel == "few")
     ratio = f"{1 / 0.7:.2f}"
-    assert few.why == f"measured: fused takes {ratio} times as long for 1 to 4 tokens; NVIDIA H100, abc123"
+    assert few.why == f"measured: fused takes {ratio} times as long for 1 to 4 tokens; {STEP}; NVIDIA H100, abc123"
     for rule in rules:
         assert rule.why.endswith("NVIDIA H100, abc123")
     last = next(rule for rule in rules if (rule.direction, rule.kernel) == ("backward", "sliced"))
-    low, high = (f"{(M / 512) ** 0.3:.2f}" for M in (1024, 8192))
-    assert f"fused takes {low} to {high} times as long for 1024 to 8192 tokens" in last.why
+    low, high = (f"{(M / 512) ** 0.3:.2f}" for M in (1024, TOKENS[-1]))
+    assert f"fused takes {low} to {high} times as long for 1024 to {TOKENS[-1]} tokens" in last.why
 
 
-def test_unfused_is_measured_but_never_chosen():
-    times = [replace(time, seconds={**time.seconds, "unfused": 1e-12}) for time in measured(least(512))]
+def test_a_kernel_outside_of_the_choices_is_measured_but_never_chosen(monkeypatch):
+    monkeypatch.setattr(dispatch, "KERNELS", (*dispatch.KERNELS, "another"))
+    times = [replace(time, seconds={**time.seconds, "another": 1e-12}) for time in measured(least(512))]
     assert rules_from(times, "9.0", "") == rules_from(measured(least(512)), "9.0", "")
     (forward,) = {
         table.title: table for table in [tune.table_of("forward", times, rules_from(times, "9.0", ""))]
     }.values()
-    assert all(row["unfused, ms"] == 1e-9 and row["chosen / fastest"] == 1 for row in forward.rows)
+    assert all(row["another, in a row, ms"] == 1e-9 and row["chosen / fastest"] == 1 for row in forward.rows)
+    assert any(note.endswith("another") and "never chosen" in note for note in forward.notes)
     assert len(forward.rows) == len(SHAPES) * len(TOKENS)
-    assert forward.rows[-1]["few, ms"] is None  # 8192 tokens
+    assert forward.rows[-1]["few, in a row, ms"] is None  # too many tokens
     assert "| chosen | chosen / fastest |" in forward.markdown()
 
 
@@ -414,7 +434,9 @@ def test_each_way_is_forced_while_it_is_timed(monkeypatch):
         assert set(time.seconds) == set(dispatch.KERNELS) - (
             {"few"} if time.tokens > 16 or "back" in time.direction else set()
         )
-        assert all(math.isfinite(seconds) and seconds > 0 for seconds in time.seconds.values())
+        for by_kernel in (time.seconds, time.saturated, time.alone):
+            assert by_kernel.keys() == time.seconds.keys()
+            assert all(math.isfinite(seconds) and seconds > 0 for seconds in by_kernel.values())
 
 
 # ---- the wheel ----

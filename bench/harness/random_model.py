@@ -66,6 +66,8 @@ def packed(name: str, shape: str, device: str, layers: int | None = None) -> Any
     torch.manual_seed(0)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
+        if module is head and config.tie_word_embeddings:
+            continue  # tie_weights gives it the embedding's
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # those of rotary embeddings, computed
             model.set_submodule(path, type(module)(config=config).to(device))
         elif isinstance(module, nn.Linear) and module is not head:

@@ -92,6 +92,6 @@ def shown(moved: float) -> str:
 
 NOTE = (
     "host moved: by how much the host's own time of F.linear moved while a row was measured, from beginning to end or "
-    f"between the rounds' 20 and 80 %; a row above {100 * MOST:.0f} % is measured again on a GPU, {TRIES} times at most, "
-    "and marked where it stayed unsteady"
+    f"between 20 and 80 % of the rounds; a row above {100 * MOST:.0f} % is measured again on a GPU, {TRIES} times at "
+    "most, and marked where it stayed unsteady"
 )
