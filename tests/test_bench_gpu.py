@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_bench import InProcess, SlowHost
+from torch.overrides import TorchFunctionMode
 
 from bench import __main__
-from bench.cases import lora, lora_gpu, overhead, step, step_random
+from bench.cases import lora, lora_gpu, overhead, step, step_random, tune
 from bench.harness import expected, layers, random_model, steady, targets, timing
 from bench.harness.case import Settings, WrongAnswer
 from bench.harness.composition import Composition
@@ -653,6 +654,115 @@ def test_a_process_answers_what_it_is_asked():
             found = process.ask(tokens=tokens, checkpointing=False, steps=1)
             assert len(found["seconds"]) == 1
             assert found["busy"] is None
+
+
+# ---- a CPU that calls itself a card ----
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Puts what is asked for on "cuda" on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def on_cpu(value):
+            cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+            return torch.device("cpu") if cuda else value
+
+        if function is torch.device:  # its arguments are parts of a name
+            return function(*args, **(kwargs or {}))
+        return function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in (kwargs or {}).items()})
+
+
+class Events(SlowHost.Event):
+    """The card works for 40 ms between two of them, so long that a sample has two calls at most."""
+
+    def record(self):
+        self.machine.work(0.04)
+        super().record()
+
+
+@pytest.fixture
+def called_cuda(monkeypatch, card):
+    """The device "cuda" is the CPU, its clock simulated; returns what was asked of the card."""
+    card()
+    asked = []
+    machine = SlowHost(monkeypatch, 0, 0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Events(machine))
+    for name, answer in (("synchronize", None), ("empty_cache", None), ("reset_peak_memory_stats", None),
+                         ("max_memory_allocated", 1 << 30)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, answer=answer: asked.append(name) or answer)
+    monkeypatch.setattr(timing, "last_cache", lambda device="cpu": 1 << 10)
+    with OnTheCpu():
+        yield asked
+
+
+def test_lora_on_a_card(called_cuda, monkeypatch):
+    monkeypatch.setattr(lora_gpu, "SHAPES", [Shape("Llama-3.1-8B", "q, k, v, o, gate, up, down", 128, 128)])
+    monkeypatch.setattr(lora_gpu, "block_of", lambda model: lora_gpu.SHAPES)
+    monkeypatch.setattr(lora_gpu, "TOKENS", (1, 512))
+    forward, both, layer = lora_gpu.tables(Settings(device="cuda", clocks=(SATURATED, ALONE)))
+    for row in (*forward.rows, *both.rows):
+        assert row["alone: ours / torch"]["median"] == pytest.approx(1)  # every sample takes as long
+        assert (row["saturated, ms"]["median"], row["alone, ms"]["median"]) == pytest.approx((20, 40))
+    assert {row["layer"] for row in layer.rows} == {f"{model}, the layer" for model in lora_gpu.BLOCKS}
+    assert [met for _, met in layer.targets] == [True, True]
+    assert [met for _, met in both.targets] == [False] * layers.installed("bitsandbytes") + [True]
+    assert not forward.targets
+    assert "empty_cache" in called_cuda
+    assert "synchronize" in called_cuda  # before the host's time is taken
+
+
+def test_overhead_on_a_card(called_cuda):
+    for table in overhead.run(Settings(device="cuda", quick=True)):
+        for row in table.rows:
+            assert row["forward and backward, alone, us"]["median"] == pytest.approx(40e3)
+            assert row["forward and backward, in a row, us"]["median"] == pytest.approx(20e3)
+            assert "%" in row["host moved"]
+
+
+def test_tune_on_a_card(called_cuda):
+    times = tune.times_of(TINY, (1, 32), Settings(device="cuda", quick=True))
+    assert [(time.direction, time.tokens) for time in times] == [
+        (direction, tokens) for tokens in (1, 32) for direction in ("forward", "backward")
+    ]
+    for time in times:
+        assert time.alone == pytest.approx(dict.fromkeys(time.alone, 0.04))
+        assert time.in_a_step == pytest.approx(dict.fromkeys(time.alone, 0.02))
+
+
+def test_step_on_a_card(called_cuda):
+    steps = step_random.contender(OURS, "tiny", 1, "cuda")
+    next(steps)
+    found = steps.send({"tokens": 16, "checkpointing": True, "steps": 2})
+    assert len(found["seconds"]) == 2
+    assert len(found["host"]) == 3
+    assert found["peak"] == 1 << 30
+    assert found["busy"] is None  # this torch cannot trace a card
+    assert called_cuda.count("reset_peak_memory_stats") == 1
+    assert called_cuda[-1] == "empty_cache"
+
+
+def test_card_is_busy_while_a_kernel_of_the_trace_runs(monkeypatch):
+    stepped, kernels = [], [{"ph": "X", "cat": "kernel", "ts": start, "dur": 40.0} for start in (100.0, 120.0, 200.0)]
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            assert stepped == [1]
+
+        def export_chrome_trace(self, path):
+            with open(path, "w") as file:
+                json.dump({"traceEvents": [*kernels, {"cat": "cuda_runtime", "ts": 0, "dur": 1e6}, {"ph": "M"}]}, file)
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CUDA})
+    assert step_random.busy_in(lambda: stepped.append(1), "cuda") == pytest.approx(100e-6)
+    monkeypatch.setattr(torch.profiler, "supported_activities", set)
+    assert step_random.busy_in(lambda: pytest.fail("stepped"), "cuda") is None
 
 
 # ---- the command ----

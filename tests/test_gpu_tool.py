@@ -296,6 +296,13 @@ def repository(tmp_path):
     return change
 
 
+@pytest.mark.slow
+def test_files_with_cuda_tests_are_found_without_importing_them():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", "tests"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sorted({line.split("::")[0] for line in said.splitlines() if "::" in line}) == touched.on_a_card(ROOT)
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -331,6 +338,8 @@ def test_commit_of_the_last_results(tmp_path, monkeypatch):
     assert touched.last_commit(tmp_path, device) == "abc"
     monkeypatch.setattr(gpu.touched, "tests", lambda root, commit: [f"tests/of-{commit}.py"])
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.touched, "on_a_card", lambda root: ["tests/all.py"])
+    assert budgeted(card=CARD | {"name": "another"})["tests"].command[-1] == "tests/of-None.py"
     assert budgeted(card=CARD | {"name": device})["tests"].command[-1] == "tests/of-abc.py"
 
 

@@ -198,7 +198,7 @@ def budgeted(card: dict, options: argparse.Namespace) -> list[Part]:
     build, tests = full["build"], full["tests"]
     if options.wheel is not None:
         build = Part("build", [*build.command[:-1], str(options.wheel.resolve())], 60)
-    chosen = touched.tests(ROOT, touched.last_commit(ROOT, card["name"]))
+    chosen = touched.tests(ROOT, touched.last_commit(ROOT, card["name"])) or touched.on_a_card(ROOT)
     every = [
         build,
         Part("tests", [*tests.command, *chosen], 90),

@@ -28,13 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     qweight, scales = ops.nf4_quantize(weight)
     packed = (qweight, *ops.absmax_quantize(scales))
     x = torch.randn(tokens, size[1], device=options.device).bfloat16()
-    adapter = {"lora_A": torch.randn(RANK, size[1]), "lora_B": torch.randn(size[0], RANK)}
-    adapter = {name: matrix.to(options.device) for name, matrix in adapter.items()}
+    A, B = (torch.randn(shape, device=options.device) for shape in ((RANK, size[1]), (size[0], RANK)))
     on_card = options.device == "cuda"
 
     def call(kernel: str) -> None:
         with torch.no_grad(), dispatch.forcing(kernel):
-            ops.lora_linear(x, *packed, **adapter)
+            ops.lora_linear(x, *packed, lora_A=A, lora_B=B)
 
     kernels = dispatch.CHOICES["forward"][-2:]
     for kernel in kernels:  # what is compiled or allocated at the first call is not profiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -132,7 +132,7 @@ def rows_of(
     return rows
 
 
-def timed(calls: dict[str, Callable[[], object]], settings: Settings) -> tuple[Took, float]:
+def timed(calls: Mapping[str, Callable[[], object]], settings: Settings) -> tuple[Took, float]:
     """The times by each clock, and by how much the host moved at most."""
     took, moved = {}, []
     seconds, most = (0.02, 5) if settings.quick else (0.15, 30)

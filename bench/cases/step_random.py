@@ -7,7 +7,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,10 @@ Answer = dict[str, Any]  # what a contender measured: see `measured`
 
 def table(settings: Settings) -> Table:
     """All models, with checkpointing and without, ours and the rival in a process each."""
-    models, tokens, layers = (MODELS, TOKENS, None)
-    if settings.quick:
-        on_card = settings.device == "cuda"
-        models, tokens, layers = (("Llama-3.2-1B",), (256,), 2) if on_card else (("tiny",), (32,), 2)
+    models, tokens, layers = chosen(settings)
     names = [OURS, *([RIVAL] if installed("bitsandbytes") else [])]
-    budget, rows, missing = Budget(settings.seconds), [], []
+    budget, rows = Budget(settings.seconds), []
+    missing: list[str] = []
     for model in models:
         if budget.spent_before(model):
             continue
@@ -73,6 +71,13 @@ def table(settings: Settings) -> Table:
         ],
         step_targets(rows, settings),
     )
+
+
+def chosen(settings: Settings) -> tuple[tuple[str, ...], tuple[int, ...], int | None]:
+    """Models, numbers of tokens, and how many blocks of each model; None for all."""
+    if not settings.quick:
+        return MODELS, TOKENS, None
+    return (("Llama-3.2-1B",), (256,), 2) if settings.device == "cuda" else (("tiny",), (32,), 2)
 
 
 def row(
@@ -119,14 +124,13 @@ def check_losses(answers: dict[str, Answer]) -> None:
 def described(model: str, M: int, checkpointing: bool, answers: dict[str, Answer]) -> dict:
     """A row of the table."""
     ours, rival = (_Step(answers.get(name, {}), M) for name in (OURS, RIVAL))
-    both = ours.took is not None and rival.took is not None
     return {
         "model": model,
         "tokens": M,
         "checkpointing": checkpointing,
         "ours, s": ours.took and ours.took.spread(1),
         f"{RIVAL}, s": rival.took and rival.took.spread(1),
-        "time, ours / rival": ours.took.over(rival.took) if both else None,
+        "time, ours / rival": ours.took.over(rival.took) if ours.took and rival.took else None,
         "ours, tokens/s": ours.rate,
         f"{RIVAL}, tokens/s": rival.rate,
         "our peak, MB": ours.peak and ours.peak / MB,
@@ -182,7 +186,7 @@ def step_targets(rows: Iterable[dict], settings: Settings) -> list[tuple[str, bo
 # ---- in a process of its own ----
 
 
-def contender(name: str, shape: str, layers: int | None, device: str) -> Iterator[Answer]:
+def contender(name: str, shape: str, layers: int | None, device: str) -> Generator[Answer, dict[str, Any], None]:
     """Builds the model, then measures what it is asked for."""
     start = time.perf_counter()
     model = random_model.adapted(name, shape, device, layers)
@@ -248,10 +252,12 @@ def measured(model: Any, device: str, tokens: int, checkpointing: bool, steps: i
 
 def busy_in(step: Any, device: str) -> float | None:
     """The seconds in which the card works during one more step; None where no trace of a card can be had."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch import profiler
 
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
+    on_card = profiler.ProfilerActivity.CUDA
+    if device != "cuda" or on_card not in profiler.supported_activities():
+        return None
+    with profiler.profile(activities=[on_card]) as profiled:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -6,7 +6,7 @@ The case runs only if it is named: it rewrites python/nf4lora/ops/kernels/heuris
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations_with_replacement
@@ -106,10 +106,10 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
     device = settings.device
     weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
     qweight, scales = ops.nf4_quantize(weight)
-    packed = (qweight, *ops.absmax_quantize(scales))
+    packed: Packed = (qweight, *ops.absmax_quantize(scales))
     W = ops.nf4_dequantize(qweight, ops.absmax_dequantize(*packed[1:]), dtype=weight.dtype)
     nbytes = sum(tensor.nbytes for tensor in packed)
-    turn = rotation(lambda _: tuple(tensor.clone() for tensor in packed), nbytes, device)
+    turn: Iterator[Any] = rotation(lambda _: tuple(tensor.clone() for tensor in packed), nbytes, device)
     A, B = (torch.randn(size, device=device).mul_(0.02) for size in ((RANK, shape.K), (shape.N, RANK)))
     adapter: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": ALPHA / RANK}
 
@@ -136,12 +136,12 @@ def times_of(shape: Shape, tokens: Sequence[int], settings: Settings) -> list[Ti
             for name in NAMES:
                 medians[name], movement = _medians(turns, CLOCKS[device][name], settings)
                 moved.append(movement)
-            by_clock = (medians[name] for name in (IN_A_ROW, SATURATED, ALONE))
-            times.append(Time(direction, shape.N, shape.K, M, *by_clock, moved=max(moved)))
+            in_a_row, saturated, alone = (medians[name] for name in (IN_A_ROW, SATURATED, ALONE))
+            times.append(Time(direction, shape.N, shape.K, M, in_a_row, saturated, alone, max(moved)))
     return times
 
 
-def _medians(turns: dict[str, Callable], clock: Clock, settings: Settings) -> tuple[dict[str, float], float]:
+def _medians(turns: Mapping[str, Callable], clock: Clock, settings: Settings) -> tuple[dict[str, float], float]:
     """Seconds by kernel, and by how much the host moved meanwhile."""
     seconds, most = (0.05, 5) if settings.quick else (0.1, 30)
 
