@@ -24,7 +24,9 @@ class Slice(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("qweight", "absmax", "absmax_q", "nested", "weight")),
-        *((name, ctypes.c_int64) for name in ("N", "K", "n0", "rows", "k0", "columns", "blocksize")),
+        *((name, ctypes.c_int64) for name in ("N", "K", "n0", "rows", "k0", "columns", "blocksize", "stride")),
+        *[("factor", ctypes.c_void_p), ("dtype_of_factor", ctypes.c_int), ("factor_is_below", ctypes.c_bool)],
+        *[("scaling", ctypes.c_float), ("R", ctypes.c_int64)],
     ]
 
 
@@ -73,6 +75,51 @@ class Unpacker:
         got = self.slice(W, dtype, *rectangle, offsets=offsets)
         assert not isinstance(got, str), got
         assert (got.flatten() == bits(expected(W, dtype, *rectangle))).all()
+
+    def extended(self, W, dtype, n0, rows, k0, columns, factor, below, scaling, gap=0, offsets=(0, 0)):
+        """Checks a slice with a factor around it, and that nothing else of the buffer is written.
+
+        Rows lie `gap` values further apart than they are long; `offsets` in bytes put output and factor off alignment.
+        """
+        qweight, absmax, nested, blocksize = W
+        N, K, (R, P) = qweight.shape[0], 2 * qweight.shape[1], ranks(factor, below)
+        height, width = (rows + P, columns) if below else (rows, columns + P)
+        out = torch.full((height + 2, width + gap), 7.0, dtype=dtype)
+        there = self.device.upload(bits(out), offsets[0])
+        scales = self.device.upload(bits(absmax))
+        stride = width + gap
+        said = self.launch(
+            dtype=DTYPES.index(dtype), qweight=self.device.upload(bits(qweight)),
+            absmax=scales if nested is None else None, absmax_q=None if nested is None else scales,
+            nested=None if nested is None else self.device.upload(bits(nested)),
+            weight=ctypes.c_void_p(there.address + dtype.itemsize * stride),
+            N=N, K=K, n0=n0, rows=rows, k0=k0, columns=columns, blocksize=blocksize, stride=stride,
+            factor=self.device.upload(bits(factor), offsets[1]), dtype_of_factor=DTYPES.index(factor.dtype),
+            factor_is_below=below, scaling=scaling, R=R,
+        )  # fmt: skip
+        if said is not None:
+            return said
+        body = out[1 : height + 1, :width]
+        body[:rows, :columns] = expected(W, dtype, n0, rows, k0, columns)
+        scaled = (factor.to(dtype).float() * scaling).to(dtype)
+        if below:
+            body[rows:] = 0
+            body[rows : rows + R] = scaled[:, k0 : k0 + columns]
+        else:
+            body[:, columns:] = 0
+            body[:, columns : columns + R] = scaled[n0 : n0 + rows]
+        assert (there.numpy() == bits(out)).all()
+
+
+def ranks(factor, below):
+    R = factor.shape[0 if below else 1]
+    return R, -(-R // 8) * 8
+
+
+def factor_of(W, R, below, dtype=torch.float32):
+    N, K = W[0].shape[0], 2 * W[0].shape[1]
+    draw = torch.Generator().manual_seed(R)
+    return torch.randn(*((R, K) if below else (N, R)), generator=draw).to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +172,73 @@ def test_neighbours_of_the_part_are_not_touched(one):
     rows = out.numpy().reshape(8, 64)
     assert (rows[[0, 7]] == 7.0).all()
     assert (rows[1:7] == expected(W, torch.float32, 0, 6, 64, 64).numpy()).all()
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_factor_surrounds_the_slice(architecture, below):
+    unpacker, W = Unpacker(architecture), packed(41, 576)
+    for dtype in DTYPES:
+        unpacker.extended(W, dtype, 3, 37, 96, 416, factor_of(W, 16, below), below, 2.0)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("R", [1, 5, 8, 17, 64])
+def test_any_rank_is_filled_up_with_zeros(one, R, below):
+    W = packed(9, 320, 32)
+    for dtype, of_factor in zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True):
+        one.extended(W, dtype, 1, 7, 32, 96, factor_of(W, R, below, of_factor), below, 0.3)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_lie_apart_and_nothing_between_them_is_written(one, dtype, below):
+    W = packed(9, 128)
+    for gap in (8, 3):  # the second leaves the alignment of 16 bytes
+        one.extended(W, dtype, 1, 7, 32, 96, factor_of(W, 12, below), below, 0.5, gap)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_unaligned_factor_or_output_takes_the_slow_path_to_the_same_bits(one, dtype, below):
+    W = packed(9, 128)
+    one.extended(W, dtype, 1, 7, 32, 96, factor_of(W, 16, below, torch.float16), below, 0.5, 0, (dtype.itemsize, 0))
+    one.extended(W, dtype, 1, 7, 32, 96, factor_of(W, 16, below, torch.float16), below, 0.5, 0, (0, 2))
+
+
+def test_a_factor_is_rounded_before_it_is_scaled(one):
+    """Between both roundings lies a difference: 1 + 2^-8 is 1 in bfloat16, and thrice that is 3; else 3 + 2^-6."""
+    W = packed(1, 32, 32)
+    one.extended(W, torch.bfloat16, 0, 1, 0, 32, torch.full((1, 8), 1 + 2**-8), False, 3.0)
+    assert (torch.tensor(3 * (1 + 2**-8)).bfloat16() != 3.0).item()
+
+
+def test_a_slice_with_its_factor_is_one_launch(one):
+    W = packed(6, 128)
+    one.launchers.launches.clear()
+    one.extended(W, torch.bfloat16, 0, 6, 0, 128, factor_of(W, 16, False), False, 2.0)
+    assert len(one.launchers.launches) == 1
+
+
+def test_rows_that_would_overlap_are_refused(one):
+    W = packed(8, 128)
+    one.launchers.launches.clear()
+    for below, gap in ((False, -1), (True, -1)):
+        said = one.extended(W, torch.bfloat16, 0, 8, 0, 128, factor_of(W, 16, below), below, 2.0, gap)
+        assert said == "rows that overlap"
+    assert one.launchers.launches == []
+
+
+def test_a_factor_one_value_short_is_noticed(one):
+    W = packed(4, 128)
+    for below in (False, True):
+        short = one.device.upload(bits(factor_of(W, 16, below))[:-1])
+        with pytest.raises(PtxError, match="out of bounds"):
+            one.launch(
+                dtype=1, qweight=one.device.upload(bits(W[0])), absmax_q=one.device.upload(bits(W[1])),
+                nested=one.device.upload(bits(W[2])), weight=one.device.empty(20 * 144, np.uint16), N=4, K=128, n0=0,
+                rows=4, k0=0, columns=128, blocksize=64, factor=short, factor_is_below=below, scaling=1.0, R=16,
+            )  # fmt: skip
 
 
 def test_what_is_no_part_of_W_is_refused(one):

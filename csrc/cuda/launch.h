@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../adamw.h"
+#include "../ceil_div.h"
 #include "../dtype.h"
 
 namespace nf4lora::cuda {
@@ -33,6 +34,8 @@ Error absmax_dequantize(const uint8_t* absmax_q, const float* nested, float* abs
 
 // 16-bit values that are copied at a time, as 16 bytes: rows which the kernels for tensor cores copy are a multiple of it.
 inline constexpr int kChunk = 8;
+// Columns that a low-rank factor takes where it lengthens rows of W, of x or of dy: zeros fill them up.
+constexpr int64_t padded_rank(int64_t R) { return round_up(R, kChunk); }
 
 // W as it is stored.
 struct Packed {
@@ -113,14 +116,23 @@ int64_t lora_gemm_partials(const LoraGemm& gemm);
 // backwards an N that is no multiple of 8.
 Error lora_gemm(const LoraGemm& gemm, void* stream);
 
-// A rectangle of W: rows [n0, n0 + rows) and columns [k0, k0 + columns). Everything is on the device, contiguous.
+// A rectangle of W: rows [n0, n0 + rows) and columns [k0, k0 + columns). Where there is a factor, P = padded_rank(R)
+// columns more on its right hold round(round(lora_B[n0 + r, j]) * scaling), or P rows more below it that of
+// lora_A[j, k0 + c], rounded to dtype, zero from R on. Everything is on the device, contiguous.
 struct Slice {
   Dtype dtype;  // of weight
   Packed W;
-  void* weight;  // [rows, columns]
+  void* weight;  // [rows, columns + P], or [rows + P, columns]
   int64_t N, K, n0, rows, k0, columns, blocksize;
+  int64_t stride = 0;            // values from one row of weight to the next; 0: as many as it has columns
+  const void* factor = nullptr;  // lora_B [N, R], below lora_A [R, K], of its own dtype; null for none
+  Dtype dtype_of_factor = Dtype::f32;
+  bool factor_is_below = false;
+  float scaling = 1.0f;
+  int64_t R = 0;
 };
-// Refuses, before it launches anything, k0 or columns off a multiple of 32, and what lies outside W.
+// Refuses, before it launches anything, k0 or columns off a multiple of 32, what lies outside W, and a stride that is
+// shorter than a row.
 Error lora_slice(const Slice& slice, void* stream);
 
 // One tensor of adamw_step_, or a part of one that begins at a multiple of kMomentBlocksize values.

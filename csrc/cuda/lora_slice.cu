@@ -1,12 +1,15 @@
 // A rectangle of W in 16 bits (or in float32), for lora_linear a slice at a time: torch multiplies what this unpacks.
 //
 // The bits are those of nf4_dequantize. It differs in what surrounds them: a rectangle of any tensor of codes, scales
-// still double-quantised, so that one launch of a small kernel makes a slice.
+// still double-quantised, rows as far apart as the caller likes, so that one launch of a small kernel makes a slice. The
+// same launch may put a factor of LoRA beside the slice or below it: where the rows of x go on with those of S, one
+// product [x | S] [W | s B]^T holds the low-rank term too, and backwards [dy | T] [W over s A] does.
 #include <bit>
 
 #include "../ceil_div.h"
 #include "codes.cuh"
 #include "dtype.cuh"
+#include "factor.cuh"
 #include "launch.h"
 #include "scales.cuh"
 #include "vector.cuh"
@@ -26,9 +29,50 @@ constexpr int kPerStore = 16 / sizeof(T);
 template <typename T>
 constexpr int kTileColumns = kPerStore<T> * kWarp;
 
-// Formula   weight[r, c] = round_to_T(code[q] * absmax) at row n0 + r and column k0 + c of W
+// The factor of LoRA that surrounds a slice.
+struct Surrounding {
+  const void* factor;  // lora_B [N, R], or below lora_A [R, K]
+  Dtype dtype;
+  bool is_below, aligned;
+  float scaling;
+  int64_t R;
+
+  int64_t padded() const { return factor ? padded_rank(R) : 0; }
+};
+
+// 16 bytes of round_to_T(round_to_T(factor) * scaling), from value `at` of the factor on; zeros from `exist` on.
+template <typename T>
+__device__ __forceinline__ Vector<T, kPerStore<T>> scaled(const Surrounding& s, int64_t at, int64_t exist) {
+  Vector<T, kPerStore<T>> values;
+  const bool all = exist >= kPerStore<T>;
+  with_dtype(s.dtype, [&]<typename F>(std::type_identity<F>) {
+    const F* const from = static_cast<const F*>(s.factor) + at;
+    constexpr int kAtOnce = 4;  // so that no load is wider than 16 bytes
+#pragma unroll
+    for (int i = 0; i < kPerStore<T>; i += kAtOnce) {
+      Vector<F, kAtOnce> part{};
+      if (all && s.aligned) {
+        part = load<kAtOnce>(from + i, true);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (i + j < exist) part.value[j] = from[i + j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j += 2) {
+        round_pair(__fmul_rn(rounded<T>(to_float(part.value[j])), s.scaling),
+                   __fmul_rn(rounded<T>(to_float(part.value[j + 1])), s.scaling), &values.value[i + j]);
+      }
+    }
+  });
+  return values;
+}
+
+// Formula   weight[r, c] = round_to_T(code[q] * absmax) at row n0 + r and column k0 + c of W; P columns more hold
+//           round_to_T(scaling * lora_B[n0 + r, j]), or P rows more that of lora_A[j, k0 + c], zero from R on
 // Threads   a lane per 16 bytes of a row, 4 rows each, 8 apart; blocks go along the rows, so that those which run
-//           together read codes which lie together
+//           together read codes which lie together; after them blocks with a thread per 16 bytes of the factor
 // Assumes   K a multiple of blocksize, k0 and columns multiples of 32: 16 bytes of weights share an absmax
 // Bound     writing the weights, which L2 takes where the slice fits; else reading the codes
 template <typename T>
@@ -37,10 +81,21 @@ __global__ void __launch_bounds__(kThreads)
                       const float* __restrict__ absmax,      // [N, K/blocksize] or null, then
                       const uint8_t* __restrict__ absmax_q,  // [N, K/blocksize]
                       const float* __restrict__ nested,      // [ceil(N * K / blocksize / 256) + 1], the offset last
-                      T* __restrict__ weight,                // [rows, columns]
+                      T* __restrict__ weight,                // [rows, columns], and what surrounds them
                       int64_t count,                         // N * K / blocksize
-                      int64_t K, int64_t n0, int64_t rows, int64_t k0, int64_t columns, int log2_blocksize,
-                      unsigned tiles_per_row, bool aligned) {
+                      int64_t K, int64_t n0, int64_t rows, int64_t k0, int64_t columns, int64_t stride,
+                      int log2_blocksize, unsigned tiles_per_row, unsigned tiles, bool aligned,
+                      const __grid_constant__ Surrounding around, int64_t chunks_per_row, int64_t chunks) {
+  if (blockIdx.x >= tiles) {
+    const int64_t chunk = static_cast<int64_t>(blockIdx.x - tiles) * kThreads + threadIdx.x;
+    if (chunk >= chunks) return;
+    const int64_t row = chunk / chunks_per_row, first = chunk % chunks_per_row * kPerStore<T>;
+    const int64_t exist = around.is_below ? (row < around.R ? columns - first : 0) : around.R - first;
+    const int64_t at = around.is_below ? row * K + k0 + first : (n0 + row) * around.R + first;
+    T* const to = weight + (around.is_below ? (rows + row) * stride : row * stride + columns) + first;
+    store(to, scaled<T>(around, at, exist), aligned);
+    return;
+  }
   __shared__ float code[16];  // sixteen banks: lanes never collide
   __shared__ float map[256];
   if (threadIdx.x < 16) code[threadIdx.x] = kDeviceCode.value[threadIdx.x];
@@ -73,19 +128,32 @@ __global__ void __launch_bounds__(kThreads)
       round_pair(__fmul_rn(code[first_code(pair)], scale[i]), __fmul_rn(code[second_code(pair)], scale[i]),
                  &decoded.value[j]);
     }
-    store(weight + row * columns + column, decoded, aligned);
+    store(weight + row * stride + column, decoded, aligned);
   }
+}
+
+int64_t stride_of(const Slice& slice) {
+  if (slice.stride) return slice.stride;
+  return slice.columns + (slice.factor && !slice.factor_is_below ? padded_rank(slice.R) : 0);
 }
 
 template <typename T>
 void unpack(const Slice& slice, cudaStream_t stream) {
+  constexpr int kPer = kPerStore<T>;
   const int64_t tiles_per_row = ceil_div(slice.columns, kTileColumns<T>);
-  const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row;
-  lora_slice_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
+  const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row, stride = stride_of(slice);
+  Surrounding around{slice.factor, slice.dtype_of_factor, slice.factor_is_below, false, slice.scaling, slice.R};
+  around.aligned = is_aligned(slice.factor) && (around.is_below || slice.R % kPer == 0);
+  const int64_t chunks_per_row = (around.is_below ? slice.columns : around.padded()) / kPer;
+  const int64_t chunks = (around.is_below ? around.padded() : slice.rows) * chunks_per_row;
+  const int64_t blocks = tiles + ceil_div(chunks, kThreads);
+  if (blocks == 0) return;  // a grid of zero blocks is an error
+  lora_slice_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       slice.W.qweight, slice.W.absmax, slice.W.absmax_q, slice.W.nested, static_cast<T*>(slice.weight),
-      slice.N * (slice.K / slice.blocksize), slice.K, slice.n0, slice.rows, slice.k0, slice.columns,
+      slice.N * (slice.K / slice.blocksize), slice.K, slice.n0, slice.rows, slice.k0, slice.columns, stride,
       std::countr_zero(static_cast<uint64_t>(slice.blocksize)), static_cast<unsigned>(tiles_per_row),
-      is_aligned(slice.W.qweight) && is_aligned(slice.weight));
+      static_cast<unsigned>(tiles), is_aligned(slice.W.qweight) && is_aligned(slice.weight) && stride % kPer == 0,
+      around, chunks_per_row, chunks);
 }
 
 }  // namespace
@@ -94,7 +162,9 @@ Error lora_slice(const Slice& slice, void* stream) {
   if (slice.k0 % kUnit != 0 || slice.columns % kUnit != 0) return "columns off a multiple of 32";
   if (slice.n0 < 0 || slice.rows < 0 || slice.rows > slice.N - slice.n0) return "rows outside W";
   if (slice.k0 < 0 || slice.columns < 0 || slice.columns > slice.K - slice.k0) return "columns outside W";
-  if (slice.rows == 0 || slice.columns == 0) return nullptr;  // a grid of zero blocks is an error
+  if (slice.factor && slice.R < 0) return "a negative rank";
+  const bool beside = slice.factor && !slice.factor_is_below;
+  if (stride_of(slice) < slice.columns + (beside ? padded_rank(slice.R) : 0)) return "rows that overlap";
   with_dtype(slice.dtype,
              [&]<typename T>(std::type_identity<T>) { unpack<T>(slice, static_cast<cudaStream_t>(stream)); });
   return launched();
