@@ -1,102 +1,29 @@
 """The tall and skinny products of LoRA on CUDA, executed without a GPU and held against float64."""
 
 import ctypes
-from pathlib import Path
+import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from nf4lora.ops import reference
 from nf4lora.ops.kernels import unfused
 
 from support.bits import assert_same_bits
-from support.ptx import ARCHITECTURES, Device, Launchers, compile_ptx, find_nvcc
+from support.ptx import ARCHITECTURES, PtxError, find_nvcc
 from support.ptx.grid import Launch
+from support.ptx.tall_skinny import DTYPES, H200, SOURCES, Products, TallSkinny, threshold
 from support.ptx.tensors import bits
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
-
-SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "lora_grad.cu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Half a unit in the last place of a value just above a power of two; of float32 what its sums add.
-HALF_ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-class TallSkinny(ctypes.Structure):
-    """As in csrc/cuda/launch.h."""
-
-    _fields_ = [
-        *[("dtype", ctypes.c_int), ("Z", ctypes.c_void_p), ("F", ctypes.c_void_p), ("dtype_of_F", ctypes.c_int)],
-        *[("F_is_transposed", ctypes.c_bool), ("L", ctypes.c_void_p), ("seed", ctypes.c_void_p)],
-        *[("threshold", ctypes.c_uint32), ("inner_scale", ctypes.c_float), ("outer_scale", ctypes.c_float)],
-        *[("P", ctypes.c_void_p), ("G", ctypes.c_void_p), ("dtype_of_G", ctypes.c_int)],
-        *[("G_is_transposed", ctypes.c_bool), ("workspace", ctypes.c_void_p)],
-        *((name, ctypes.c_int64) for name in ("M", "D", "R", "most_inner")),
-    ]
-
-
-class Grad:
-    def __init__(self, architecture=ARCHITECTURES[0], late_copies=True):
-        self.device = Device(compile_ptx(SOURCE, architecture))
-        self.device.late_copies = late_copies
-        self.launchers = Launchers(self.device)
-
-    def run(
-        self,
-        M,
-        D,
-        R,
-        dtype=torch.bfloat16,
-        which="both",
-        dropout=0.0,
-        F=(0, False),
-        G=(0, False),
-        offset=0,
-        most_inner=64 << 20,
-    ):
-        """Checks a product against float64 and returns what was written."""
-        draw = torch.Generator().manual_seed(M + D + R)
-        Z, L = (torch.randn(M, columns, generator=draw).to(dtype) for columns in (D, R))
-        factor = (torch.randn(D, R, generator=draw) / max(D, 1) ** 0.5).to(DTYPES[F[0]])
-        seed = torch.tensor([-(2**40) - 12345])
-        inner, outer = which != "outer", which != "inner"
-        upload = lambda tensor, off=0: self.device.upload(bits(tensor), off).address  # noqa: E731
-        as_numpy = [np.float32, np.uint16, np.uint16]
-        P = self.device.empty(M * R, np.uint16)
-        g = self.device.empty(D * R, as_numpy[G[0]])
-        arguments = TallSkinny(
-            dtype=DTYPES.index(dtype), Z=upload(Z, offset), F=upload(factor.T if F[1] else factor), dtype_of_F=F[0],
-            F_is_transposed=F[1], L=upload(L), seed=upload(seed) if dropout else None,
-            threshold=int(dropout * 2**32 + 0.5), inner_scale=1.25, outer_scale=0.5, P=P.address if inner else None,
-            G=g.address if outer else None, dtype_of_G=G[0], G_is_transposed=G[1],
-            M=M, D=D, R=R, most_inner=most_inner,
-        )  # fmt: skip
-        floats = self.launchers.tall_skinny_workspace(ctypes.pointer(arguments), result=ctypes.c_int64)
-        arguments.workspace = self.device.empty(floats, np.float32).address
-        said = self.launchers.tall_skinny(ctypes.pointer(arguments), None)
-        if said:
-            return said
-        z = Z.double() * (reference.dropout_mask(M, D, dropout, seed) if dropout else 1)
-        out = []
-        # float32 sums in some order, 2^-18 of values of a few dozen at most, then one rounding.
-        if inner:
-            out.append(torch.from_numpy(P.numpy()).view(dtype).reshape(M, R))
-            expected = 1.25 * (z @ factor.to(dtype).double())
-            torch.testing.assert_close(out[-1].double(), expected, rtol=HALF_ULP[dtype], atol=1e-5)
-        if outer:
-            out.append(torch.from_numpy(g.numpy()).view(DTYPES[G[0]]).reshape((R, D) if G[1] else (D, R)))
-            expected = 0.5 * (z.T @ L.double())
-            expected = expected.T if G[1] else expected
-            torch.testing.assert_close(out[-1].double(), expected, rtol=HALF_ULP[DTYPES[G[0]]], atol=1e-4)
-        return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late_copies", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_float64_on_every_architecture(architecture, late_copies):
-    Grad(architecture, late_copies).run(85, 72, 3, dropout=0.3)
+    Products(architecture, late_copies).run(85, 72, 3, dropout=0.3)
 
 
 @pytest.mark.parametrize(
@@ -110,42 +37,39 @@ def test_equals_float64_on_every_architecture(architecture, late_copies):
     ids=str,
 )
 def test_any_shape_layout_and_dtype(case):
-    Grad().run(**case)
+    Products().run(**case)
 
 
 @pytest.mark.parametrize("which", ["inner", "outer", "both"])
 @pytest.mark.parametrize("R", [9, 72])  # two tiles of eight, a rest; four of them thrice, a rest
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_instantiation(dtype, R, which):
-    Grad().run(37, 264, R, dtype, which, dropout=0.2)
+    Products().run(37, 264, R, dtype, which, dropout=0.2)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("card", [0, H200])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_repeats_bit_for_bit_alone_and_together(dropout):
-    shape = (300, 264, 5)  # two parts of either product
-    P, G = Grad().run(*shape, dropout=dropout)
-    again = Grad().run(*shape, dropout=dropout)
-    (alone_P,), (alone_G,) = (Grad().run(*shape, which=which, dropout=dropout) for which in ("inner", "outer"))
-    assert_same_bits(P, again[0])
-    assert_same_bits(G, again[1])
-    assert_same_bits(P, alone_P)
-    assert_same_bits(G, alone_G)
+def test_repeats_bit_for_bit(dropout, card):
+    shape = (300, 776, 5)  # two parts of either product, or many
+    once, again = (Products(card=card).run(*shape, dropout=dropout) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_without_rows_the_gradient_is_zero():
-    assert not Grad().run(0, 72, 3)[1].any()
+    assert not Products().run(0, 72, 3)[1].any()
 
 
 def test_without_columns_the_product_is_zero():
-    grad = Grad()
+    grad = Products()
     assert not grad.run(3, 0, 3)[0].any()
     assert len(grad.launchers.launches) == 1  # the sum of no parts; no grid of zero blocks, which is an error
 
 
 @pytest.mark.parametrize(("shape", "which"), [((3, 72, 0), "both"), ((0, 72, 3), "inner"), ((3, 0, 3), "outer")])
 def test_nothing_is_launched_for_nothing(shape, which):
-    grad = Grad()
+    grad = Products()
     assert all(product.numel() == 0 for product in grad.run(*shape, which=which))
     assert grad.launchers.launches == []
 
@@ -156,70 +80,186 @@ def test_nothing_is_launched_for_nothing(shape, which):
         (dict(dtype=torch.float32), "float32, which the kernel for tall and skinny products does not take"),
         (dict(D=36), "a number of columns that is no multiple of 8"),
         (dict(offset=2), "Z off a multiple of 16 bytes"),
+        (dict(which="outer", copy=5), "a copy or an expansion of no product"),
+        (dict(which="outer", expansion=dict(columns=32)), "a copy or an expansion of no product"),
+        (dict(R=0, copy=8), "a copy or an expansion of no product"),
+        (dict(copy=5, expansion=dict(columns=32)), "a copy and an expansion at a time"),
+        (dict(copy=-1), "rows of copy that are too short, or no multiple of 8"),
+        (dict(copy=0), "rows of copy that are too short, or no multiple of 8"),
+        (dict(expansion=dict(columns=36, dropout=0.5)), "dropout of a number of columns that is no multiple of 8"),
     ],
 )
 def test_what_it_cannot_take_is_refused_before_a_launch(case, why):
-    grad = Grad()
+    grad = Products()
     assert grad.run(**(dict(M=3, D=72, R=3) | case)) == why
     assert grad.launchers.launches == []
 
 
+def work_space(M, D, R, which="both", card=H200, most_inner=64 << 20):
+    """Bytes."""
+    P, G = (16 if which != other else None for other in ("outer", "inner"))
+    products = TallSkinny(dtype=1, P=P, G=G, M=M, D=D, R=R, most_inner=most_inner)
+    launchers = Products(card=card).launchers
+    return 4 * launchers.tall_skinny_workspace(ctypes.pointer(products), result=ctypes.c_int64)
+
+
+@pytest.mark.parametrize("card", [0, H200])
 @pytest.mark.parametrize("R", [16, 64, 256])
 @pytest.mark.parametrize("D", [576, 4096, 14336])
-def test_work_space_is_small_for_any_number_of_rows(D, R):
-    launchers = Grad().launchers
-    for M in (1, 2048, 32768, 2**20, 2**24):
-        products = TallSkinny(dtype=1, P=16, G=16, M=M, D=D, R=R, most_inner=64 << 20)
-        space = 4 * launchers.tall_skinny_workspace(ctypes.pointer(products), result=ctypes.c_int64)
-        strip = 4 * -(-D // 256) * R * max(256, -(-M // 512) * 16)
-        assert space <= max(64 << 20, strip) + 32 * 4 * D * R
+def test_work_space_is_small_for_any_number_of_rows(D, R, card):
+    multiprocessors = 132 if card else 2
+    for M in (1, 64, 2048, 32768, 2**20, 2**24):
+        of_P = max(64 << 20, 4 * -(-D // 256) * R * 256)
+        assert work_space(M, D, R, "inner", card) <= of_P
+        of_G = 4 * D * R + 2 * multiprocessors * 4 * 512 * 32
+        assert work_space(M, D, R, "outer", card) <= of_G
+        assert work_space(M, D, R, "both", card) <= of_P + of_G
+
+
+@pytest.mark.parametrize("which", ["inner", "outer", "both"])
+@pytest.mark.parametrize("R", [16, 64])
+def test_about_two_blocks_a_multiprocessor(R, which):
+    """So that the sums of their parts are few: of G one for each row of blocks, of P one for each column."""
+    for M, D in itertools.product((512, 2048, 4096, 32768), (2048, 4096, 14336)):
+        products = Products(card=H200)
+        launches = products.record()
+        P, G = (16 if which != other else None for other in ("outer", "inner"))
+        arguments = TallSkinny(dtype=1, Z=16, P=P, G=G, M=M, D=D, R=R, most_inner=1 << 40)
+        assert products.launchers.tall_skinny(ctypes.pointer(arguments), None) is None
+        x, y, _ = launches[0].grid
+        assert 132 / 2 < x * y <= max(2 * 132, x)
 
 
 @pytest.mark.parametrize("which", ["inner", "both"])
 def test_little_work_space_takes_several_launches(which):
     M, D, R = 3 * 256 + 40, 264, 5
-    at_once, in_turn = Grad(), Grad()
-    whole = at_once.run(M, D, R, which=which, dropout=0.2)
-    parts = in_turn.run(M, D, R, which=which, dropout=0.2, most_inner=4 * 2 * R * 600)  # two strips of 256 rows
-    assert (len(at_once.launchers.launches), len(in_turn.launchers.launches)) == (2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    at_once, in_turn = Products(card=H200), Products(card=H200)
+    once = at_once.run(M, D, R, which=which, dropout=0.2)
+    parts = in_turn.run(M, D, R, which=which, dropout=0.2, most_inner=4 * 2 * R * 300)
+    assert (len(at_once.launchers.launches), len(in_turn.launchers.launches)) == (2, 6)
+    assert torch.equal(once[0], parts[0])
+    assert work_space(M, D, R, which, most_inner=4 * 2 * R * 300) < work_space(M, D, R, which) / 2
+
+
+@pytest.mark.parametrize(("which", "widths"), [("inner", "124"), ("outer", "1"), ("both", "12")])
+@pytest.mark.parametrize("R", [5, 17, 64])
+def test_blocks_of_every_width(R, which, widths):
+    """Wide ones are taken where Z is wide for the card: the work of its multiprocessors stays even."""
+    taken = set()
+    for M, D, card in ((131, 264, H200), (131, 264, 0), (37, 2056 if R == 64 else 3080, 0), (131, 5128, 0)):
+        products = Products(card=card)
+        products.run(M, D, R, which=which, dropout=0.25)
+        taken.add(re.search(r"tall_skinny_kernelI\w+?Li[24]ELi(\d)E", products.launchers.launches[0])[1])
+    assert taken == set(widths)
 
 
 @pytest.mark.slow
-def test_strips_grow_with_the_rows():
-    grad = Grad()
-    grad.run(32 * 256 + 40, 8, 3, dropout=0.2)  # strips of 272 rows, of which the last has 72
-    assert len(grad.launchers.launches) == 2
+@pytest.mark.parametrize("R", [1, 2, 8, 16, 24, 33])
+def test_any_rank(R):
+    for card in (0, H200):
+        Products(card=card).run(45, 1096, R, dropout=0.25, copy=-R % 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_pass_leaves_a_copy_that_P_continues(architecture, late_copies):
+    Products(architecture, late_copies, H200).run(37, 584, 5, dropout=0.3, copy=3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("R", [1, 17, 40])  # of 40 two blocks make a part: one of them copies
+@pytest.mark.parametrize("which", ["inner", "both"])
+def test_the_copy_is_of_Z_before_dropout(which, R, dropout):
+    for card, most_inner in ((0, 64 << 20), (H200, 64 << 20), (H200, 1)):
+        Products(card=card).run(
+            261, 520, R, torch.float16, which, dropout, copy=-R % 8 + 8 * (R == 17), most_inner=most_inner
+        )
 
 
 def test_launch_error_is_reported():
-    grad = Grad()
+    grad = Products()
     grad.launchers.fail_next(1)
     assert grad.run(3, 72, 3) == "an error of the test"
 
 
-def test_indices_are_64_bit():
+def test_an_unaligned_copy_is_refused_before_a_launch():
+    products = Products()
+    arguments = TallSkinny(dtype=1, Z=16, P=16, M=3, D=72, R=3, copy=24, copy_stride=80)
+    assert products.launchers.tall_skinny(ctypes.pointer(arguments), None) == "copy off a multiple of 16 bytes"
+    assert products.launchers.launches == []
+
+
+class Pass(ctypes.Structure):
+    """As in csrc/cuda/lora_grad.cu."""
+
+    _fields_ = [
+        *[("inner", ctypes.c_void_p), ("outer", ctypes.c_void_p)],
+        *[
+            ("begin", ctypes.c_int64),
+            ("end", ctypes.c_int64),
+            ("strip", ctypes.c_int64),
+            ("rank_groups", ctypes.c_uint),
+        ],
+    ]
+
+
+@pytest.mark.parametrize("R", [13, 40])
+@pytest.mark.parametrize(("which", "groups"), [("inner", 1), ("inner", 2), ("inner", 4), ("both", 1), ("both", 2)])
+def test_indices_are_64_bit(which, groups, R):
     """The last block of 2^34 values of Z: the pointers are moved back, so that only the end of each tensor is there."""
-    device = Grad().device
-    rows, D, R, dropout = 37, 1032, 136, 0.3
-    M = 65534 * 256 + rows
+    products = Products()
+    device, columns, dropout, strip, rows = products.device, 256 * groups, 0.3, 256, 37
+    parts, D = 5, 4 * columns + 8
+    M, ranks = 65534 * strip + rows, 16 if R <= 16 else 32  # of a block
+    first, before, stride = (R - 1) // ranks * ranks, M - rows, D + -(-R // 8) * 8
     draw = torch.Generator().manual_seed(0)
     Z, L = (torch.randn(rows, columns, generator=draw).bfloat16() for columns in (D, R))
     F, seed = torch.randn(D, R, generator=draw), torch.tensor([-(2**40) - 12345])
     inner, outer = (device.upload(np.zeros((n, R), np.float32)) for n in (rows, D))
-    device.run(
-        kernel := device.kernel("tall_skinny", "bfloat16Li4ELb1ELb1E"),
-        device._pack(kernel, [
-            device.upload(bits(Z)).address - 2 * (M - rows) * D, device.upload(bits(F)),
-            device.upload(bits(L)).address - 2 * (M - rows) * R, device.upload(bits(seed)),
-            inner.address - 4 * (5 * M - rows) * R, outer.address - 4 * 65534 * D * R,
-            0, M, D, R, 256, 0, int(dropout * 2**32 + 0.5), 0, 0,
-        ]),
-        Launch((5, 65535, 5), (128, 1, 1), only_last=True),
+    copy = device.upload(np.zeros((rows, stride), np.uint16))
+    arguments = TallSkinny(
+        dtype=1, Z=products.upload(Z) - 2 * before * D, F=products.upload(F), L=products.upload(L) - 2 * before * R,
+        seed=products.upload(seed), threshold=threshold(dropout), inner_scale=1, outer_scale=1, P=16, G=16, M=M, D=D,
+        R=R, copy=copy.address - 2 * before * stride & 2**64 - 1, copy_stride=stride,
     )  # fmt: skip
-    z = (Z * unfused.mask(Z, slice(M - rows, M), dropout, seed))[:, 1024:].double()
+    rank_groups = first // ranks + 1
+    of_pass = Pass(
+        inner.address - 4 * (parts * M - rows) * R, outer.address - 4 * 65534 * D * R, 0, M, strip, rank_groups
+    )
+    kernel = device.kernel("tall_skinny", f"bfloat16Li{ranks // 8}ELi{groups}ELb1ELb{int(which == 'both')}E")
+    last = Launch((parts * rank_groups, 65535, 1), (128, 1, 1), 0, True)
+    device.run(kernel, bytes(arguments) + bytes(of_pass), last)
+    begin = 4 * columns
+    z = (Z * unfused.mask(Z, slice(before, M), dropout, seed))[:, begin:].double()
     expected_inner, expected_outer = torch.zeros(rows, R).double(), torch.zeros(D, R).double()
-    expected_inner[:, 128:] = z @ F[1024:, 128:].bfloat16().double()
-    expected_outer[1024:, 128:] = z.T @ L[:, 128:].double()
+    expected_inner[:, first:] = z @ F[begin:, first:].bfloat16().double()
+    if which == "both":
+        expected_outer[begin:, first:] = z.T @ L[:, first:].double()
     for got, expected in ((inner, expected_inner), (outer, expected_outer)):  # float32 sums of a few dozen values
         torch.testing.assert_close(torch.from_numpy(got.numpy()).double(), expected, rtol=2**-22, atol=1e-5)
+    expected_copy = np.zeros((rows, stride), np.uint16)
+    if rank_groups == 1:  # otherwise a block of the first ranks copies
+        expected_copy[:, begin:D] = bits(Z[:, begin:]).reshape(rows, -1)
+    assert (copy.numpy() == expected_copy).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "mistake", "why"),
+    [
+        ("      __syncwarp();  // the tile is whole", "      // the tile is whole", "race: a read of shared memory"),
+        ("      __syncthreads();  // one is enough", "      // one is enough", "race: a read of shared memory"),
+        ("wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();", "not close"),
+        ("if (m >= end || r >= R) continue;", "if (r >= R) continue;", "race|out of bounds"),
+    ],
+    ids=["no warp barrier", "no block barrier", "no wait", "no bound"],
+)
+def test_a_planted_mistake_is_noticed(tmp_path, text, mistake, why):
+    """The control of all of the above."""
+    source = SOURCES[0].read_text()
+    assert source.count(text) == 1
+    planted = tmp_path / SOURCES[0].name
+    planted.write_text(source.replace(text, mistake))
+    with pytest.raises((PtxError, AssertionError), match=why):
+        Products(sources=(planted, *SOURCES[1:])).run(37, 584, 5, dropout=0.3, copy=3)

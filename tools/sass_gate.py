@@ -26,6 +26,7 @@ ASYNCHRONOUS_TILES = {
     "LDGSTS": "tiles go to shared memory by asynchronous copies, past the registers",
 }
 DEMANDS: dict[str, dict[str, str]] = {  # kernel -> instruction -> why it must be there
+    "expand_parts_kernel": TENSOR_CORES | {"LDSM": ASYNCHRONOUS_TILES["LDSM"]},
     "lora_few_kernel": TENSOR_CORES | {"LDG.E.128": "operands are streamed 16 bytes at a time"},
     "lora_gemm_kernel": TENSOR_CORES | ASYNCHRONOUS_TILES | {"PRMT": "codes are looked up by byte permutation"},
     "tall_skinny_kernel": TENSOR_CORES | ASYNCHRONOUS_TILES,

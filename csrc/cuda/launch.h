@@ -66,8 +66,22 @@ struct FewRows {
 // Refuses, before it launches anything, float32, more rows, and x or qweight that do not begin at a multiple of 16 bytes.
 Error lora_few(const FewRows& few, void* stream);
 
+// out = bias + scale * drop(P E), from the low-rank product P [M, R] of TallSkinny: what the product with W is added to.
+struct Expansion {
+  void* out = nullptr;      // [M, columns], of the dtype of P; null for no expansion
+  const void* E = nullptr;  // [R, columns], of its own dtype
+  Dtype dtype_of_E = Dtype::f32;
+  bool E_is_transposed = false;    // E is [columns, R]
+  const float* bias = nullptr;     // [columns] or null
+  const uint64_t* seed = nullptr;  // [1], null without dropout: elements of out that it leaves out have bias alone
+  uint32_t threshold = 0;          // of dropout
+  float scale = 1.0f;
+  int64_t columns = 0;
+};
+
 // The tall and skinny products of LoRA in 16 bits, one pass over Z [M, D] for either or both, with Z under dropout:
-// P = inner_scale * Z F and G = outer_scale * Z^T L. Everything is on the device, contiguous.
+// P = inner_scale * Z F and G = outer_scale * Z^T L. The pass can also leave a copy of Z in longer rows, which P
+// continues, and P can be expanded at once. Everything is on the device, contiguous.
 struct TallSkinny {
   Dtype dtype;    // of Z, L and P
   const void* Z;  // x [M, K] or dy [M, N]
@@ -84,13 +98,18 @@ struct TallSkinny {
   bool G_is_transposed;  // G is [R, D]
   float* workspace;      // [tall_skinny_workspace()]
   int64_t M, D, R;
-  int64_t most_inner = int64_t{64} << 20;  // bytes of work space for P, where a strip of rows needs no more
+  int64_t most_inner = int64_t{64} << 20;  // bytes of work space for P, where 256 rows need no more
+  void* copy = nullptr;                    // [M, copy_stride]: Z before dropout, then P, then zeros; null for no copy
+  int64_t copy_stride = 0;                 // at least D + R, a multiple of 8
+  Expansion expansion = {};
 };
-// Floats of work space: sums of parts, which are added in order. For P at most most_inner bytes, or R / 4096 of Z where
-// that is more; for G 32 times its size in float32. So it stays small however many rows there are.
+// Floats of work space: sums of parts, which are added in order. For P at most most_inner bytes, or what 256 rows need;
+// for G its size in float32 and that of what all blocks of two rounds keep in registers, 512 columns and 32 ranks each. So
+// it stays small however many rows there are.
 int64_t tall_skinny_workspace(const TallSkinny& product);
-// Refuses, before it launches anything, float32, a D that is no multiple of 8, and Z that does not begin at a multiple of
-// 16 bytes.
+// Refuses, before it launches anything, float32, a D that is no multiple of 8, Z or copy that do not begin at a multiple
+// of 16 bytes, a copy or an expansion of no P, both at a time, a copy_stride that is too short or no multiple of 8, and
+// dropout of an out whose columns are no multiple of 8.
 Error tall_skinny(const TallSkinny& product, void* stream);
 
 // lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.

@@ -27,6 +27,7 @@ Launch launch_handler;
 Fill fill_handler;
 Fetch fetch_handler;
 int ptx_version;  // of the code that the interpreter runs
+int card;         // the current device
 
 bool is_legal(const dim3& grid, const dim3& block) {
   const bool counts = grid.x && grid.y && grid.z && block.x && block.y && block.z;
@@ -39,8 +40,9 @@ bool is_legal(const dim3& grid, const dim3& block) {
 
 extern "C" {
 
-void nf4lora_test_handlers(Launch launch, Fill fill, Fetch fetch, int version) {
+void nf4lora_test_handlers(Launch launch, Fill fill, Fetch fetch, int version, int current) {
   ptx_version = version;
+  card = current;
   launch_handler = launch;
   fill_handler = fill;
   fetch_handler = fetch;
@@ -112,13 +114,14 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = card;
   return cudaSuccess;
 }
-// A small device, so that blocks which stay have more than one turn.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute == cudaDevAttrMultiProcessorCount) return *value = 2, cudaSuccess;
-  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) return *value = 164 << 10, cudaSuccess;
+// Device 0 is small, so that blocks which stay have more than one turn; device 1 is as large as an H200.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (attribute == cudaDevAttrMultiProcessorCount) return *value = device == 0 ? 2 : 132, cudaSuccess;
+  const int shared = device == 0 ? 164 : 228;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) return *value = shared << 10, cudaSuccess;
   return last_error = cudaErrorInvalidValue;
 }
 // More than 48 KB of dynamic shared memory are asked for; 99 KB is what every architecture from sm_80 on has.

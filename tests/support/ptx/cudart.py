@@ -54,11 +54,11 @@ class Launchers:
     """`launchers.nf4_quantize(...)` calls that function of csrc/cuda/launch.h on the buffers of a device.
 
     A buffer becomes a device pointer, None a null pointer; it returns None or the error text, as the function does, or
-    what a function with another `result` returns.
+    what a function with another `result` returns. `card` is the device of cudart.cpp that they ask about its size.
     """
 
-    def __init__(self, device: Device):
-        self._device = device
+    def __init__(self, device: Device, card: int = 0):
+        self._device, self._card = device, card
         library, self._names = build()
         self._library = ctypes.CDLL(str(library))
         self._error: BaseException | None = None
@@ -72,7 +72,7 @@ class Launchers:
 
         def call(*arguments, result=ctypes.c_char_p):
             function.restype = result
-            self._library.nf4lora_test_handlers(*self._handlers, self._device.ptx_version)
+            self._library.nf4lora_test_handlers(*self._handlers, self._device.ptx_version, self._card)
             self._error = None
             said = function(*(_as_c(a) for a in arguments))
             if self._error is not None:
