@@ -154,6 +154,11 @@ struct Slice {
 // shorter than a row.
 Error lora_slice(const Slice& slice, void* stream);
 
+// to [count] = from [count], zero where dropout of these values leaves one out; `to` may be `from`. Nothing is scaled.
+// Refuses, before it launches anything, a count that is no multiple of 4.
+Error dropout(const void* from, void* to, Dtype dtype, const uint64_t* seed, uint32_t threshold, int64_t count,
+              void* stream);
+
 // One tensor of adamw_step_, or a part of one that begins at a multiple of kMomentBlocksize values.
 struct AdamWTensor {
   void* param;
