@@ -42,13 +42,13 @@ oldest:
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' 'bench/*.cpp' 'bench/*.h')
 	$(VENV)/bin/mypy
 
 format: $(VENV)/lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.cu' 'tests/*.cpp' 'bench/*.cpp' 'bench/*.h')
 
 # Registers, spills and shared memory of every CUDA kernel, against tools/ptxas_baseline.json, and the instructions of
 # its machine code: of the wheel, where a disassembler is there or can be installed; else nvcc compiles again.

@@ -75,3 +75,14 @@ def locked(name, shared=False):
     with (Path(__file__).parent / name).open() as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def card():
+    """Questions to a process that sees the card that computes nothing (bench/harness/card)."""
+    from bench.harness.card import Card, reason
+
+    if (why := reason()) is not None:
+        pytest.skip(why)
+    with Card() as questions:
+        yield questions
