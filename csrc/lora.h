@@ -2,8 +2,6 @@
 // the check and the kernels of every device take.
 #pragma once
 
-#include <string>
-
 #include "tensors.h"
 
 namespace nf4lora {
@@ -56,16 +54,5 @@ struct LoraLinearBackward {
     return compute({dy, x, S, {qweight, absmax, nested, blocksize}, {lora_A, lora_B, scaling, dropout, seed}, need_dx});
   }
 };
-
-// The schemas of both (ops.cpp).
-extern const char* const kLoraLinearSchema;
-extern const char* const kLoraLinearBackwardSchema;
-
-// A schema under another name, for an op that is no part of the catalogue and takes the same arguments; `results` in place
-// of its own.
-inline std::string renamed(const std::string& schema, const char* name, const char* results = nullptr) {
-  const std::string rest = schema.substr(schema.find('('));
-  return name + (results ? rest.substr(0, rest.find(" -> ")) + " -> " + results : rest);
-}
 
 }  // namespace nf4lora

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/paged_module.h"
 #include "format.h"
@@ -36,7 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BUILD_TORCH") = NF4LORA_BUILD_TORCH;
 
   m.attr("CUDA_FEW_ROWS") = cuda::kMostFewRows;
-  m.attr("CUDA_CHUNK") = cuda::kChunk;
+  cuda::bind_dispatch(m);
   cuda::bind_pager(m);
   m.def("cpu_instruction_set", [] { return std::string(loops().name); });
   m.def("cpu_instruction_sets", &instruction_sets);

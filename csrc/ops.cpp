@@ -1,20 +1,7 @@
 // Every op of the library: its name, its signature, what it computes. M tokens, N out features, K in features, R rank.
 #include <torch/csrc/stable/library.h>
 
-#include "lora.h"
-
 namespace nf4lora {
-
-// y = x W^T + bias + scaling * S B^T  [..., N];  S = dropout(x) A^T  [M, R]
-const char* const kLoraLinearSchema =
-    "lora_linear(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
-    "Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize) -> (Tensor y, Tensor S)";
-// dx = dy W + dropout'(scaling * T A), dA = scaling * T^T dropout(x), dB = scaling * dy^T S;  T = dy B. Without x there is
-// no dA, without S no dB: both then come back empty, as dx does without need_dx.
-const char* const kLoraLinearBackwardSchema =
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor qweight, Tensor absmax, Tensor? nested, "
-    "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
-    "(Tensor dx, Tensor dA, Tensor dB)";
 
 STABLE_TORCH_LIBRARY(nf4lora, m) {
   // weight [..., K] -> qweight uint8 [..., K/2], absmax float32 [..., K/blocksize]
@@ -28,8 +15,16 @@ STABLE_TORCH_LIBRARY(nf4lora, m) {
   // absmax = RN(RN(map[absmax_q] * nested) + offset)
   m.def("absmax_dequantize(Tensor absmax_q, Tensor nested) -> Tensor");
 
-  m.def(kLoraLinearSchema);
-  m.def(kLoraLinearBackwardSchema);
+  // y = x W^T + bias + scaling * S B^T  [..., N];  S = dropout(x) A^T  [M, R]. The arguments are those of lora.h.
+  m.def(
+      "lora_linear(Tensor x, Tensor qweight, Tensor absmax, Tensor? nested, Tensor? bias, Tensor? lora_A, "
+      "Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize) -> (Tensor y, Tensor S)");
+  // dx = dy W + dropout'(scaling * T A), dA = scaling * T^T dropout(x), dB = scaling * dy^T S;  T = dy B. Without x there
+  // is no dA, without S no dB: both then come back empty, as dx does without need_dx.
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor qweight, Tensor absmax, Tensor? nested, "
+      "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
+      "(Tensor dx, Tensor dA, Tensor dB)");
 
   // One step of AdamW on every tensor of the lists, in place (adamw.h has the arithmetic). exp_avgs and exp_avg_sqs are
   // float32, or uint8 with absmaxs float32 [ceil(n / 256), 2]. scale [1] multiplies every gradient; values whose gradient

@@ -1,12 +1,16 @@
 // What the ops of every device share about torch's tensors.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "dtype.h"
@@ -25,6 +29,40 @@ inline Dtype dtype_of(ScalarType dtype) {
 inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
+// What torch says of the last failure of a call in this thread; torch 2.13 and later have it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+[[noreturn]] inline void fail_empty(bool on_cpu, int64_t values) {
+  std::string text = (on_cpu ? "out of memory: nf4lora asked for " : "CUDA out of memory. nf4lora asked for ") +
+                     std::to_string(values) + " values";
+  if (torch_exception_get_what_without_backtrace) {
+    text.append("; torch says: ").append(torch_exception_get_what_without_backtrace());
+  }
+  throw std::runtime_error(text);
+}
+
+// A tensor of these sizes on the device of `like`, its values not set. (torch::stable::new_empty calls the dispatcher by
+// name, which takes a microsecond.)
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = count;
+    count *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type,
+                               device_index, &made) != 0) {
+    fail_empty(like.is_cpu(), count);
+  }
+  return Tensor(made);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 inline int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
 // The tensor itself where its memory is in order already, else a copy that is. (Asking the dispatcher costs a
@@ -46,7 +84,7 @@ inline int64_t rows_of(const Tensor& tensor) {
 
 // The shape of a tensor with its last dimension replaced.
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  std::vector<int64_t> shape = sizes_of(tensor);
   shape.back() = last;
   return shape;
 }

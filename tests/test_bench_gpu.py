@@ -435,7 +435,7 @@ def test_latency_is_judged_by_the_worst_layer(card):
 
 
 def test_overhead_is_measured_in_both_dtypes_and_of_the_layer():
-    of_op, of_layer = overhead.run(QUICK)
+    of_op, of_layer, _ = overhead.run(QUICK)
     assert [row["dtype"] for row in of_op.rows] == ["bf16"] * 3 + ["float32"] * 3
     assert [row["way"] for row in of_layer.rows] == ["NF4Linear, without LoRA", *layers.present()]
     for row in (*of_op.rows, *of_layer.rows):

@@ -44,16 +44,16 @@ def test_every_card_has_an_answer_for_every_shape(card, direction):
 def test_limits_are_where_they_were_derived(card, fused):
     if (card if card in CARDS else "*") not in {r.architecture for r in RULES if r.why.startswith("derived")}:
         pytest.skip("measured since")
-    for tokens, kernel in ((1, "few"), (16, "few"), (17, "fused"), (fused, "fused"), (fused + 1, "sliced")):
+    for tokens, kernel in ((1, "few"), (16, "few"), (17, "fused"), (fused, "fused"), (fused + 1, "dense")):
         assert kernel_for(card, "forward", tokens, LARGE) == kernel
-    for tokens, kernel in ((1, "fused"), (fused, "fused"), (fused + 1, "sliced"), (NONE, "sliced")):
+    for tokens, kernel in ((1, "fused"), (fused, "fused"), (fused + 1, "dense"), (NONE, "dense")):
         assert kernel_for(card, "backward", tokens, LARGE) == kernel
     assert kernel_for(card, "forward", 16, SMALL) == "few"
     assert kernel_for(card, "forward", NONE, SMALL) == kernel_for(card, "backward", NONE, SMALL) == "fused"
 
 
 def test_table_names_what_cuda_can_take():
-    assert set(dispatch.CHOICES["forward"]) | set(dispatch.CHOICES["backward"]) == set(dispatch.KERNELS) - {"unfused"}
+    assert set(dispatch.CHOICES["forward"]) | set(dispatch.CHOICES["backward"]) == set(dispatch.KERNELS)
     for rule in RULES:  # few takes no more; the others take any number
         assert rule.kernel != "few" or rule.most_tokens <= dispatch.FEW_ROWS
         limit = rule.most_tokens or 4096
@@ -77,7 +77,7 @@ def test_file_has_a_line_for_each_rule():
 GOOD = [
     Rule("*", "forward", "few", 16, None, "4 us"),
     Rule("*", "forward", "fused", None, 64, "5 us"),
-    Rule("*", "forward", "sliced", None, None, "6 us"),
+    Rule("*", "forward", "dense", None, None, "6 us"),
     Rule("*", "backward", "fused", None, None, "7 us"),
 ]
 
@@ -90,10 +90,9 @@ def refused(change, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"kernel": "fast"}, "kernel must be one of few, fused, sliced forward, got 'fast'"),
-        ({"kernel": "unfused"}, "kernel must be one of few, fused, sliced forward, got 'unfused'"),
+        ({"kernel": "fast"}, "kernel must be one of few, fused, dense forward, got 'fast'"),
         ({"direction": "sideways"}, "direction must be one of forward, backward, got 'sideways'"),
-        ({"direction": "backward"}, "kernel must be one of fused, sliced backward, got 'few'"),
+        ({"direction": "backward"}, "kernel must be one of fused, dense backward, got 'few'"),
         ({"architecture": "sm_90"}, r"architecture must be a compute capability as '9\.0', or '\*', got 'sm_90'"),
         ({"architecture": 9.0}, r"architecture must be .*, got 9\.0"),
         ({"most_tokens": 0}, "most_tokens must be a positive integer or null, got 0"),
@@ -142,8 +141,8 @@ def test_file_that_is_no_table_is_refused(tmp_path, content, match):
 def of(architecture, fused=64):
     return [
         Rule(architecture, "forward", "fused", fused, None, "5 us"),
-        Rule(architecture, "forward", "sliced", None, None, "6 us"),
-        Rule(architecture, "backward", "sliced", None, None, "7 us"),
+        Rule(architecture, "forward", "dense", None, None, "6 us"),
+        Rule(architecture, "backward", "dense", None, None, "7 us"),
     ]
 
 
@@ -169,17 +168,16 @@ def test_what_is_refused_is_not_written(tmp_path):
         assert heuristics.read_rules(path) == of("*")
 
 
-def test_what_is_rewritten_counts_at_once(tmp_path, monkeypatch):
+def test_what_is_rewritten_counts_at_once(tmp_path):
     path = tmp_path / "heuristics.json"
     path.write_text(heuristics.text(of("*")))
-    monkeypatch.setattr(dispatch, "HEURISTICS", path)
-    dispatch._table.cache_clear()
+    dispatch.hand_over(of("*"))
     try:
-        assert kernel_for("9.0", "forward", 65, 1) == "sliced"
+        assert kernel_for("9.0", "forward", 65, 1) == "dense"
         heuristics.rewrite(path, "9.0", of("9.0", 65))
         assert kernel_for("9.0", "forward", 65, 1) == "fused"
     finally:
-        dispatch._table.cache_clear()
+        dispatch.hand_over(dispatch.rules())
 
 
 # ---- rules from times ----
@@ -199,11 +197,11 @@ def measured(seconds, shapes=SHAPES):
 
 
 def least(crossing):
-    """fused up to `crossing` tokens, then sliced; few up to 16; by a factor that grows with the distance."""
+    """fused up to `crossing` tokens, then dense; few up to 16; by a factor that grows with the distance."""
 
     def seconds(name, M, weights):
         one = 1e-12 * weights * (M + 100)
-        return one * {"few": 0.7 if M <= 4 else 1.2, "fused": 1.0, "sliced": (crossing / M) ** 0.3}[name]
+        return one * {"few": 0.7 if M <= 4 else 1.2, "fused": 1.0, "dense": (crossing / M) ** 0.3}[name]
 
     return seconds
 
@@ -226,15 +224,14 @@ def test_rules_take_the_fastest_at_every_measured_point(crossing, limit):
     assert worst(times, rules) == 1  # exactly: all layers agree
     fused = [rule.most_tokens for rule in rules if rule.kernel == "fused"]
     assert fused == ([] if crossing < 1 else [limit] * len(fused))
-    assert any(rule.kernel == "sliced" for rule in rules) == (crossing < 1e6)
+    assert any(rule.kernel == "dense" for rule in rules) == (crossing < 1e6)
     assert all(rule.most_weights is None for rule in rules)  # small layers need none of their own
 
 
-def test_measured_rules_are_those_of_kernel_for(tmp_path, monkeypatch):
+def test_measured_rules_are_those_of_kernel_for(tmp_path):
     path = tmp_path / "heuristics.json"
     path.write_text(heuristics.text(of("*")))
-    monkeypatch.setattr(dispatch, "HEURISTICS", path)
-    dispatch._table.cache_clear()
+    dispatch.hand_over(of("*"))
     try:
         times = measured(least(512))
         heuristics.rewrite(path, "9.0", rules_from(times, "9.0", "a card, abc"))
@@ -242,7 +239,7 @@ def test_measured_rules_are_those_of_kernel_for(tmp_path, monkeypatch):
             kernel = kernel_for("9.0", time.direction, time.tokens, time.N * time.K)
             assert time.seconds[kernel] == min(time.seconds.values())
     finally:
-        dispatch._table.cache_clear()
+        dispatch.hand_over(dispatch.rules())
 
 
 def test_small_layers_have_rules_of_their_own():
@@ -298,7 +295,7 @@ def test_reason_states_what_was_measured():
     assert few.why == f"measured: fused takes {ratio} times as long for 1 to 4 tokens; {STEP}; NVIDIA H100, abc123"
     for rule in rules:
         assert rule.why.endswith("NVIDIA H100, abc123")
-    last = next(rule for rule in rules if (rule.direction, rule.kernel) == ("backward", "sliced"))
+    last = next(rule for rule in rules if (rule.direction, rule.kernel) == ("backward", "dense"))
     low, high = (f"{(M / 512) ** 0.3:.2f}" for M in (1024, TOKENS[-1]))
     assert f"fused takes {low} to {high} times as long for 1024 to {TOKENS[-1]} tokens" in last.why
 
@@ -408,12 +405,12 @@ def test_wrong_answer_is_not_timed(monkeypatch):
     def taking(name, call):
         def taken(*arguments):
             first, *others = call(*arguments)
-            return (first * (1.1 if name == "sliced" else 1), *others)
+            return (first * (1.1 if name == "dense" else 1), *others)
 
         return taken
 
     monkeypatch.setattr(tune, "taking", taking)
-    with pytest.raises(WrongAnswer, match="^sliced, tiny q 64 x 64, 1 tokens, forward, result 0: off by"):
+    with pytest.raises(WrongAnswer, match="^dense, tiny q 64 x 64, 1 tokens, forward, result 0: off by"):
         tune.times_of(Shape("tiny", "q", 64, 64), (1,), Settings(quick=True))
 
 

@@ -181,6 +181,30 @@ def test_a_module_that_refuses_replicas_is_asked_by_torch():
     assert "module._replicate_for_data_parallel()" in inspect.getsource(torch.nn.parallel.replicate)
 
 
+def test_a_forward_pass_that_is_computed_again_knows_its_backward_pass():
+    from torch.utils.checkpoint import checkpoint
+
+    numbers, ended = [], []
+
+    def part(x):
+        numbers.append(compat.running_backward())
+        if numbers[-1] is not None:
+            compat.after_backward(lambda: ended.append(len(numbers)))
+        return x.sin()
+
+    for reentrant in (False, True):
+        numbers.clear(), ended.clear()
+        x = torch.ones(2, requires_grad=True)
+        y = checkpoint(part, checkpoint(part, x, use_reentrant=reentrant), use_reentrant=reentrant)
+        assert numbers == [None, None]
+        y.sum().backward()
+        assert len(numbers) == 4
+        assert numbers[2] is not None
+        assert numbers[2] == numbers[3]
+        assert ended == [4, 4]  # after both
+        assert compat.running_backward() is None
+
+
 # ---- accelerate
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nf4lora import ops
 from nf4lora.ops import reference
+from nf4lora.ops.kernels import dispatch
 
 from support.bits import assert_same_bits
 from support.lora_case import FLOAT_SUM, TERM, ULP, Case, assert_close
@@ -216,28 +217,26 @@ def test_a_few_rows_match_the_reference_on_any_device(device, dtype):
         )
 
 
-def forced_to(kernel, monkeypatch):
-    """A card, of whose kernels this one is taken; what goes backward after `few` is left to choose."""
+@pytest.fixture
+def only():
+    """only(kernel) takes this one of a card's kernels from then on; what goes backward after `few` takes fused."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from nf4lora.ops.kernels import dispatch
 
-    choose = dispatch.chosen
+    def take(kernel):
+        backward = kernel if kernel in dispatch.CHOICES["backward"] else "fused"
+        chosen = (("forward", kernel), ("backward", backward))
+        dispatch.hand_over(dispatch.Rule("*", direction, name, None, None, "a test") for direction, name in chosen)
 
-    def chosen(direction, x, qweight):
-        if (kernel, direction) == ("few", "backward"):
-            return choose(direction, x, qweight)
-        with dispatch.forcing(kernel):
-            return choose(direction, x, qweight)
-
-    monkeypatch.setattr(dispatch, "chosen", chosen)
+    yield take
+    dispatch.hand_over(dispatch.rules())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", ["few", "fused", "sliced", "unfused"])
-def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, monkeypatch):
-    forced_to(kernel, monkeypatch)
+@pytest.mark.parametrize("kernel", dispatch.KERNELS)
+def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, only):
+    only(kernel)
     for M in (1, 16) if kernel == "few" else (1, 16, 47, 64, 300):
         for shape in (dict(N=96, K=320, R=8), dict(N=1000, K=4096, R=40, double_quant=False), dict(N=8, K=32, R=0)):
             blocksize = 32 if shape["K"] % 64 else 64
@@ -248,9 +247,9 @@ def test_every_kernel_of_a_card_matches_the_reference(kernel, dtype, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kernel", "M"), [("few", 1), ("fused", 24), ("fused", 200), ("sliced", 100)])
-def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
-    forced_to(kernel, monkeypatch)
+@pytest.mark.parametrize(("kernel", "M"), [("few", 1), ("fused", 24), ("fused", 200), ("dense", 100)])
+def test_every_kernel_can_be_captured_in_a_graph(kernel, M, only):
+    only(kernel)
     case = Case(M=M, N=1024, K=1024, dtype=torch.bfloat16, device="cuda")
 
     def step():
@@ -270,9 +269,9 @@ def test_every_kernel_can_be_captured_in_a_graph(kernel, M, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["few", "fused", "sliced"])
-def test_a_kernel_works_on_the_current_stream_and_repeats_bit_for_bit(kernel, monkeypatch):
-    forced_to(kernel, monkeypatch)
+@pytest.mark.parametrize("kernel", dispatch.KERNELS)
+def test_a_kernel_works_on_the_current_stream_and_repeats_bit_for_bit(kernel, only):
+    only(kernel)
     case = Case(M=16, N=2048, K=2048, dtype=torch.bfloat16, dropout=0.1, device="cuda")
     expected = raw.lora_linear(*case.forward())
     stream = torch.cuda.Stream()

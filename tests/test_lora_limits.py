@@ -8,8 +8,8 @@ from torch.autograd import forward_ad
 
 from nf4lora import ops
 from nf4lora.ops import reference
-from nf4lora.ops.kernels import sliced, unfused
 
+from support import host
 from support.bits import assert_same_bits
 from support.lora_case import Case, assert_close
 
@@ -29,7 +29,7 @@ def test_layers_with_nothing_or_one_of_anything(device, instruction_set, dtype, 
         if K == 0:  # randn / 0 ** 0.5 would be NaN
             case.A = torch.zeros(R, 0, device=device) if R else None
         what = f"M {M}, N {N}, K {K}, R {R}"
-        for implementation in (raw, sliced, unfused):
+        for implementation in (raw, host.kernel("dense", device)):
             y, S = implementation.lora_linear(*case.forward())
             expected_y, expected_S = reference.lora_linear(*case.forward())
             assert_close(S, expected_S, 2**-6, f"S of {what}")
@@ -98,7 +98,7 @@ def test_each_gradient_is_the_same_whichever_others_are_wanted(device, dtype, M,
     case = Case(M=M, R=5, dtype=dtype, dropout=dropout, device=device)
     _, S = raw.lora_linear(*case.forward())
     dy, x, S, *rest = case.backward(S)
-    for implementation in (raw, sliced, unfused):
+    for implementation in (raw, host.kernel("dense", device)):
         everything = implementation.lora_linear_backward(dy, x, S, *rest, True)
         for with_x, with_S, need_dx in itertools.product((True, False), repeat=3):
             some = implementation.lora_linear_backward(dy, x if with_x else None, S if with_S else None, *rest, need_dx)
@@ -157,7 +157,7 @@ def test_an_infinity_that_is_dropped_is_zero(device, instruction_set, dtype, M):
     mask = reference.dropout_mask(M, 64, 0.5, case.options[2].cpu()).to(device)
     case.x[~mask] = float("inf")
     case.A.fill_(1.0)
-    for implementation in (raw, sliced, unfused, reference):
+    for implementation in (raw, host.kernel("dense", device), reference):
         _, S = implementation.lora_linear(*case.forward())
         assert S.isfinite().all(), implementation
         flags = () if implementation is reference else (True,)
@@ -171,7 +171,7 @@ def test_an_infinite_gradient_stays_where_it_is_not_dropped(device, instruction_
     mask = reference.dropout_mask(M, 64, 0.5, case.options[2].cpu()).to(device)
     case.A = torch.full_like(case.A, float("inf"))
     case.B, case.dy = case.B.abs() + 1, case.dy.abs() + 1
-    for implementation in (raw, sliced, unfused, reference):
+    for implementation in (raw, host.kernel("dense", device), reference):
         flags = () if implementation is reference else (True,)
         dx, _, _ = implementation.lora_linear_backward(*case.backward(case.x.new_ones(M, 4)), *flags)
         assert_same_bits(dx.isinf(), mask, implementation.__name__)

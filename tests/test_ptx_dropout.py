@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nf4lora.ops import reference
-from nf4lora.ops.kernels import unfused
 
+from support.philox import kept
 from support.ptx import ARCHITECTURES, Device, Launchers, PtxError, compile_ptx, find_nvcc
 from support.ptx.nvcc import CSRC
 from support.ptx.tensors import bits
@@ -37,9 +37,9 @@ class Dropper:
         source = self.device.upload(bits(values), offsets[0])
         target = source if in_place else self.device.empty(count, bits(values).dtype, offsets[1])
         assert self.launch(source, target, dtype, count, dropout) is None
-        kept = reference.dropout_mask(1, count, dropout, SEED)[0].bool()
-        assert 0 < kept.sum() < count
-        assert (target.numpy() == bits(torch.where(kept, values, torch.zeros_like(values)))).all()
+        mask = reference.dropout_mask(1, count, dropout, SEED)[0].bool()
+        assert 0 < mask.sum() < count
+        assert (target.numpy() == bits(torch.where(mask, values, torch.zeros_like(values)))).all()
         if not in_place:
             assert (source.numpy() == bits(values)).all()
 
@@ -109,8 +109,8 @@ def test_indices_are_64_bit(dtype):
     addresses = (ctypes.c_void_p(b.address - dtype.itemsize * 2**34 & 2**64 - 1) for b in (source, target))
     assert dropper.launch(*addresses, dtype, count) is None
     # 2^34 is the begin of row 2^24 of a matrix with 1024 columns.
-    kept = unfused.mask(torch.empty(1, 1024), slice(2**24, 2**24 + 1), 0.3, SEED)[0, :last].bool()
-    assert (target.numpy() == bits(torch.where(kept, values, torch.zeros_like(values)))).all()
+    mask = kept((1, 1024), 2**24, 0.3, SEED.item())[0, :last]
+    assert (target.numpy() == bits(torch.where(mask, values, torch.zeros_like(values)))).all()
 
 
 def test_a_buffer_one_value_short_is_noticed(one):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora.ops.kernels import unfused
-
 from support.bits import assert_same_bits
+from support.philox import kept
 from support.ptx import ARCHITECTURES, PtxError, find_nvcc
 from support.ptx.grid import Launch
 from support.ptx.tall_skinny import DTYPES, H200, SOURCES, Products, TallSkinny, threshold
@@ -55,6 +54,12 @@ def test_repeats_bit_for_bit(dropout, card):
     once, again = (Products(card=card).run(*shape, dropout=dropout) for _ in range(2))
     for a, b in zip(once, again, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [(300, 776, 5), (64, 2048, 24)], ids=str)
+def test_P_alone_can_be_added_as_it_is_with_G(shape):
+    both, alone = (Products(card=H200).run(*shape, which=which, adds_as_both=True) for which in ("both", "inner"))
+    assert_same_bits(alone[0], both[0])
 
 
 def test_without_rows_the_gradient_is_zero():
@@ -231,7 +236,7 @@ def test_indices_are_64_bit(which, groups, R):
     last = Launch((parts * rank_groups, 65535, 1), (128, 1, 1), 0, True)
     device.run(kernel, bytes(arguments) + bytes(of_pass), last)
     begin = 4 * columns
-    z = (Z * unfused.mask(Z, slice(before, M), dropout, seed))[:, begin:].double()
+    z = (Z * kept((M - before, D), before, dropout, seed.item()))[:, begin:].double()
     expected_inner, expected_outer = torch.zeros(rows, R).double(), torch.zeros(D, R).double()
     expected_inner[:, first:] = z @ F[begin:, first:].bfloat16().double()
     if which == "both":

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4lora.ops.kernels import unfused
-
 from support.bits import assert_same_bits
+from support.philox import kept
 from support.ptx import ARCHITECTURES, PtxError, find_nvcc
 from support.ptx.tall_skinny import (
     DTYPES,
@@ -138,7 +137,7 @@ def test_indices_of_the_expansion_are_64_bit(R):
     summed = Parts(products.upload(inner) - 4 * (M - rows) * R & 2**64 - 1, 16, 1, 0, begin, M, False)
     products.launchers.only_last_block = True
     products.launchers.add_parts(ctypes.pointer(arguments), ctypes.pointer(summed), None, result=None)
-    mask = unfused.mask(torch.empty(1, columns), slice(begin + M - rows, begin + M), 0.3, SEED_OF_OUT)
+    mask = kept((rows, columns), begin + M - rows, 0.3, SEED_OF_OUT.item())
     expected = 0.75 * mask * (P.double() @ factor.bfloat16().double())
     got = torch.from_numpy(out.numpy()).view(torch.bfloat16).reshape(rows, columns)
     torch.testing.assert_close(got.double(), expected, rtol=HALF_ULP[torch.bfloat16], atol=2e-5)

@@ -11,7 +11,7 @@ import re
 import subprocess
 from pathlib import Path
 
-ON_A_CARD = re.compile(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b")
+ON_A_CARD = re.compile(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b|@pytest\.fixture\ndef \w+\([^)]*\bdevice\b")
 KERNELS = ("csrc/", "python/nf4lora/ops/", "tests/support/", "tests/conftest.py", "CMakeLists.txt")
 
 

@@ -42,7 +42,7 @@ def rewrite(path: Path, architecture: str, rules: Iterable[Rule]) -> None:
     every = sorted([*others, *rules], key=lambda rule: _order(rule.architecture))
     check_rules(every)
     path.write_text(text(every))
-    dispatch._table.cache_clear()
+    dispatch.hand_over(every)
 
 
 def text(rules: Iterable[Rule]) -> str:

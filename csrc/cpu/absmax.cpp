@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> absmax_quantize(const Tensor& absmax) {
   check_absmax_quantize(absmax);
   const Tensor in = contiguous_view(absmax);
   const int64_t count = in.numel(), blocks = nested_size(count) - 1;
-  Tensor absmax_q = torch::stable::new_empty(in, in.sizes(), ScalarType::Byte);
-  Tensor nested = torch::stable::new_empty(in, {blocks + 1}, ScalarType::Float);
+  Tensor absmax_q = empty(sizes_of(in), ScalarType::Byte, in);
+  Tensor nested = empty({blocks + 1}, ScalarType::Float, in);
   const auto* values = static_cast<const float*>(in.const_data_ptr());
   auto* scales = static_cast<float*>(nested.mutable_data_ptr());
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> absmax_quantize(const Tensor& absmax) {
 Tensor absmax_dequantize(const Tensor& absmax_q, const Tensor& nested) {
   check_absmax_dequantize(absmax_q, nested);
   const Tensor codes = contiguous_view(absmax_q), scales = contiguous_view(nested);
-  Tensor absmax = torch::stable::new_empty(codes, codes.sizes(), ScalarType::Float);
+  Tensor absmax = empty(sizes_of(codes), ScalarType::Float, codes);
   auto* out = static_cast<float*>(absmax.mutable_data_ptr());
   const Scales packed = scales_of(codes, scales);
   const Loops& isa = loops();

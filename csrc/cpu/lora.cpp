@@ -129,8 +129,8 @@ std::tuple<Tensor, Tensor> lora_linear(const LoraLinear& arguments) {
   const DropoutMask& mask = layer.mask;
   const auto scaling = static_cast<float>(arguments.adapter.scaling);
 
-  Tensor y = torch::stable::new_empty(in, with_last(in, N), scalar_type);
-  Tensor S = torch::stable::new_empty(in, {M, R}, scalar_type);
+  Tensor y = empty(with_last(in, N), scalar_type, in);
+  Tensor S = empty({M, R}, scalar_type, in);
   OptionalTensor bias;
   if (arguments.bias) bias = to_dtype(*arguments.bias, ScalarType::Float);
   const float* offsets = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const LoraLinearBackward
   const auto scale_dx = static_cast<float>(scaling * layer.dropout.inverse_keep);
 
   const auto dx_shape = need_dx ? with_last(x ? *x : dy, K) : std::vector<int64_t>{0};
-  Tensor dx = torch::stable::new_empty(grad, dx_shape, dy.scalar_type());
+  Tensor dx = empty(dx_shape, dy.scalar_type(), grad);
   const auto zeros = [&](bool needed, int64_t rows, int64_t columns) {
     return torch::stable::new_zeros(grad, needed ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0},
                                     ScalarType::Float);

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize)
   check_nf4_quantize(weight, blocksize);
   const Tensor in = contiguous_view(weight);
   const int64_t K = last_size(in);
-  Tensor qweight = torch::stable::new_empty(in, with_last(in, K / 2), ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(in, with_last(in, K / blocksize), ScalarType::Float);
+  Tensor qweight = empty(with_last(in, K / 2), ScalarType::Byte, in);
+  Tensor absmax = empty(with_last(in, K / blocksize), ScalarType::Float, in);
   const Loops& isa = loops();
   const void* data = in.const_data_ptr();
   auto* codes = static_cast<uint8_t*>(qweight.mutable_data_ptr());
@@ -52,7 +52,7 @@ void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocks
 
 Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
   check_nf4_dequantize(qweight, absmax, blocksize, dtype);
-  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, last_size(qweight) * 2), dtype);
+  Tensor weight = empty(with_last(qweight, last_size(qweight) * 2), dtype, qweight);
   prefer_huge_pages(weight.mutable_data_ptr(), weight.numel() * bytes_of(dtype_of(dtype)));
   dequantize_into(qweight, absmax, blocksize, weight);
   return weight;

@@ -18,9 +18,9 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& absmax) {
   const OnDeviceOf device(absmax);
   const Tensor input = contiguous_view(absmax);
   const int64_t count = absmax.numel(), nested_count = nested_size(count);
-  Tensor absmax_q = torch::stable::new_empty(input, absmax.sizes(), ScalarType::Byte);
-  Tensor nested = torch::stable::new_empty(input, {nested_count}, ScalarType::Float);
-  Tensor block_sums = torch::stable::new_empty(input, {nested_count - 1}, ScalarType::Double);
+  Tensor absmax_q = empty(sizes_of(absmax), ScalarType::Byte, input);
+  Tensor nested = empty({nested_count}, ScalarType::Float, input);
+  Tensor block_sums = empty({nested_count - 1}, ScalarType::Double, input);
 
   float* const values = static_cast<float*>(nested.mutable_data_ptr());
   require_launched("absmax_quantize",
@@ -39,7 +39,7 @@ Tensor dequantize(const Tensor& absmax_q, const Tensor& nested) {
   const OnDeviceOf device(absmax_q);
   const Tensor codes = contiguous_view(absmax_q);
   const Tensor scales = contiguous_view(nested);
-  Tensor absmax = torch::stable::new_empty(codes, absmax_q.sizes(), ScalarType::Float);
+  Tensor absmax = empty(sizes_of(absmax_q), ScalarType::Float, codes);
   require_launched("absmax_dequantize",
                    absmax_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
                                      static_cast<const float*>(scales.const_data_ptr()),

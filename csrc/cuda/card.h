@@ -6,8 +6,8 @@ namespace nf4lora::cuda {
 struct Card {
   int multiprocessors;
   int shared_bytes;  // of shared memory, of one multiprocessor
+  int architecture;  // compute capability times ten
 };
-// Asked of the runtime once a device: each of its answers takes about a microsecond, and a call is launched every few.
 Card current_card();
 
 }  // namespace nf4lora::cuda

@@ -3,28 +3,25 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
-#include <atomic>
 #include <cstdint>
 
 #include "card.h"
+#include "per_device.h"
 
 namespace nf4lora::cuda {
 
 Card current_card() {
-  static std::array<std::atomic<uint64_t>, 128> known{};  // both numbers in one word; 0: not asked yet
-  int device = 0;
-  cudaGetDevice(&device);
-  const auto index = static_cast<size_t>(device);
-  uint64_t word = index < known.size() ? known[index].load(std::memory_order_relaxed) : 0;
-  if (word == 0) {
-    int multiprocessors = 1, shared = 0;
+  static PerDevice known;  // all numbers in one word
+  const uint64_t word = known.get([](int device) {
+    int multiprocessors = 1, shared = 0, major = 0, minor = 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    word = static_cast<uint64_t>(multiprocessors) << 32 | static_cast<uint32_t>(shared);
-    if (index < known.size()) known[index].store(word, std::memory_order_relaxed);
-  }
-  return {static_cast<int>(word >> 32), static_cast<int>(word & 0xFFFFFFFF)};
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return static_cast<uint64_t>(10 * major + minor) << 48 | static_cast<uint64_t>(multiprocessors) << 32 |
+           static_cast<uint32_t>(shared);
+  });
+  return {static_cast<int>(word >> 32 & 0xFFFF), static_cast<int>(word & 0xFFFFFFFF), static_cast<int>(word >> 48)};
 }
 
 Error launched() {

@@ -102,6 +102,7 @@ struct TallSkinny {
   void* copy = nullptr;                    // [M, copy_stride]: Z before dropout, then P, then zeros; null for no copy
   int64_t copy_stride = 0;                 // at least D + R, a multiple of 8
   Expansion expansion = {};
+  bool adds_as_both = false;  // without G too P is added in the order that it has with G: it has the same bits then
 };
 // Floats of work space: sums of parts, which are added in order. For P at most most_inner bytes, or what 256 rows need;
 // for G its size in float32 and that of what all blocks of two rounds keep in registers, 512 columns and 32 ranks each. So

@@ -24,10 +24,20 @@ inline OptionalTensor aligned(const OptionalTensor& tensor) {
   return aligned(*tensor);
 }
 
-// [N] float32.
-inline OptionalTensor float_bias(const OptionalTensor& bias) {
-  if (!bias) return std::nullopt;
-  return contiguous_view(torch::stable::to(*bias, ScalarType::Float));
+// The tensor in this dtype, contiguous: the tensor itself where it is so already.
+inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return contiguous_view(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+inline OptionalTensor in_dtype(const OptionalTensor& tensor, ScalarType dtype) {
+  if (!tensor) return std::nullopt;
+  return in_dtype(*tensor, dtype);
+}
+inline OptionalTensor float_bias(const OptionalTensor& bias) { return in_dtype(bias, ScalarType::Float); }  // [N]
+
+// For the gradient of lora_A or lora_B: a tensor like it where it is wanted, else an empty one.
+inline Tensor gradient_of(const OptionalTensor& factor, bool wanted, const Tensor& like) {
+  if (!wanted) return empty({0}, ScalarType::Float, like);
+  return empty(sizes_of(*factor), factor->scalar_type(), like);
 }
 
 class Weight {

@@ -14,6 +14,7 @@
 #include "factor.cuh"
 #include "launch.h"
 #include "matrix.cuh"
+#include "per_device.h"
 #include "philox.cuh"
 #include "scales.cuh"
 #include "vector.cuh"
@@ -246,11 +247,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether the code that this card runs waits where it must: not that of sm_80, which a later card may have translated.
+// Whether the code that this card runs waits where it must: not that of sm_80, which a later card may have translated. The
+// answer is that of all kernels of this file.
 template <class Kernel>
 bool can_start_early(Kernel kernel) {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  static PerDevice versions;
+  return versions.get([&](int) -> uint64_t {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? std::max(attributes.ptxVersion, 1) : 1;
+  }) >= 90;
 }
 
 template <typename T>

@@ -15,6 +15,7 @@
 
 #include "card.h"
 #include "dtype.cuh"
+#include "per_device.h"
 
 namespace nf4lora::cuda {
 namespace {
@@ -161,7 +162,11 @@ template <typename T, bool kBackward, int kTokens>
 void launch_gemm(const LoraGemm& g, const Plan& plan, cudaStream_t stream) {
   const auto kernel = lora_gemm_kernel<T, kBackward, kTokens>;
   constexpr int kBytes = Warps<kTokens>::kSharedBytes;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static PerDevice raised;
+  raised.get([&](int) -> uint64_t {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    return 1;
+  });
   const dim3 grid(static_cast<unsigned>(ceil_div(g.M, kTokens)),
                   static_cast<unsigned>(ceil_div(kBackward ? g.K : g.N, kOutputs)), plan.splits);
   kernel<<<grid, kThreads, kBytes, stream>>>(g, std::countr_zero(static_cast<uint64_t>(g.blocksize)),

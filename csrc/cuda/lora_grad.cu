@@ -261,16 +261,17 @@ Plan plan_of(const TallSkinny& t) {
   if (t.M == 0 || t.D == 0 || t.R == 0) return best;
   const int64_t rounds = 2 * current_card().multiprocessors;
   const int rank_tiles = t.R <= 16 ? 2 : 4;
+  const bool with_G = t.G || t.adds_as_both;
   best.rank_groups = ceil_div(t.R, 8 * rank_tiles);
   int64_t least = INT64_MAX;
-  for (int groups = 1; groups <= most_groups(rank_tiles, t.P, t.G); groups *= 2) {
+  for (int groups = 1; groups <= most_groups(rank_tiles, t.P, with_G); groups *= 2) {
     const int64_t columns = groups * kColumns, parts = ceil_div(t.D, columns), rows = rows_of_a_launch(t, parts);
     if (groups > 1 && columns >= 2 * t.D) break;
     for (int fewer = 1; fewer <= 8; fewer *= 2) {
       const int64_t wanted = std::max<int64_t>(1, rounds / fewer / (parts * best.rank_groups));
       const int64_t strip = round_up(ceil_div(rows, wanted), kRows), strips = ceil_div(rows, strip);
       const int64_t reading = 2 * std::max(rows * t.D * best.rank_groups, rounds * columns * strip);
-      const int64_t of_P = t.P ? 8 * rows * parts + 4 * t.D * strips : 0, of_G = t.G ? 8 * t.D * strips : 0;
+      const int64_t of_P = t.P ? 8 * rows * parts + 4 * t.D * strips : 0, of_G = with_G ? 8 * t.D * strips : 0;
       const int64_t cost = ceil_div(t.M, rows) * (reading + t.R * (of_P + of_G));
       if (cost < least) least = cost, best = {groups, parts, best.rank_groups, rows, strip, strips};
     }

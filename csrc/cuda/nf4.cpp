@@ -18,9 +18,9 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
   const OnDeviceOf device(weight);
   const Tensor input = contiguous_view(weight);
   const int64_t K = last_size(weight);
-  Tensor qweight = torch::stable::new_empty(input, with_last(weight, K / 2), ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(input, with_last(weight, K / blocksize), ScalarType::Float);
-  Tensor first_bad = torch::stable::new_empty(input, {1}, ScalarType::Long);
+  Tensor qweight = empty(with_last(weight, K / 2), ScalarType::Byte, input);
+  Tensor absmax = empty(with_last(weight, K / blocksize), ScalarType::Float, input);
+  Tensor first_bad = empty({1}, ScalarType::Long, input);
 
   require_launched(
       "nf4_quantize",
@@ -45,7 +45,7 @@ void dequantize_into(const Tensor& qweight, const Tensor& absmax, int64_t blocks
 
 Tensor dequantize(const Tensor& qweight, const Tensor& absmax, int64_t blocksize, ScalarType dtype) {
   check_nf4_dequantize(qweight, absmax, blocksize, dtype);
-  Tensor weight = torch::stable::new_empty(qweight, with_last(qweight, last_size(qweight) * 2), dtype);
+  Tensor weight = empty(with_last(qweight, last_size(qweight) * 2), dtype, qweight);
   dequantize_into(qweight, absmax, blocksize, weight);
   return weight;
 }

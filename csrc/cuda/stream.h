@@ -1,47 +1,27 @@
 // The device and stream that an op must use, and how a failed launch is reported.
 #pragma once
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <stdexcept>
-#include <string>
+#include <optional>
 
+#include "../tensors.h"
 #include "launch.h"
 
 namespace nf4lora::cuda {
 
-// torch's current stream. The one symbol of libtorch_cuda that we need is looked up in the library which torch has
-// already loaded (RTLD_NOLOAD; it is loaded RTLD_LOCAL, so a global dlsym would miss it): linking to it would tie this
-// binary to CUDA builds of torch.
-inline void* current_stream(int32_t device) {
-  using Getter = int32_t (*)(int32_t, void**);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  void* stream = nullptr;
-  if (!getter || getter(device, &stream) != 0) {
-    throw std::runtime_error("nf4lora: torch must have a current CUDA stream, got none; reinstall torch with CUDA");
-  }
-  return stream;
-}
-
 // Makes the tensor's device current for as long as it lives.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
-  void* stream() const { return stream_; }
+  explicit OnDeviceOf(const Tensor& tensor);
+  void* stream() const { return stream_; }  // torch's current stream
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_;
 };
 
-inline void require_launched(const char* op, Error error) {
-  if (error) throw std::runtime_error(std::string(op) + ": the CUDA kernel must run, got: " + error);
-}
+// Throws std::runtime_error where a launcher said what went wrong.
+void require_launched(const char* op, Error error);
 
 }  // namespace nf4lora::cuda

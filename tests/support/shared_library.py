@@ -1,6 +1,7 @@
 """What tests compile from C++. It is kept in build/fakes until a source, a flag or the compiler changes: compiling
 takes longer than the tests, and a second run of them, on another torch say, needs the same files."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -36,8 +37,11 @@ def compiled(name: str, command: list[str], sources: list[Path]) -> Path:
     for path in sorted({*sources, *sources[0].parent.glob("*.*"), *(ROOT / "csrc").rglob("*.*")}):
         digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
     kept = KEPT / f"{kind}-{digest.hexdigest()[:16]}{suffix}"
-    if not kept.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / f"{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process beside this one waits for the file, and does not make it too
+        if kept.exists():
+            return kept
         with tempfile.TemporaryDirectory(dir=KEPT) as scratch:
             made = Path(scratch) / kept.name
             whole = [*command, *map(str, sources), "-o", str(made)]

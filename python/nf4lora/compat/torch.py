@@ -6,6 +6,7 @@ Tested with torch 2.11 to 2.14. `tests/test_compat.py` fails where one of these 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -181,6 +182,18 @@ def norms_in_groups(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
 def below_autograd() -> AbstractContextManager[None]:
     """Call ops without recording a gradient: recording one from Python costs 10 microseconds a call."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def running_backward() -> int | None:
+    """The number of the backward pass that this thread works for; None outside of one. A forward pass inside of one is
+    computed again for it."""
+    number = torch._C._current_graph_task_id()
+    return number if number >= 0 else None
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def below_subclasses() -> AbstractContextManager[None]:

@@ -42,16 +42,3 @@ class LoraLinearBackward(NamedTuple):
     seed: Tensor | None = None
     blocksize: int = BLOCKSIZE
     need_dx: bool = True
-
-
-class Packed(NamedTuple):
-    """W as it is stored."""
-
-    qweight: Tensor  # [N, K/2] uint8
-    absmax: Tensor  # [N, K/blocksize] float32, or uint8 with nested
-    nested: Tensor | None
-    blocksize: int
-
-    @classmethod
-    def of(cls, arguments: LoraLinear | LoraLinearBackward) -> Packed:
-        return cls(arguments.qweight, arguments.absmax, arguments.nested, arguments.blocksize)

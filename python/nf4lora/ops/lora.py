@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from nf4lora import _C
 from nf4lora.compat.torch import below_autograd, is_forward_mode, is_transformed
 from nf4lora.ops.arguments import LoraLinear, LoraLinearBackward
+from nf4lora.ops.kernels import dispatch
+from nf4lora.ops.kernels.kept_weights import keep_if_computed_again
 from nf4lora.ops.nf4 import BLOCKSIZE
 
 _ops = torch.ops.nf4lora
@@ -71,7 +74,18 @@ def lora_linear(
     if _wants_gradient(x, lora_A, lora_B):
         return _Differentiable.apply(*arguments)
     with below_autograd():
-        return _ops.lora_linear.default(*arguments)[0]
+        return _called(_ops.lora_linear.default, arguments)[0]
+
+
+def _called(op: Any, arguments: tuple) -> Any:
+    """The op's results. C++ beyond torch's stable ABI cannot raise torch.OutOfMemoryError, for which callers look in
+    order to go on with smaller batches: it raises a RuntimeError with torch's words."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
@@ -138,7 +152,7 @@ def _backward(ctx, dy, _=None):
         blocksize=ctx.blocksize,
         need_dx=wanted[_X],
     )
-    dx, dA, dB = _ops.lora_linear_backward.default(*arguments)
+    dx, dA, dB = _called(_ops.lora_linear_backward.default, arguments)
     gradients = [None] * len(_PLACES)
     for place, gradient in ((_X, dx), (_A, dA), (_B, dB)):
         if wanted[place]:
@@ -151,8 +165,10 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
+        if inputs[_X].is_cuda:
+            keep_if_computed_again(inputs[_X])
         with below_autograd():
-            y, S = _ops.lora_linear.default(*inputs)
+            y, S = _called(_ops.lora_linear.default, inputs)
         _save(ctx, LoraLinear(*inputs), S)
         return y
 
@@ -163,9 +179,4 @@ class _Differentiable(torch.autograd.Function):
 
 
 torch.library.register_autograd("nf4lora::lora_linear", _backward, setup_context=_setup_context)
-
-if _C.CUDA_VERSION:  # csrc/cuda/absent.cpp answers in a build without CUDA
-    from nf4lora.ops.kernels import cuda
-
-    torch.library.register_kernel("nf4lora::lora_linear", "cuda", cuda.lora_linear)
-    torch.library.register_kernel("nf4lora::lora_linear_backward", "cuda", cuda.lora_linear_backward)
+dispatch.hand_over(dispatch.rules())

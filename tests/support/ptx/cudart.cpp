@@ -113,15 +113,19 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   fetch_handler(to, reinterpret_cast<uint64_t>(from), bytes);
   return cudaSuccess;
 }
+// A device for every card and architecture, since launchers keep what they have asked of a device.
 cudaError_t cudaGetDevice(int* device) {
-  *device = card;
+  *device = card * 60 + ptx_version - 75;
   return cudaSuccess;
 }
-// Device 0 is small, so that blocks which stay have more than one turn; device 1 is as large as an H200.
+// Card 0 is small, so that blocks which stay have more than one turn; card 1 is as large as an H200.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (attribute == cudaDevAttrMultiProcessorCount) return *value = device == 0 ? 2 : 132, cudaSuccess;
-  const int shared = device == 0 ? 164 : 228;
+  const bool is_small = device < 60;
+  if (attribute == cudaDevAttrMultiProcessorCount) return *value = is_small ? 2 : 132, cudaSuccess;
+  const int shared = is_small ? 164 : 228;
   if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) return *value = shared << 10, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = ptx_version / 10, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMinor) return *value = ptx_version % 10, cudaSuccess;
   return last_error = cudaErrorInvalidValue;
 }
 // More than 48 KB of dynamic shared memory are asked for; 99 KB is what every architecture from sm_80 on has.

@@ -45,6 +45,7 @@ class TallSkinny(ctypes.Structure):
         *[("G_is_transposed", ctypes.c_bool), ("workspace", ctypes.c_void_p)],
         *((name, ctypes.c_int64) for name in ("M", "D", "R", "most_inner")),
         *[("copy", ctypes.c_void_p), ("copy_stride", ctypes.c_int64), ("expansion", Expansion)],
+        ("adds_as_both", ctypes.c_bool),
     ]
 
 
@@ -94,6 +95,7 @@ class Products:
         most_inner=64 << 20,
         copy=None,
         expansion=None,
+        adds_as_both=False,
     ):
         """P and G as tensors, or what the launcher said.
 
@@ -111,7 +113,7 @@ class Products:
             dtype_of_F=F[0], F_is_transposed=F[1], L=self.upload(L), seed=self.upload(SEED) if dropout else None,
             threshold=threshold(dropout), inner_scale=1.25, outer_scale=0.5, P=P.address if inner else None,
             G=g.address if outer else None, dtype_of_G=G[0], G_is_transposed=G[1],
-            M=M, D=D, R=R, most_inner=most_inner,
+            M=M, D=D, R=R, most_inner=most_inner, adds_as_both=adds_as_both,
         )  # fmt: skip
         rows = None
         if copy is not None:

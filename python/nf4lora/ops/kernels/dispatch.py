@@ -1,27 +1,23 @@
-"""Which CUDA kernel computes lora_linear and its backward. cuda.py calls it.
+"""Which CUDA kernel computes lora_linear and its backward: the rules that csrc/cuda/dispatch.cpp follows.
 
 few      up to 16 rows in 16 bits, forward: the packed weight is streamed once (csrc/cuda/lora_few.cu)
 fused    16 bits: tensor cores, W unpacked on the way (csrc/cuda/lora_gemm.cu)
-sliced   a slice of W at a time in 16 bits, multiplied by torch (sliced.py); takes everything
-unfused  W whole, multiplied by torch (unfused.py): what the others are measured against, and what takes empty tensors
+dense    W unpacked into memory, multiplied by torch (csrc/cuda/lora_dense.cpp); takes everything
 
 heuristics.json says which is the fastest: the first rule that matches decides. A card whose architecture it names has
-rules of its own; every other card has those of "*". Where the kernel named does not fit the arguments, it is sliced.
+rules of its own; every other card has those of "*". Where the kernel named does not fit the arguments, it is dense.
 `python -m bench tune` replaces one architecture's rules by measured ones.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nf4lora import _C
 
@@ -29,11 +25,9 @@ HEURISTICS = Path(__file__).with_name("heuristics.json")
 OTHERS = "*"
 FEW_ROWS: int = _C.CUDA_FEW_ROWS
 TENSOR_CORES = (torch.bfloat16, torch.float16)  # dtypes
-KERNELS = ("few", "fused", "sliced", "unfused")
-# By direction, in the order in which more tokens favour them. Never unfused: it needs memory for the whole of W.
-CHOICES = {"forward": ("few", "fused", "sliced"), "backward": ("fused", "sliced")}
-
-_forced: str | None = None
+KERNELS: tuple[str, ...] = _C.CUDA_KERNELS
+# By direction, in the order in which more tokens favour them.
+CHOICES = {"forward": ("few", "fused", "dense"), "backward": ("fused", "dense")}
 
 
 @dataclass(frozen=True)
@@ -63,15 +57,24 @@ class Rule:
 
 Table = Mapping[tuple[str, str], Sequence[Rule]]  # by architecture and direction
 
+_forced: str | None = None
+
 
 @contextmanager
 def forcing(kernel: str) -> Iterator[None]:
-    """Take one of KERNELS inside, to measure it where another would be chosen; in all threads of this process."""
+    """Take one of KERNELS inside, to measure it where another would be chosen; in all threads of this process.
+
+    Raises:
+        ValueError: not one of KERNELS. Inside, lora_linear raises it where this kernel does not take its arguments.
+    """
     global _forced
-    before, _forced = _forced, kernel
+    before = _forced
+    _C.force_cuda_kernel(kernel)
+    _forced = kernel
     try:
         yield
     finally:
+        _C.force_cuda_kernel(before)
         _forced = before
 
 
@@ -80,50 +83,44 @@ def forced() -> str | None:
     return _forced
 
 
-def chosen(direction: str, rows: Tensor, qweight: Tensor) -> str:
-    """The name of the kernel for rows of x, or backward of dy.
+@contextmanager
+def workspace(nbytes: int) -> Iterator[None]:
+    """Let a call of the dense kernel take so many bytes inside, to unpack W and for copies of x or dy; in all threads.
 
-    Raises:
-        ValueError: inside `forcing` with a kernel that cannot take these arguments.
+    Above it W is unpacked a slice at a time. 512 MB otherwise: the largest layer of a model of 70 billion weights,
+    28672 x 8192, has 470 MB in 16 bits.
     """
-    if not rows.is_cuda or rows.dim() == 0 or qweight.dim() != 2:
-        return "unfused"  # whose check says what is wrong; a CPU tensor comes here in tests alone
-    tokens = math.prod(rows.shape[:-1])
-    if tokens == 0 or qweight.shape[1] == 0:
-        return "unfused"  # torch knows what a sum over nothing is
-    out_features = qweight.shape[0]
-    if _forced is None:
-        name = kernel_for(_architecture(rows.device), direction, tokens, 2 * qweight.numel())
-        return name if fits(name, direction, tokens, rows.dtype, out_features) else "sliced"
-    able = [name for name in KERNELS if fits(name, direction, tokens, rows.dtype, out_features)]
-    if _forced not in able:
-        raise ValueError(f"lora_linear: the forced kernel must be one of {', '.join(able)} here, got {_forced!r}")
-    return _forced
+    before = _C.cuda_workspace()
+    _C.set_cuda_workspace(nbytes)
+    try:
+        yield
+    finally:
+        _C.set_cuda_workspace(before)
 
 
 def fits(name: str, direction: str, tokens: int, dtype: torch.dtype, out_features: int) -> bool:
     """Whether a kernel takes so many tokens of this dtype."""
-    if name in ("sliced", "unfused"):
-        return True
-    if dtype not in TENSOR_CORES:
-        return False
-    if name == "few":
-        return direction == "forward" and tokens <= FEW_ROWS
-    return direction == "forward" or (out_features % _C.CUDA_CHUNK == 0 and out_features > 0)  # dy is copied by chunks
-
-
-def takes_low_rank(rows: Tensor) -> bool:
-    """Whether csrc/cuda/lora_grad.cu makes the low-rank products of these rows for sliced; otherwise torch does."""
-    return rows.is_cuda and rows.dtype in TENSOR_CORES and rows.shape[1] % _C.CUDA_CHUNK == 0
+    in_features = 64  # any but none
+    is_backward = direction == "backward"
+    return _C.cuda_kernel_takes(name, is_backward, dtype in TENSOR_CORES, tokens, out_features, in_features)
 
 
 def kernel_for(architecture: str, direction: str, tokens: int, weights: int) -> str:
     """The kernel that the table has for so many rows of x and a W of so many values, in 16 bits.
 
     >>> kernel_for("9.0", "forward", 1, 4096 * 4096), kernel_for("3.5", "backward", 8192, 4096 * 4096)
-    ('few', 'sliced')
+    ('few', 'dense')
     """
-    return first(_table(), architecture, direction, tokens, weights).kernel
+    return _C.cuda_kernel_for(number_of(architecture), direction == "backward", tokens, weights)
+
+
+def number_of(architecture: str) -> int:
+    """The compute capability times ten, 0 for "*", as csrc/cuda/dispatch.cpp counts.
+
+    >>> number_of("9.0"), number_of("12.0"), number_of("*")
+    (90, 120, 0)
+    """
+    return 0 if architecture == OTHERS else int(architecture.replace(".", ""))
 
 
 def first(table: Table, architecture: str, direction: str, tokens: int, weights: int) -> Rule:
@@ -140,12 +137,22 @@ def by_direction(rules: Iterable[Rule]) -> Table:
     return table
 
 
-@functools.cache
-def _table() -> Table:
-    return by_direction(Rule(**line) for line in json.loads(HEURISTICS.read_text()))
+def hand_over(rules: Iterable[Rule]) -> None:
+    """Let the CUDA kernels be chosen by these rules from now on, instead of those before."""
+    _C.set_cuda_rules(
+        [
+            (
+                number_of(rule.architecture),
+                rule.direction == "backward",
+                rule.kernel,
+                rule.most_tokens,
+                rule.most_weights,
+            )
+            for rule in rules
+        ]
+    )
 
 
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
+def rules() -> list[Rule]:
+    """Those of heuristics.json."""
+    return [Rule(**line) for line in json.loads(HEURISTICS.read_text())]

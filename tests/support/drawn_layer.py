@@ -1,4 +1,4 @@
-"""What tests of `sliced` and `unfused` share, the kernels that are made of torch: a layer, and claims of both."""
+"""A layer with a batch for tests of a kernel of lora_linear, and claims that hold for every kernel."""
 
 import pytest
 import torch
