@@ -71,7 +71,8 @@ class Trainer(OpenTrainer):
         self, *, record: dict[str, Any], keep: int = 0, stop: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.data_collator = KnowingCollator(self.data_collator)
+        trainer: Any = self
+        self.data_collator = KnowingCollator(trainer.data_collator)
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
