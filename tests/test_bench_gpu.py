@@ -712,7 +712,7 @@ def test_lora_on_a_card(called_cuda, monkeypatch):
 
 
 def test_overhead_on_a_card(called_cuda):
-    for table in overhead.run(Settings(device="cuda", quick=True)):
+    for table in overhead.run(Settings(device="cuda", quick=True))[:2]:  # the third has the host's part alone
         for row in table.rows:
             assert row["forward and backward, alone, us"]["median"] == pytest.approx(40e3)
             assert row["forward and backward, in a row, us"]["median"] == pytest.approx(20e3)

@@ -103,7 +103,7 @@ def moved():
 def test_copies_are_done_and_kernels_are_not(card):
     seen = card.ask(moved)
     assert seen["clone"] is True
-    assert seen["sum"] == 0.0  # memory that no kernel has written
+    assert seen["sum"] != 2 * sum(range(1000))  # no kernel has written it: the memory holds what it held before
     assert seen["pinned"] is True
     assert 0 <= seen["time"] < 1000
     assert seen["capability"] == [9, 0]
