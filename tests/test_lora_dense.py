@@ -256,6 +256,27 @@ def test_a_kept_W_is_that_of_its_own_layer(kept_dropped, dense, layer):
     assert unpacked(lambda: dense.lora_linear_backward(dy, x, None, need_dx=True, **other)) == 1
 
 
+@pytest.mark.parametrize("rank", [0, R, 300])
+def test_a_kept_W_has_room_for_the_adapter_that_takes_it(kept_dropped, dense, layer, rank):
+    """One weight under two adapters: the rows of A that are written below W must not be more than there is room for."""
+    x, dy, arguments, _ = layer(torch.bfloat16)
+    arguments["scaling"] = 2.0
+    first = arguments | dict(lora_A=torch.zeros(rank, K), lora_B=torch.zeros(N, rank))
+    if rank == 0:
+        first["lora_A"] = first["lora_B"] = None
+    second = arguments | dict(lora_A=torch.randn(17, K), lora_B=torch.randn(N, 17))
+    S = dense.lora_linear(x, bias=None, **second)[1]
+    expected = dense.lora_linear_backward(dy, x, S, need_dx=True, **second)
+    host.keep_next()
+    dense.lora_linear(x, bias=None, **first)
+    results = dense.lora_linear_backward(dy, x, S, need_dx=True, **second)
+    for got, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-10 * largest(wanted))
+    # Without a factor below W nothing is unpacked where a kept W is taken, and a larger one has been.
+    none = first | dict(lora_A=None, lora_B=None)
+    assert unpacked(lambda: dense.lora_linear_backward(dy, None, None, need_dx=True, **none)) == (rank == 300)
+
+
 def test_no_more_is_kept_than_may_be(kept_dropped, dense, layer):
     x, dy, arguments, _ = layer(torch.bfloat16, lora=False)
     backward = lambda: dense.lora_linear_backward(dy, None, None, need_dx=True, **arguments)  # noqa: E731

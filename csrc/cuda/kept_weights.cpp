@@ -11,14 +11,19 @@ namespace {
 
 // Addresses tell two weights apart as long as both are in memory, which they are here: the packed tensors are kept too.
 struct Entry {
-  Tensor qweight, absmax;
+  PackedTensors weight;
   ScalarType dtype;
   void* stream;
   KeptWeight kept;
 
-  bool is_of(const PackedTensors& weight, ScalarType wanted, void* on) const {
-    return qweight.const_data_ptr() == weight.qweight.const_data_ptr() &&
-           absmax.const_data_ptr() == weight.absmax.const_data_ptr() && dtype == wanted && stream == on;
+  bool is_of(const PackedTensors& other, int64_t room, ScalarType wanted, void* on) const {
+    return is_same(weight.qweight, other.qweight) && is_same(weight.absmax, other.absmax) &&
+           weight.nested.has_value() == other.nested.has_value() &&
+           (!weight.nested || is_same(*weight.nested, *other.nested)) && weight.blocksize == other.blocksize &&
+           weight.qweight.size(0) == other.qweight.size(0) && dtype == wanted && stream == on && kept.room >= room;
+  }
+  static bool is_same(const Tensor& a, const Tensor& b) {
+    return a.const_data_ptr() == b.const_data_ptr() && a.numel() == b.numel();
   }
 };
 
@@ -49,14 +54,14 @@ void keep_weight(const PackedTensors& weight, const KeptWeight& kept, void* stre
   int64_t bytes = bytes_of(kept);
   for (const Entry& entry : s.entries) bytes += bytes_of(entry.kept);
   if (bytes > most_kept_bytes()) return;
-  s.entries.push_back({weight.qweight, weight.absmax, kept.memory.scalar_type(), stream, kept});
+  s.entries.push_back({weight, kept.memory.scalar_type(), stream, kept});
 }
 
-std::optional<KeptWeight> take_kept_weight(const PackedTensors& weight, ScalarType dtype, void* stream) {
+std::optional<KeptWeight> take_kept_weight(const PackedTensors& weight, int64_t room, ScalarType dtype, void* stream) {
   Store& s = store();
   const std::lock_guard guard(s.lock);
   const auto at = std::find_if(s.entries.rbegin(), s.entries.rend(),
-                               [&](const Entry& entry) { return entry.is_of(weight, dtype, stream); });
+                               [&](const Entry& entry) { return entry.is_of(weight, room, dtype, stream); });
   if (at == s.entries.rend()) return std::nullopt;
   s.is_taken_from = true;
   KeptWeight kept = std::move(at->kept);

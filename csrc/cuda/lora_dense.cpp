@@ -55,8 +55,8 @@ int64_t step_of(int64_t length, int64_t bytes_of_one, int64_t most_bytes) {
 
 // Memory for W that also has room for the factor of either direction.
 KeptWeight room_to_keep(const Tensor& rows, const LinearShape& shape) {
-  const int64_t padded = round_up(shape.R, kChunk), stride = shape.K + padded;
-  return {empty({(shape.N + padded) * stride}, rows.scalar_type(), rows), stride};
+  const int64_t room = round_up(shape.R, kChunk), stride = shape.K + room;
+  return {empty({(shape.N + room) * stride}, rows.scalar_type(), rows), stride, room};
 }
 
 // How a call is computed: with rows of x (forward) or dy of `in` values, and of y or dx of `out` values.
@@ -223,7 +223,7 @@ Gradients lora_linear_backward_dense(const LoraLinearBackward& arguments, const 
   }
   Workspace workspace;
   std::optional<KeptWeight> kept;
-  if (need_dx && M > 0) kept = take_kept_weight(arguments.weight, dtype, stream);
+  if (need_dx && M > 0) kept = take_kept_weight(arguments.weight, plan.copies ? round_up(R, kChunk) : 0, dtype, stream);
   const int64_t at_W = workspace.add(need_dx && M > 0 && !kept ? size * std::min(plan.step, K) * plan.depth : 0);
   const int64_t at_rows = workspace.add(plan.copies                                     ? size * M * plan.depth
                                         : plan.term == Term::torch && dropout.seed && x ? size * M * K
