@@ -190,6 +190,44 @@ def test_a_weight_that_is_unpacked_again_for_a_backward_pass_is_kept_for_it(card
     check_asynchronous(done)
 
 
+class Fails(torch.autograd.Function):
+    """Its backward pass fails, when what it saved has been computed again."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError(f"no gradient for {len(ctx.saved_tensors)} tensor")
+
+
+def memory_after_a_backward_pass_that_fails():
+    """Bytes that are in use after it, and after the next forward pass, beyond those before."""
+    from torch.utils.checkpoint import checkpoint
+
+    from nf4lora import ops
+    from nf4lora.ops.kernels.kept_weights import limit_kept_weights
+
+    limit_kept_weights(None)
+    tensors, weight = tensors_of_lora(2048), packed(True)
+    layer = lambda x, A, B: ops.lora_linear(x, *weight, None, A, B)  # noqa: E731
+    torch.autograd.grad(layer(*tensors).sum(), tensors)  # cuBLAS takes its memory
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(RuntimeError, match="no gradient for 1 tensor"):
+        checkpoint(lambda *given: Fails.apply(layer(*given)), *tensors, use_reentrant=False).sum().backward()
+    left = torch.cuda.memory_allocated() - before
+    layer(*tensors)
+    return left, torch.cuda.memory_allocated() - before
+
+
+def test_a_weight_that_was_kept_for_a_backward_pass_which_failed_goes_with_the_next_forward_pass(card):
+    left, after = card.ask(memory_after_a_backward_pass_that_fails)
+    assert left > 32 << 20  # W
+    assert after == 0
+
+
 def out_of_memory(tokens):
     from nf4lora import ops
 
