@@ -1,6 +1,9 @@
 // What lora_linear and its backward demand of their arguments.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "../lora.h"
 #include "absmax.h"
 #include "tensor.h"
@@ -46,6 +49,10 @@ inline int64_t check_adapter(const char* op, const Adapter& adapter, int64_t N, 
   require_value(A.has_value() == B.has_value(), op, ": lora_A and lora_B must come together, got only one");
   require_value(adapter.dropout >= 0.0 && adapter.dropout < 1.0, op, ": dropout must be in [0, 1), got ",
                 adapter.dropout);
+  // The kernels multiply in float32 by both at once.
+  const double scale = adapter.scaling / (1.0 - adapter.dropout);
+  require_value(std::abs(scale) <= std::numeric_limits<float>::max(), op, ": scaling must be finite in float32, ",
+                "also divided by 1 - dropout, got ", adapter.scaling);
   if (!A) return 0;
   check_float(op, "lora_A", *A);
   check_float(op, "lora_B", *B);

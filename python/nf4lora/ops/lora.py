@@ -54,7 +54,8 @@ def lora_linear(
         y: [..., N] of x's dtype
 
     Raises:
-        ValueError: shapes that do not belong together; two devices; dropout outside [0, 1) or without a seed.
+        ValueError: shapes that do not belong together; two devices; dropout outside [0, 1) or without a seed; scaling
+            that is not finite.
         TypeError: a dtype that is not as above.
         NotImplementedError: forward-mode differentiation, or a transform of torch.func.
 
