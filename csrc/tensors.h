@@ -32,13 +32,14 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 // What torch says of the last failure of a call in this thread; torch 2.13 and later have it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
+inline std::string what_torch_says() {
+  if (!torch_exception_get_what_without_backtrace) return "";
+  return std::string("; torch says: ") + torch_exception_get_what_without_backtrace();
+}
+
 [[noreturn]] inline void fail_empty(bool on_cpu, int64_t values) {
-  std::string text = (on_cpu ? "out of memory: nf4lora asked for " : "CUDA out of memory. nf4lora asked for ") +
-                     std::to_string(values) + " values";
-  if (torch_exception_get_what_without_backtrace) {
-    text.append("; torch says: ").append(torch_exception_get_what_without_backtrace());
-  }
-  throw std::runtime_error(text);
+  throw std::runtime_error((on_cpu ? "out of memory: nf4lora asked for " : "CUDA out of memory. nf4lora asked for ") +
+                           std::to_string(values) + " values" + what_torch_says());
 }
 
 // A tensor of these sizes on the device of `like`, its values not set. (torch::stable::new_empty calls the dispatcher by

@@ -53,7 +53,9 @@ inline void add_product(const Matrix& out, double beta, const Matrix& self, cons
   const AddProduct product = out.is_on_cpu() ? &aoti_torch_cpu_addmm_out : on_card;  // the first one in tests
   if (!product)
     throw std::runtime_error("nf4lora: torch must multiply on CUDA, got a build that does not; reinstall torch");
-  STABLE_TORCH_ERROR_CODE_CHECK(product(out.handle(), self.handle(), left.handle(), right.handle(), beta, alpha));
+  if (product(out.handle(), self.handle(), left.handle(), right.handle(), beta, alpha) != 0) {
+    throw std::runtime_error("nf4lora: torch's product of two matrices failed" + what_torch_says());
+  }
 }
 
 }  // namespace nf4lora::cuda
