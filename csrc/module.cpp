@@ -11,6 +11,7 @@
 #include "cuda/launch.h"
 #include "cuda/paged_module.h"
 #include "format.h"
+#include "siblings.h"
 
 namespace py = pybind11;
 
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA_ARCHS") = NF4LORA_CUDA_ARCHS;
   m.attr("BUILD_TORCH") = NF4LORA_BUILD_TORCH;
 
+  m.attr("MOST_SIBLINGS") = kMostSiblings;
   m.attr("CUDA_FEW_ROWS") = cuda::kMostFewRows;
   cuda::bind_dispatch(m);
   cuda::bind_pager(m);

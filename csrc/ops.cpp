@@ -26,6 +26,16 @@ STABLE_TORCH_LIBRARY(nf4lora, m) {
       "Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, int blocksize, bool need_dx) -> "
       "(Tensor dx, Tensor dA, Tensor dB)");
 
+  // The same for layers of one x that are called together, up to 4: a list has an entry for each of them. There is no
+  // dropout, and dx is the sum of all. S may be empty, where no dB is wanted.
+  m.def(
+      "lora_linear_group(Tensor x, Tensor[] qweight, Tensor[] absmax, Tensor?[] nested, Tensor?[] bias, "
+      "Tensor[] lora_A, Tensor[] lora_B, float scaling, int blocksize) -> (Tensor[] y, Tensor[] S)");
+  m.def(
+      "lora_linear_group_backward(Tensor[] dy, Tensor? x, Tensor[] S, Tensor[] qweight, Tensor[] absmax, "
+      "Tensor?[] nested, Tensor[] lora_A, Tensor[] lora_B, float scaling, int blocksize, bool need_dx) -> "
+      "(Tensor dx, Tensor[] dA, Tensor[] dB)");
+
   // One step of AdamW on every tensor of the lists, in place (adamw.h has the arithmetic). exp_avgs and exp_avg_sqs are
   // float32, or uint8 with absmaxs float32 [ceil(n / 256), 2]. scale [1] multiplies every gradient; values whose gradient
   // is not finite stay as they are and are added to skipped, int64 [1].

@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<OptionalTensor>;
 
 // Of a dtype that check_float has let through.
 inline Dtype dtype_of(ScalarType dtype) {
@@ -75,6 +76,9 @@ inline OptionalTensor contiguous_view(const OptionalTensor& tensor) {
   if (!tensor) return std::nullopt;
   return contiguous_view(*tensor);
 }
+
+// Two tensors of one shape and dtype. (An addition is not among the functions of torch's stable interface.)
+inline Tensor sum_of(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
 // All dimensions but the last, multiplied.
 inline int64_t rows_of(const Tensor& tensor) {

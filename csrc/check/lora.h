@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "../lora.h"
 #include "absmax.h"
@@ -109,6 +110,49 @@ inline LinearShape check_lora_linear_backward(const LoraLinearBackward& argument
   require_value(S->dim() == 2 && S->size(0) == shape.M && S->size(1) == shape.R, op, ": S must be [", shape.M, ", ",
                 shape.R, "], got shape ", shape_of(*S));
   return shape;
+}
+
+// The lists of a group: one entry for each layer.
+template <class Group>
+void check_lists(const char* op, const Group& group) {
+  const size_t count = group.size();
+  require_value(count >= 1 && count <= size_t{kMostSiblings}, op, ": a group must be of 1 to ", kMostSiblings,
+                " layers, got ", count);
+  const auto check_size = [&](const char* name, size_t size) {
+    require_value(size == count, op, ": ", name, " must have as many entries as qweight, ", count, ", got ", size);
+  };
+  check_size("absmax", group.absmax.size()), check_size("nested", group.nested.size());
+  check_size("lora_A", group.lora_A.size()), check_size("lora_B", group.lora_B.size());
+}
+
+inline std::vector<LinearShape> check_lora_linear_group(const LoraLinearGroup& group) {
+  constexpr const char* op = "lora_linear_group";
+  check_lists(op, group);
+  require_value(group.bias.size() == group.size(), op, ": bias must have as many entries as qweight, ", group.size(),
+                ", got ", group.bias.size());
+  std::vector<LinearShape> shapes;
+  for (size_t i = 0; i < group.size(); ++i) shapes.push_back(check_lora_linear(group.layer(i)));
+  return shapes;
+}
+
+inline std::vector<LinearShape> check_lora_linear_group_backward(const LoraLinearGroupBackward& group) {
+  constexpr const char* op = "lora_linear_group_backward";
+  check_lists(op, group);
+  require_value(group.dy.size() == group.size(), op, ": dy must have as many entries as qweight, ", group.size(),
+                ", got ", group.dy.size());
+  require_value(group.S.empty() || group.S.size() == group.size(), op, ": S must have as many entries as qweight, ",
+                group.size(), ", or none, got ", group.S.size());
+  std::vector<LinearShape> shapes;
+  for (size_t i = 0; i < group.size(); ++i) {
+    shapes.push_back(check_lora_linear_backward(group.layer(i)));
+    require_value(shapes[i].M == shapes[0].M && shapes[i].K == shapes[0].K, op,
+                  ": all layers must have the tokens and in features of the first, ", shapes[0].M, " and ",
+                  shapes[0].K, ", got ", shapes[i].M, " and ", shapes[i].K);
+    require_kind(group.dy[i].scalar_type() == group.dy[0].scalar_type(), op, ": all dy must be of one dtype, got ",
+                 name_of(group.dy[0].scalar_type()), " and ", name_of(group.dy[i].scalar_type()));
+    check_same_device(op, "dy", group.dy[i], group.dy[0]);
+  }
+  return shapes;
 }
 
 }  // namespace nf4lora

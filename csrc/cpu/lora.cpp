@@ -333,11 +333,38 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const LoraLinearBackward
   return {dx, dA, dB};
 }
 
+// A group is each of its layers in turn.
+std::tuple<Tensors, Tensors> lora_linear_group(const LoraLinearGroup& group) {
+  check_lora_linear_group(group);
+  Tensors ys, Ss;
+  for (size_t i = 0; i < group.size(); ++i) {
+    const auto [y, S] = lora_linear(group.layer(i));
+    ys.push_back(y), Ss.push_back(S);
+  }
+  return {ys, Ss};
+}
+
+// dx is summed as autograd sums it: the gradient of the layer that was called last comes first.
+std::tuple<Tensor, Tensors, Tensors> lora_linear_group_backward(const LoraLinearGroupBackward& group) {
+  check_lora_linear_group_backward(group);
+  const size_t count = group.size();
+  Tensors dAs(count), dBs(count);
+  OptionalTensor sum;
+  for (size_t i = count; i-- > 0;) {
+    const auto [dx, dA, dB] = lora_linear_backward(group.layer(i));
+    dAs[i] = dA, dBs[i] = dB;
+    sum = sum && group.need_dx ? sum_of(*sum, dx) : dx;
+  }
+  return {*sum, dAs, dBs};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nf4lora, CPU, m) {
   m.impl("lora_linear", TORCH_BOX((&LoraLinear::op<&lora_linear>)));
   m.impl("lora_linear_backward", TORCH_BOX((&LoraLinearBackward::op<&lora_linear_backward>)));
+  m.impl("lora_linear_group", TORCH_BOX((&LoraLinearGroup::op<&lora_linear_group>)));
+  m.impl("lora_linear_group_backward", TORCH_BOX((&LoraLinearGroupBackward::op<&lora_linear_group_backward>)));
 }
 
 }  // namespace nf4lora

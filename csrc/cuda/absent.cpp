@@ -54,6 +54,13 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora, CUDA, m) {
   m.impl(
       "lora_linear_backward",
       TORCH_BOX((&LoraLinearBackward::op<&Absent<"lora_linear_backward", Triple(const LoraLinearBackward&)>::call>)));
+  using Lists = std::tuple<Tensors, Tensors>;
+  using Gradients = std::tuple<Tensor, Tensors, Tensors>;
+  m.impl("lora_linear_group",
+         TORCH_BOX((&LoraLinearGroup::op<&Absent<"lora_linear_group", Lists(const LoraLinearGroup&)>::call>)));
+  m.impl("lora_linear_group_backward",
+         TORCH_BOX((&LoraLinearGroupBackward::op<
+                    &Absent<"lora_linear_group_backward", Gradients(const LoraLinearGroupBackward&)>::call>)));
   m.impl("adamw_step_", TORCH_BOX((&AdamWStep::op<&Absent<"adamw_step_", void(const AdamWStep&)>::call>)));
 }
 

@@ -18,6 +18,7 @@ COMPILER: str
 CUDA_VERSION: str  # of the toolkit this was built with, "" without CUDA
 CUDA_ARCHS: str
 BUILD_TORCH: str
+MOST_SIBLINGS: int  # layers of a group
 CUDA_FEW_ROWS: int  # most tokens that the kernel for a few takes
 CUDA_KERNELS: tuple[str, ...]  # of lora_linear
 

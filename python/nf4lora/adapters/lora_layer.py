@@ -16,6 +16,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from nf4lora.adapters import siblings
+from nf4lora.adapters.siblings import Branch
 from nf4lora.compat.peft import AdapterDtype, Create, build_lora_layers, is_target
 from nf4lora.compat.torch import children_of, has_hooks, hooks_every_module, is_called_plainly, parameters_of
 from nf4lora.nn.linear import NF4Linear
@@ -49,8 +51,8 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
         # PEFT would round a new or a loaded adapter to the base's compute_dtype.
         return None if isinstance(base_layer, NF4Linear) else dtype
 
-    def _fused_adapter(self) -> tuple[NF4Linear, Tensor, Tensor, float, float] | None:
-        """The base layer, A, B, scaling and dropout for the fused op; None where PEFT's own forward must run.
+    def branch(self) -> Branch | None:
+        """What the fused op computes; None where PEFT's own forward must run.
 
         All of it is looked up at each call. That takes three microseconds, because the dictionaries of the modules are
         read, where an attribute of a module would take half a microsecond; and nothing can be out of date, whatever
@@ -81,13 +83,22 @@ class NF4LoraLinear(AdapterDtype, lora.Linear):
             p = dropout.p if dropout.training else 0.0
         elif not isinstance(dropout, nn.Identity):
             return None
-        return base, _parameter(lora_A, "weight"), _parameter(lora_B, "weight"), scaling, p
+        return Branch(base, _parameter(lora_A, "weight"), _parameter(lora_B, "weight"), scaling, p)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        fused = None if args or kwargs else self._fused_adapter()
-        if fused is None:
+        branch = None if args or kwargs else self.branch()
+        if branch is None:
             return super().forward(x, *args, **kwargs)
-        base, A, B, scaling, p = fused
+        has_siblings = not torch.compiler.is_compiling() and x.device.type in siblings.DEVICES
+        y = siblings.output_of(self, x, branch) if has_siblings else None
+        if y is None:
+            y = self._computed(x, branch)
+            if has_siblings:
+                siblings.watched(self, x, y)
+        return y
+
+    def _computed(self, x: Tensor, branch: Branch) -> Tensor:
+        base, A, B, scaling, p = branch
         # The seed comes from torch's generator, whose state checkpointing restores: it then draws the same mask again.
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
         if A.dtype != torch.float32 or B.dtype != torch.float32:  # in FSDP's mixed precision

@@ -196,6 +196,20 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def is_waiting(node: Any) -> bool:
+    """Whether the node of a graph, an autograd.Function's, still holds what it saved for its backward pass."""
+    try:
+        node._raw_saved_tensors  # noqa: B018  # as they are: a hook would compute them again
+    except RuntimeError:
+        return False
+    return True
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The address of the CUDA stream that is current for the tensor's device; 0 for a tensor elsewhere."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+
+
 def below_subclasses() -> AbstractContextManager[None]:
     """Call functions of tensors without calling `__torch_function__` of their classes again."""
     return torch._C.DisableTorchFunctionSubclass()

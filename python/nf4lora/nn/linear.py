@@ -217,10 +217,10 @@ class NF4Linear(Unreplicated, nn.Linear):
 
     def op_arguments(self) -> dict[str, Any]:
         """The layer's state as `ops.lora_linear` takes it: qweight, absmax, nested (float32 views) and blocksize."""
-        codes, absmax, nested = self._packed()
+        codes, absmax, nested = self.packed()
         return {"qweight": codes, "absmax": absmax, "nested": nested, "blocksize": self.blocksize}
 
-    def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """qweight, absmax and nested, as in op_arguments."""
         state: Any = parameters_of(self)  # an attribute of a module takes half a microsecond to find
         codes, absmax, nested = state["weight"], state["weight_absmax"], None
@@ -232,6 +232,33 @@ class NF4Linear(Unreplicated, nn.Linear):
         if type(codes) is PackedWeight:
             codes = self._unguarded()
         return codes, absmax, nested
+
+    # A generated token calls hundreds of layers. A conversion that changes nothing, or an attribute of a module, takes a
+    # microsecond, so both are avoided in what a call runs.
+
+    def dtypes_for(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes that the layer computes in and that it returns for this x.
+
+        Raises:
+            TypeError: x holds no floating-point values.
+        """
+        result_dtype = x.dtype
+        if not result_dtype.is_floating_point:
+            raise TypeError(
+                f"NF4Linear: x must be float32, bfloat16 or float16, got {result_dtype}; if the model casts its hidden "
+                f"states to the dtype of this layer's weight, which is packed, keep the layer in 16 bits: "
+                f"NF4Config(modules_to_not_convert=[its name])"
+            )
+        if is_any_autocast_enabled():
+            kind = x.device.type
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                result_dtype = torch.get_autocast_dtype(kind)
+        return self.compute_dtype or result_dtype, result_dtype
+
+    def bias_parameter(self) -> Tensor | None:
+        """The bias as it is."""
+        state: Any = parameters_of(self)
+        return state["bias"] if "bias" in state else self.bias
 
     def forward(  # type: ignore[override]
         self,
@@ -252,27 +279,12 @@ class NF4Linear(Unreplicated, nn.Linear):
         Returns:
             [..., N] in the dtype of x, or of autocast where it is on
         """
-        # A generated token calls hundreds of layers. A conversion that changes nothing, or an attribute of a module,
-        # takes a microsecond, so both are avoided here.
-        given = x.dtype
-        if not given.is_floating_point:
-            raise TypeError(
-                f"NF4Linear: x must be float32, bfloat16 or float16, got {given}; if the model casts its hidden "
-                f"states to the dtype of this layer's weight, which is packed, keep the layer in 16 bits: "
-                f"NF4Config(modules_to_not_convert=[its name])"
-            )
-        result_dtype = given
-        if is_any_autocast_enabled():
-            kind = x.device.type
-            if kind != "meta" and torch.is_autocast_enabled(kind):
-                result_dtype = torch.get_autocast_dtype(kind)
-        dtype = self.compute_dtype or result_dtype
-        if given != dtype:
+        dtype, result_dtype = self.dtypes_for(x)
+        if x.dtype != dtype:
             x = x.to(dtype)
-        state = parameters_of(self)
-        trained = state["bias"] if "bias" in state else self.bias
+        trained = self.bias_parameter()
         bias = trained if trained is None or trained.dtype == dtype else trained.detach().to(dtype)
-        codes, absmax, nested = self._packed()
+        codes, absmax, nested = self.packed()
         y = ops.lora_linear(
             x,
             codes,

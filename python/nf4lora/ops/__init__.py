@@ -7,6 +7,7 @@ tokens, N out features, K in features, R rank.
 from nf4lora.ops.absmax import NESTED_BLOCKSIZE, absmax_dequantize, absmax_quantize
 from nf4lora.ops.adamw import MOMENT_BLOCKSIZE, adamw_step_
 from nf4lora.ops.lora import lora_linear
+from nf4lora.ops.lora_group import lora_linear_group
 from nf4lora.ops.nf4 import BLOCKSIZE, BLOCKSIZES, nf4_dequantize, nf4_quantize
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "absmax_quantize",
     "adamw_step_",
     "lora_linear",
+    "lora_linear_group",
     "nf4_dequantize",
     "nf4_quantize",
 ]

@@ -75,10 +75,10 @@ def lora_linear(
     if _wants_gradient(x, lora_A, lora_B):
         return _Differentiable.apply(*arguments)
     with below_autograd():
-        return _called(_ops.lora_linear.default, arguments)[0]
+        return called(_ops.lora_linear.default, arguments)[0]
 
 
-def _called(op: Any, arguments: tuple) -> Any:
+def called(op: Any, arguments: tuple) -> Any:
     """The op's results. C++ beyond torch's stable ABI cannot raise torch.OutOfMemoryError, for which callers look in
     order to go on with smaller batches: it raises a RuntimeError with torch's words."""
     try:
@@ -153,7 +153,7 @@ def _backward(ctx, dy, _=None):
         blocksize=ctx.blocksize,
         need_dx=wanted[_X],
     )
-    dx, dA, dB = _called(_ops.lora_linear_backward.default, arguments)
+    dx, dA, dB = called(_ops.lora_linear_backward.default, arguments)
     gradients = [None] * len(_PLACES)
     for place, gradient in ((_X, dx), (_A, dA), (_B, dB)):
         if wanted[place]:
@@ -169,7 +169,7 @@ class _Differentiable(torch.autograd.Function):
         if inputs[_X].is_cuda:
             keep_if_computed_again(inputs[_X])
         with below_autograd():
-            y, S = _called(_ops.lora_linear.default, inputs)
+            y, S = called(_ops.lora_linear.default, inputs)
         _save(ctx, LoraLinear(*inputs), S)
         return y
 
