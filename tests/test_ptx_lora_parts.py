@@ -20,6 +20,7 @@ from support.ptx.tall_skinny import (
     Parts,
     Products,
     TallSkinny,
+    of,
     threshold,
 )
 from support.ptx.tensors import bits
@@ -98,7 +99,7 @@ def expanding(M, D, R, columns):
     """Grids of the pass and of the expansion on a large card."""
     products = Products(card=H200)
     launches = products.record()
-    expansion = Expansion(out=16, E=16, columns=columns, scale=1.0)
+    expansion = Expansion(out=16, E=of(16), columns=columns, scale=1.0)
     arguments = TallSkinny(dtype=1, Z=16, P=16, M=M, D=D, R=R, most_inner=1 << 40, expansion=expansion)
     assert products.launchers.tall_skinny(ctypes.pointer(arguments), None) is None
     return (launch.grid for launch in launches)

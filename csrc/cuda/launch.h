@@ -8,6 +8,7 @@
 #include "../adamw.h"
 #include "../ceil_div.h"
 #include "../dtype.h"
+#include "../siblings.h"
 
 namespace nf4lora::cuda {
 
@@ -68,10 +69,10 @@ Error lora_few(const FewRows& few, void* stream);
 
 // out = bias + scale * drop(P E), from the low-rank product P [M, R] of TallSkinny: what the product with W is added to.
 struct Expansion {
-  void* out = nullptr;      // [M, columns], of the dtype of P; null for no expansion
-  const void* E = nullptr;  // [R, columns], of its own dtype
+  void* out = nullptr;                     // [M, columns], of the dtype of P; null for no expansion
+  const void* E[kMostSiblings] = {};       // [R, columns], of its own dtype; of the ranks of each adapter
   Dtype dtype_of_E = Dtype::f32;
-  bool E_is_transposed = false;    // E is [columns, R]
+  bool E_is_transposed = false;    // E is [columns, R], of one adapter
   const float* bias = nullptr;     // [columns] or null
   const uint64_t* seed = nullptr;  // [1], null without dropout: elements of out that it leaves out have bias alone
   uint32_t threshold = 0;          // of dropout
@@ -82,22 +83,28 @@ struct Expansion {
 // The tall and skinny products of LoRA in 16 bits, one pass over Z [M, D] for either or both, with Z under dropout:
 // P = inner_scale * Z F and G = outer_scale * Z^T L. The pass can also leave a copy of Z in longer rows, which P
 // continues, and P can be expanded at once. Everything is on the device, contiguous.
+//
+// Adapters of a group are computed as one of all their ranks: those of adapter i begin with first_rank[i], and its part of
+// F, P, G and E is a matrix of its own.
+inline constexpr int64_t kNoRank = INT64_MAX;
 struct TallSkinny {
-  Dtype dtype;    // of Z, L and P
-  const void* Z;  // x [M, K] or dy [M, N]
-  const void* F;  // [D, R], of its own dtype
+  Dtype dtype;                           // of Z, L and P
+  const void* Z;                         // x [M, K] or dy [M, N]
+  const void* F[kMostSiblings];          // [D, R], of its own dtype
   Dtype dtype_of_F;
-  bool F_is_transposed;  // F is [R, D]
-  const void* L;         // [M, R]
+  bool F_is_transposed;  // F is [R, D]; always of more adapters than one
+  const void* L;         // [M, R], of all ranks
   const uint64_t* seed;  // [1], null without dropout
   uint32_t threshold;    // of dropout
   float inner_scale, outer_scale;
-  void* P;  // [M, R], or null
-  void* G;  // [D, R], of its own dtype, or null
+  void* P[kMostSiblings];  // [M, R], or null
+  void* G[kMostSiblings];  // [D, R], of its own dtype, or null
   Dtype dtype_of_G;
-  bool G_is_transposed;  // G is [R, D]
+  bool G_is_transposed;  // G is [R, D]; always of more adapters than one
   float* workspace;      // [tall_skinny_workspace()]
   int64_t M, D, R;
+  int64_t first_rank[kMostSiblings] = {0, kNoRank, kNoRank, kNoRank};
+  int64_t P_stride = 0;  // values from one row of P to the next; 0: as many as it has columns
   int64_t most_inner = int64_t{64} << 20;  // bytes of work space for P, where 256 rows need no more
   void* copy = nullptr;                    // [M, copy_stride]: Z before dropout, then P, then zeros; null for no copy
   int64_t copy_stride = 0;                 // at least D + R, a multiple of 8
@@ -112,6 +119,8 @@ int64_t tall_skinny_workspace(const TallSkinny& product);
 // of 16 bytes, a copy or an expansion of no P, both at a time, a copy_stride that is too short or no multiple of 8, and
 // dropout of an out whose columns are no multiple of 8.
 Error tall_skinny(const TallSkinny& product, void* stream);
+// The expansion alone, of a P [M, R] of all ranks that is there.
+Error expand(const TallSkinny& product, void* stream);
 
 // lora_linear for any number of rows in 16 bits, or with `backward` its dx. Everything is on the device, contiguous.
 struct LoraGemm {
@@ -138,7 +147,8 @@ Error lora_gemm(const LoraGemm& gemm, void* stream);
 
 // A rectangle of W: rows [n0, n0 + rows) and columns [k0, k0 + columns). Where there is a factor, P = padded_rank(R)
 // columns more on its right hold round(round(lora_B[n0 + r, j]) * scaling), or P rows more below it that of
-// lora_A[j, k0 + c], rounded to dtype, zero from R on. Everything is on the device, contiguous.
+// lora_A[j, k0 + c], rounded to dtype, zero from R on. lora_B may have only some of the ranks that the columns on its right
+// stand for: zeros surround it then. Everything is on the device, contiguous.
 struct Slice {
   Dtype dtype;  // of weight
   Packed W;
@@ -149,7 +159,9 @@ struct Slice {
   Dtype dtype_of_factor = Dtype::f32;
   bool factor_is_below = false;
   float scaling = 1.0f;
-  int64_t R = 0;
+  int64_t R = 0;           // of factor
+  int64_t first_rank = 0;  // of factor among all_ranks
+  int64_t all_ranks = 0;   // R for the width on the right; 0: R
 };
 // Refuses, before it launches anything, k0 or columns off a multiple of 32, what lies outside W, and a stride that is
 // shorter than a row.

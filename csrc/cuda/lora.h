@@ -3,6 +3,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "../check/lora.h"
 #include "../lora.h"
@@ -19,5 +20,15 @@ Outputs lora_linear_dense(const LoraLinear& arguments, const LinearShape& shape,
 
 Gradients lora_linear_backward_fused(const LoraLinearBackward& arguments, const LinearShape& shape, void* stream);
 Gradients lora_linear_backward_dense(const LoraLinearBackward& arguments, const LinearShape& shape, void* stream);
+
+using GroupOutputs = std::tuple<Tensors, Tensors>;            // y, S
+using GroupGradients = std::tuple<Tensor, Tensors, Tensors>;  // dx, dA, dB
+
+// Whether a group of these shapes, all of which the dense kernel computes, can be computed together; rows are x or a dy.
+bool is_one_dense_group(const Tensor& rows, const Tensors& lora_A, const std::vector<LinearShape>& shapes);
+GroupOutputs lora_linear_group_dense(const LoraLinearGroup& group, const std::vector<LinearShape>& shapes, void* stream,
+                                     bool keeps);
+GroupGradients lora_linear_group_backward_dense(const LoraLinearGroupBackward& group,
+                                                const std::vector<LinearShape>& shapes, void* stream);
 
 }  // namespace nf4lora::cuda

@@ -6,9 +6,9 @@
 // not lost as it would be if it were added to a rounded y.) Partial sums of a product are torch's own: float32, unless
 // torch.backends.cuda.matmul allows reductions in 16 bits.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "dense.h"
 #include "dispatch.h"
 #include "kept_weights.h"
 #include "launch.h"
@@ -24,7 +24,6 @@ namespace {
 
 constexpr const char* kForward = "lora_linear";
 constexpr const char* kBackward = "lora_linear_backward";
-constexpr int64_t kStep = 64;  // rows or columns of slices of W: tiles of a product are filled
 
 // How the low-rank term is computed.
 enum class Term {
@@ -34,29 +33,13 @@ enum class Term {
   torch    // written by torch's products: float32, which no kernel for tensor cores takes
 };
 
-// Beside W, scaling multiplies the factor in 16 bits, which is exact for a power of two in bfloat16. There the rows of x (or
-// of dy) are copied once, 2 bytes read less than the 4 bytes of an out that is written first and read again.
+// Beside W the rows of x (or of dy) are copied once, 2 bytes read less than the 4 bytes of an out that is written first and
+// read again.
 Term term_of(bool with_adapter, const Tensor& rows, const Adapter& adapter, bool drops_out, int64_t in, int64_t out) {
   if (!with_adapter) return Term::none;
   const ScalarType dtype = rows.scalar_type();
   if (dtype == ScalarType::Float) return Term::torch;
-  int exponent = 0;
-  const bool is_power_of_two = std::abs(std::frexp(adapter.scaling, &exponent)) == 0.5;
-  const bool is_exact = dtype == ScalarType::BFloat16 && is_power_of_two && !drops_out;
-  return is_exact && in < 2 * out ? Term::beside : Term::before;
-}
-
-// Of out's rows (forward) or columns that are made of one slice of W.
-int64_t step_of(int64_t length, int64_t bytes_of_one, int64_t most_bytes) {
-  const int64_t most = std::max(kStep, most_bytes / std::max<int64_t>(bytes_of_one, 1) / kStep * kStep);
-  const int64_t parts = length * bytes_of_one <= most_bytes ? 1 : ceil_div(length, most);
-  return std::max<int64_t>(1, ceil_div(length, parts * kStep)) * kStep;
-}
-
-// Memory for W that also has room for the factor of either direction.
-KeptWeight room_to_keep(const Tensor& rows, const LinearShape& shape) {
-  const int64_t room = round_up(shape.R, kChunk), stride = shape.K + room;
-  return {empty({(shape.N + room) * stride}, rows.scalar_type(), rows), stride, room};
+  return is_exact_beside(dtype, adapter.scaling) && !drops_out && in < 2 * out ? Term::beside : Term::before;
 }
 
 // How a call is computed: with rows of x (forward) or dy of `in` values, and of y or dx of `out` values.
@@ -76,32 +59,6 @@ struct Plan {
   bool has_pass() const { return term == Term::beside || term == Term::before; }
   bool adds() const { return term == Term::before || term == Term::torch; }  // W's product to the low-rank term
 };
-
-Slice slice_of(const Tensor& rows, const Weight& weight, const LinearShape& shape, int64_t blocksize) {
-  Slice slice{};
-  slice.dtype = dtype_of(rows);
-  slice.W = weight.packed();
-  slice.N = shape.N, slice.K = shape.K, slice.blocksize = blocksize;
-  slice.rows = shape.N, slice.columns = shape.K;
-  return slice;
-}
-
-void add_factor(Slice& slice, const Tensor& factor, const Adapter& adapter, int64_t R, bool is_below) {
-  slice.factor = factor.const_data_ptr(), slice.dtype_of_factor = dtype_of(factor);
-  slice.factor_is_below = is_below;
-  slice.scaling = static_cast<float>(adapter.scaling), slice.R = R;
-}
-
-// The pass also writes bias + scale * P F, with the factor F [R, columns of out] or its transpose, into out.
-void expand(TallSkinny& pass, const Tensor& factor, bool is_transposed, const OptionalTensor& bias, double scale,
-            const Tensor& out) {
-  Expansion& expansion = pass.expansion;
-  expansion.out = out.mutable_data_ptr(), expansion.columns = last_size(out);
-  expansion.E = factor.const_data_ptr(), expansion.dtype_of_E = dtype_of(factor);
-  expansion.E_is_transposed = is_transposed;
-  expansion.bias = static_cast<const float*>(data_of(bias));
-  expansion.scale = static_cast<float>(scale);
-}
 
 // gradient [rows, columns] = alpha * left right, in the gradient's own dtype; the product is in float32.
 void product_into(const Tensor& gradient, int64_t rows, int64_t columns, const Matrix& left, const Matrix& right,
@@ -142,9 +99,9 @@ Outputs lora_linear_dense(const LoraLinear& arguments, const LinearShape& shape,
   if (plan.has_pass()) pass = pass_for_S(x, *A, dropout, shape, S.mutable_data_ptr());
   const OptionalTensor bias = plan.term == Term::before ? std::nullopt : in_dtype(arguments.bias, dtype);
   const OptionalTensor offsets = plan.term == Term::before ? float_bias(arguments.bias) : std::nullopt;
-  if (plan.term == Term::before) expand(pass, *B, true, offsets, adapter.scaling, y);
+  if (plan.term == Term::before) pass.expansion = expansion_of(*B, true, offsets, adapter.scaling, y);
   std::optional<KeptWeight> kept;
-  if (keeps && plan.step >= N) kept = room_to_keep(x, shape);
+  if (keeps && plan.step >= N) kept = room_to_keep(x, shape, R);
   Workspace workspace;
   const int64_t at_W = workspace.add(kept ? 0 : size * std::min(plan.step, N) * plan.depth);
   const int64_t at_x =
@@ -170,7 +127,7 @@ Outputs lora_linear_dense(const LoraLinear& arguments, const LinearShape& shape,
   Slice slice = slice_of(x, weight, shape, arguments.weight.blocksize);
   slice.weight = kept ? kept->memory.mutable_data_ptr() : workspace.at<void>(at_W);
   slice.stride = kept ? kept->stride : plan.depth;
-  if (plan.copies) add_factor(slice, *B, adapter, R, false);
+  if (plan.copies) add_factor(slice, *B, adapter.scaling, R, false);
   for (int64_t n = 0; n < N; n += plan.step) {
     slice.n0 = n, slice.rows = std::min(plan.step, N - n);
     require_launched(kForward, lora_slice(slice, stream));
@@ -216,7 +173,7 @@ Gradients lora_linear_backward_dense(const LoraLinearBackward& arguments, const 
     }
     over_dy = pass_over_dy(grads, factor_B, adapter.scaling, shape, T.mutable_data_ptr(), S, padded_dB);
     if (plan.term == Term::before && need_dx) {
-      expand(over_dy, *A, false, std::nullopt, scaling, dx);
+      over_dy.expansion = expansion_of(*A, false, std::nullopt, scaling, dx);
       over_dy.expansion.seed = seed_of(dropout), over_dy.expansion.threshold = dropout.threshold;
     }
     if (x) for_dA = pass_for_dA(*x, T.const_data_ptr(), adapter.scaling, dropout, shape, dA);
@@ -261,7 +218,7 @@ Gradients lora_linear_backward_dense(const LoraLinearBackward& arguments, const 
   const Matrix rows =
       plan.copies ? Matrix(workspace.memory(), M, plan.depth, plan.depth, 1, at_rows / size) : Matrix(dy, M, N, N);
   Slice slice = slice_of(dy, weight, shape, arguments.weight.blocksize);
-  if (plan.copies) add_factor(slice, *A, adapter, R, true);
+  if (plan.copies) add_factor(slice, *A, adapter.scaling, R, true);
   if (kept) {  // all that is missing is the factor below W
     slice.rows = 0, slice.stride = kept->stride;
     slice.weight = static_cast<char*>(kept->memory.mutable_data_ptr()) + size * N * kept->stride;

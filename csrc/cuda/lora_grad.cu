@@ -103,8 +103,11 @@ __global__ void __launch_bounds__(kThreads, resident(kRankTiles, kGroups, kInner
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int64_t d = first_d + g * kColumns + k * 16 + half * 8 + pair + i;
-              const float value =
-                  d < D && r < R ? load_factor<T>(t.F, t.dtype_of_F, t.F_is_transposed ? r * D + d : d * R + r) : 0.0f;
+              float value = 0.0f;
+              if (d < D && r < R) {
+                const auto [F, own, ranks] = of_rank(t.F, t.first_rank, r, R);
+                value = load_factor<T>(F, t.dtype_of_F, t.F_is_transposed ? own * D + d : d * R + r);
+              }
               values[i] = narrow<T>(value);
             }
             factor[g][k][n][half] = as_word(values);
@@ -239,7 +242,7 @@ struct Plan {
 // Rows of a launch, so that the sums of Z F fit in the work space.
 int64_t rows_of_a_launch(const TallSkinny& t, int64_t parts) {
   constexpr int64_t kLeast = 256;
-  if (!t.P) return t.M;
+  if (!t.P[0]) return t.M;
   const int64_t fitting = t.most_inner / (parts * t.R * 4) / kRows * kRows, most = std::max(kLeast, fitting);
   return t.M <= most ? t.M : round_up(ceil_div(t.M, ceil_div(t.M, most)), kRows);
 }
@@ -261,17 +264,17 @@ Plan plan_of(const TallSkinny& t) {
   if (t.M == 0 || t.D == 0 || t.R == 0) return best;
   const int64_t rounds = 2 * current_card().multiprocessors;
   const int rank_tiles = t.R <= 16 ? 2 : 4;
-  const bool with_G = t.G || t.adds_as_both;
+  const bool with_G = t.G[0] || t.adds_as_both;
   best.rank_groups = ceil_div(t.R, 8 * rank_tiles);
   int64_t least = INT64_MAX;
-  for (int groups = 1; groups <= most_groups(rank_tiles, t.P, with_G); groups *= 2) {
+  for (int groups = 1; groups <= most_groups(rank_tiles, t.P[0], with_G); groups *= 2) {
     const int64_t columns = groups * kColumns, parts = ceil_div(t.D, columns), rows = rows_of_a_launch(t, parts);
     if (groups > 1 && columns >= 2 * t.D) break;
     for (int fewer = 1; fewer <= 8; fewer *= 2) {
       const int64_t wanted = std::max<int64_t>(1, rounds / fewer / (parts * best.rank_groups));
       const int64_t strip = round_up(ceil_div(rows, wanted), kRows), strips = ceil_div(rows, strip);
       const int64_t reading = 2 * std::max(rows * t.D * best.rank_groups, rounds * columns * strip);
-      const int64_t of_P = t.P ? 8 * rows * parts + 4 * t.D * strips : 0, of_G = with_G ? 8 * t.D * strips : 0;
+      const int64_t of_P = t.P[0] ? 8 * rows * parts + 4 * t.D * strips : 0, of_G = with_G ? 8 * t.D * strips : 0;
       const int64_t cost = ceil_div(t.M, rows) * (reading + t.R * (of_P + of_G));
       if (cost < least) least = cost, best = {groups, parts, best.rank_groups, rows, strip, strips};
     }
@@ -279,7 +282,7 @@ Plan plan_of(const TallSkinny& t) {
   return best;
 }
 
-int64_t floats_of_inner(const TallSkinny& t, const Plan& plan) { return t.P ? plan.parts * plan.rows * t.R : 0; }
+int64_t floats_of_inner(const TallSkinny& t, const Plan& plan) { return t.P[0] ? plan.parts * plan.rows * t.R : 0; }
 
 template <typename T, int kRankTiles, int kGroups, bool kInner, bool kOuter>
 void launch_as(const TallSkinny& t, const Plan& plan, const Pass& pass, cudaStream_t stream) {
@@ -292,8 +295,8 @@ void launch_as(const TallSkinny& t, const Plan& plan, const Pass& pass, cudaStre
 
 template <typename T, int kRankTiles, int kGroups>
 void launch_groups(const TallSkinny& t, const Plan& plan, const Pass& pass, cudaStream_t stream) {
-  (!t.G   ? launch_as<T, kRankTiles, kGroups, true, false>
-   : !t.P ? launch_as<T, kRankTiles, kGroups, false, true>
+  (!t.G[0]   ? launch_as<T, kRankTiles, kGroups, true, false>
+   : !t.P[0] ? launch_as<T, kRankTiles, kGroups, false, true>
           : launch_as<T, kRankTiles, kGroups, true, true>)(t, plan, pass, stream);
 }
 
@@ -309,13 +312,18 @@ Error refusal(const TallSkinny& t) {
   if (t.D % kChunk != 0) return "a number of columns that is no multiple of 8";
   if (!is_aligned(t.Z)) return "Z off a multiple of 16 bytes";
   const Expansion& e = t.expansion;
-  if ((t.copy || e.out) && (!t.P || t.R < 1)) return "a copy or an expansion of no product";
+  if ((t.copy || e.out) && (!t.P[0] || t.R < 1)) return "a copy or an expansion of no product";
   if (t.copy && e.out) return "a copy and an expansion at a time";
   if (t.copy && !is_aligned(t.copy)) return "copy off a multiple of 16 bytes";
   if (t.copy && (t.copy_stride < t.D + t.R || t.copy_stride % kChunk != 0)) {
     return "rows of copy that are too short, or no multiple of 8";
   }
   if (e.out && e.seed && e.columns % kChunk != 0) return "dropout of a number of columns that is no multiple of 8";
+  const bool is_of_more = t.first_rank[1] < t.R;
+  if (is_of_more && ((t.P[0] && !t.F_is_transposed) || (t.G[0] && !t.G_is_transposed))) {
+    return "factors of more adapters than one, and not transposed";
+  }
+  if (is_of_more && t.P[0] && e.out) return "an expansion of a P of more adapters than one, before it is there";
   return nullptr;
 }
 
@@ -323,7 +331,7 @@ Error refusal(const TallSkinny& t) {
 
 int64_t tall_skinny_workspace(const TallSkinny& t) {
   const Plan plan = plan_of(t);
-  return floats_of_inner(t, plan) + (t.G ? plan.strips * t.D * t.R : 0);
+  return floats_of_inner(t, plan) + (t.G[0] ? plan.strips * t.D * t.R : 0);
 }
 
 Error tall_skinny(const TallSkinny& t, void* stream) {
@@ -341,9 +349,19 @@ Error tall_skinny(const TallSkinny& t, void* stream) {
       pass_over(t, plan, {t.workspace, outer, begin, end, plan.strip, static_cast<unsigned>(plan.rank_groups)},
                 cuda_stream);
     }
-    add_parts(t, {t.workspace, outer, plan.parts, plan.strips, begin, end - begin, t.G && end == t.M}, cuda_stream);
+    add_parts(t, {t.workspace, outer, plan.parts, plan.strips, begin, end - begin, t.G[0] && end == t.M}, cuda_stream);
     begin = end;
   } while (begin < t.M);
+  return launched();
+}
+
+Error expand(const TallSkinny& t, void* stream) {
+  if (t.dtype == Dtype::f32) return "float32, which the kernel for tall and skinny products does not take";
+  const Expansion& e = t.expansion;
+  if (!e.out || !t.P[0] || t.R < 1) return "no expansion, or one of no product";
+  if (e.seed && e.columns % kChunk != 0) return "dropout of a number of columns that is no multiple of 8";
+  if (t.first_rank[1] < t.R && e.E_is_transposed) return "factors of more adapters than one, and transposed";
+  add_parts(t, {.rows = t.M}, static_cast<cudaStream_t>(stream));
   return launched();
 }
 

@@ -36,7 +36,14 @@ __device__ __forceinline__ void add_gradient(const TallSkinny& t, const Parts& p
   const int64_t count = t.D * t.R;
   if (at >= count) return;
   const float value = sum_of(parts.outer + at, count, parts.outer_parts) * t.outer_scale;
-  with_dtype(t.dtype_of_G, [&]<typename F>(std::type_identity<F>) { static_cast<F*>(t.G)[at] = narrow<F>(value); });
+  void* G = t.G[0];
+  int64_t own = at;
+  if (t.first_rank[1] < t.R) {  // then G is [R, D]
+    const int64_t r = at / t.D;
+    const auto [matrix, rank, ranks] = of_rank(t.G, t.first_rank, r, t.R);
+    G = matrix, own = at - (r - rank) * t.D;
+  }
+  with_dtype(t.dtype_of_G, [&]<typename F>(std::type_identity<F>) { static_cast<F*>(G)[own] = narrow<F>(value); });
 }
 
 // Formula   P = round_to_T(inner_scale * sum over parts of inner), where there is a copy also in its columns from D on,
@@ -52,13 +59,15 @@ __global__ void __launch_bounds__(kThreads)
     if (parts.completes_G) add_gradient(t, parts, at - P_count);
     return;
   }
-  int64_t row = 0, r = at;  // without a copy row and rank are not needed apart
-  if (t.copy) row = at / (t.copy_stride - t.D), r = at % (t.copy_stride - t.D);
+  const int64_t width = t.copy ? t.copy_stride - t.D : t.R, row = at / width, r = at % width;
   const int64_t from = row * t.R + r;
   const bool exists = !t.copy || r < t.R;
   const float total = exists ? sum_of(parts.inner + from, parts.rows * t.R, parts.inner_parts) * t.inner_scale : 0.0f;
   const T value = narrow<T>(total);
-  if (exists) static_cast<T*>(t.P)[parts.begin * t.R + from] = value;
+  if (exists) {
+    const auto [P, rank, ranks] = of_rank(t.P, t.first_rank, r, t.R);
+    static_cast<T*>(P)[(parts.begin + row) * (t.P_stride ? t.P_stride : ranks) + rank] = value;
+  }
   if (t.copy) static_cast<T*>(t.copy)[(parts.begin + row) * t.copy_stride + t.D + r] = value;
 }
 
@@ -73,24 +82,26 @@ constexpr int kMostRanks = 256;               // of P in shared memory
 // The operand E of four matrix instructions: of ranks r, r + 1, r + 8 and r + 9, columns [column, column + 4), one for
 // each instruction. So a lane reads neighbours here, and its sums are eight neighbours of a row of out.
 template <typename T>
-__device__ __forceinline__ void load_expanding(const Expansion& e, int64_t R, int64_t r, int64_t column, bool vectors,
+__device__ __forceinline__ void load_expanding(const Expansion& e, const int64_t (&first_rank)[kMostSiblings],
+                                               int64_t R, int64_t r, int64_t column, bool vectors,
                                                unsigned (&factor)[kColumnTiles][2]) {
   with_dtype(e.dtype_of_E, [&]<typename F>(std::type_identity<F>) {
-    const F* const E = static_cast<const F*>(e.E);
     F values[4][kColumnTiles];  // by rank: r, r + 1, r + 8, r + 9
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t rank = r + i / 2 * 8 + i % 2;
+      const auto [factor, rank, ranks] = of_rank(e.E, first_rank, r + i / 2 * 8 + i % 2, R);
+      const F* const E = static_cast<const F*>(factor);
+      const bool is_rank = rank < ranks;
       if (!e.E_is_transposed && vectors) {
         Vector<F, kColumnTiles> loaded{};
-        if (rank < R && column < e.columns) loaded = load<kColumnTiles>(E + rank * e.columns + column, true);
+        if (is_rank && column < e.columns) loaded = load<kColumnTiles>(E + rank * e.columns + column, true);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) values[i][j] = loaded.value[j];
         continue;
       }
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
-        const bool exists = rank < R && column + j < e.columns;
+        const bool exists = is_rank && column + j < e.columns;
         const int64_t at = e.E_is_transposed ? (column + j) * R + rank : rank * e.columns + column + j;
         values[i][j] = exists ? E[at] : narrow<F>(0.0f);
       }
@@ -126,23 +137,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, quad = lane / 4, pair = lane % 4 * 2;
   const int64_t first_m = static_cast<int64_t>(blockIdx.x % row_tiles) * kRows;
   const int64_t first_d = static_cast<int64_t>(blockIdx.x / row_tiles) * columns_of_block;
-  T* const P = static_cast<T*>(t.P) + parts.begin * t.R;
+  const int64_t stride = t.P_stride ? t.P_stride : t.R;
+  T* const P = static_cast<T*>(t.P[0]) + parts.begin * stride;
 
-  const bool in_turns = t.R > kMostRanks;  // then a previous launch has written P
+  const bool in_turns = t.R > kMostRanks, is_there = in_turns || !parts.inner;  // a previous launch has written P
 
   const auto fill = [&](int64_t first_r) {  // returns the ranks that are there, a multiple of 16
     const int ranks = static_cast<int>(min(t.R - first_r, static_cast<int64_t>(kMostRanks)));
     const int padded = round_up(ranks, 16);
     for (int i = threadIdx.x; i < kRows * padded; i += kThreads) {
       const int row = i / padded, r = i % padded;
-      const int64_t m = first_m + row, at = m * t.R + first_r + r;
+      const int64_t m = first_m + row;
       T value = narrow<T>(0.0f);
       if (m < parts.rows && r < ranks) {
-        if (!in_turns) {
-          value = narrow<T>(sum_of(parts.inner + at, parts.rows * t.R, parts.inner_parts) * t.inner_scale);
-          if (first_d == 0) P[at] = value;
+        T* const own = P + m * stride + first_r + r;
+        if (!is_there) {
+          const float* const part = parts.inner + m * t.R + first_r + r;
+          value = narrow<T>(sum_of(part, parts.rows * t.R, parts.inner_parts) * t.inner_scale);
+          if (first_d == 0) *own = value;
         } else {
-          value = P[at];
+          value = *own;
         }
       }
       low_rank[r / kTileColumns * kPanel + chunk_at(row, r % kTileColumns / kChunk) + r % kChunk] = value;
@@ -165,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       for (int r = 0; r < padded; r += 16) {
         unsigned factor[kColumnTiles][2];
-        load_expanding<T>(e, t.R, first_r + r + pair, warp_d + 4 * quad, vectors_of_E, factor);
+        load_expanding<T>(e, t.first_rank, t.R, first_r + r + pair, warp_d + 4 * quad, vectors_of_E, factor);
         const T* const panel = low_rank + r / kTileColumns * kPanel;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
@@ -232,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T>
 void sum(const TallSkinny& t, const Parts& parts, cudaStream_t stream) {
-  const int64_t P_count = t.P ? parts.rows * (t.copy ? t.copy_stride - t.D : t.R) : 0;
+  const int64_t P_count = t.P[0] ? parts.rows * (t.copy ? t.copy_stride - t.D : t.R) : 0;
   const int64_t blocks = ceil_div(P_count + (parts.completes_G ? t.D * t.R : 0), kThreads);
   if (blocks == 0) return;  // a grid of zero blocks is an error
   sum_parts_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(t, parts, P_count);
@@ -248,7 +262,7 @@ int64_t columns_of_block(const TallSkinny& t, const Parts& parts, int64_t row_ti
 template <typename T>
 void expand(const TallSkinny& t, Parts parts, cudaStream_t stream) {
   const Expansion& e = t.expansion;
-  if (t.R > kMostRanks) {  // more than shared memory takes at a time: added once, then read again by each block
+  if (t.R > kMostRanks && parts.inner) {  // more than shared memory takes at a time: added once, then read again by each block
     sum<T>(t, parts, stream);
     parts.completes_G = false;
   }
@@ -257,7 +271,8 @@ void expand(const TallSkinny& t, Parts parts, cudaStream_t stream) {
   const int64_t blocks = row_tiles * ceil_div(e.columns, columns);
   const int64_t all = blocks + (parts.completes_G ? ceil_div(t.D * t.R, kThreads) : 0);
   if (all == 0) return;
-  const bool vectors_of_E = is_aligned(e.E) && e.columns % kColumnTiles == 0;
+  const bool vectors_of_E =
+      std::all_of(e.E, e.E + kMostSiblings, is_aligned) && e.columns % kColumnTiles == 0;
   const bool vectors_of_out = is_aligned(e.out) && e.columns % kOwn == 0;
   const int64_t panels = ceil_div(std::min<int64_t>(t.R, kMostRanks), kTileColumns);
   expand_parts_kernel<T><<<static_cast<unsigned>(all), kThreads, panels * kPanel * sizeof(T), stream>>>(

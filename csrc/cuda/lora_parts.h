@@ -8,7 +8,7 @@
 namespace nf4lora::cuda {
 
 struct Parts {
-  const float* inner;  // [inner_parts, rows, R]
+  const float* inner;  // [inner_parts, rows, R]; null where P is there
   const float* outer;  // [outer_parts, D, R], or [outer_parts, R, D] as G lies; complete only after the last rows
   int64_t inner_parts, outer_parts;
   int64_t begin, rows;  // of Z, of which P's parts are

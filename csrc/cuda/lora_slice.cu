@@ -36,15 +36,18 @@ struct Surrounding {
   bool is_below, aligned;
   float scaling;
   int64_t R;
+  int64_t first, all;  // beside: its first rank of all
 
-  int64_t padded() const { return factor ? padded_rank(R) : 0; }
+  int64_t padded() const { return factor ? padded_rank(all) : 0; }
 };
 
-// 16 bytes of round_to_T(round_to_T(factor) * scaling), from value `at` of the factor on; zeros from `exist` on.
+// 16 bytes of round_to_T(round_to_T(factor) * scaling), from value `at` of the factor on; zeros before `begin` and from
+// `end` on.
 template <typename T>
-__device__ __forceinline__ Vector<T, kPerStore<T>> scaled(const Surrounding& s, int64_t at, int64_t exist) {
+__device__ __forceinline__ Vector<T, kPerStore<T>> scaled(const Surrounding& s, int64_t at, int64_t begin,
+                                                          int64_t end) {
   Vector<T, kPerStore<T>> values;
-  const bool all = exist >= kPerStore<T>;
+  const bool all = begin <= 0 && end >= kPerStore<T>;
   with_dtype(s.dtype, [&]<typename F>(std::type_identity<F>) {
     const F* const from = static_cast<const F*>(s.factor) + at;
     constexpr int kAtOnce = 4;  // so that no load is wider than 16 bytes
@@ -56,7 +59,7 @@ __device__ __forceinline__ Vector<T, kPerStore<T>> scaled(const Surrounding& s, 
       } else {
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (i + j < exist) part.value[j] = from[i + j];
+          if (begin <= i + j && i + j < end) part.value[j] = from[i + j];
         }
       }
 #pragma unroll
@@ -90,10 +93,11 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t chunk = static_cast<int64_t>(blockIdx.x - tiles) * kThreads + threadIdx.x;
     if (chunk >= chunks) return;
     const int64_t row = chunk / chunks_per_row, first = chunk % chunks_per_row * kPerStore<T>;
-    const int64_t exist = around.is_below ? (row < around.R ? columns - first : 0) : around.R - first;
-    const int64_t at = around.is_below ? row * K + k0 + first : (n0 + row) * around.R + first;
+    const int64_t begin = around.first - first;  // below there is only one factor, and it is 0 at most
+    const int64_t end = around.is_below ? (row < around.R ? columns - first : 0) : begin + around.R;
+    const int64_t at = around.is_below ? row * K + k0 + first : (n0 + row) * around.R - begin;
     T* const to = weight + (around.is_below ? (rows + row) * stride : row * stride + columns) + first;
-    store(to, scaled<T>(around, at, exist), aligned);
+    store(to, scaled<T>(around, at, begin, end), aligned);
     return;
   }
   __shared__ float code[16];  // sixteen banks: lanes never collide
@@ -132,9 +136,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+int64_t ranks_of(const Slice& slice) { return slice.all_ranks ? slice.all_ranks : slice.R; }
+
 int64_t stride_of(const Slice& slice) {
   if (slice.stride) return slice.stride;
-  return slice.columns + (slice.factor && !slice.factor_is_below ? padded_rank(slice.R) : 0);
+  return slice.columns + (slice.factor && !slice.factor_is_below ? padded_rank(ranks_of(slice)) : 0);
 }
 
 template <typename T>
@@ -142,8 +148,10 @@ void unpack(const Slice& slice, cudaStream_t stream) {
   constexpr int kPer = kPerStore<T>;
   const int64_t tiles_per_row = ceil_div(slice.columns, kTileColumns<T>);
   const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row, stride = stride_of(slice);
-  Surrounding around{slice.factor, slice.dtype_of_factor, slice.factor_is_below, false, slice.scaling, slice.R};
-  around.aligned = is_aligned(slice.factor) && (around.is_below || slice.R % kPer == 0);
+  Surrounding around{
+      slice.factor, slice.dtype_of_factor, slice.factor_is_below, false,           slice.scaling,
+      slice.R,      slice.first_rank,      ranks_of(slice)};
+  around.aligned = is_aligned(slice.factor) && (around.is_below || (slice.R % kPer == 0 && slice.first_rank % kPer == 0));
   const int64_t chunks_per_row = (around.is_below ? slice.columns : around.padded()) / kPer;
   const int64_t chunks = (around.is_below ? around.padded() : slice.rows) * chunks_per_row;
   const int64_t blocks = tiles + ceil_div(chunks, kThreads);
@@ -164,7 +172,9 @@ Error lora_slice(const Slice& slice, void* stream) {
   if (slice.k0 < 0 || slice.columns < 0 || slice.columns > slice.K - slice.k0) return "columns outside W";
   if (slice.factor && slice.R < 0) return "a negative rank";
   const bool beside = slice.factor && !slice.factor_is_below;
-  if (stride_of(slice) < slice.columns + (beside ? padded_rank(slice.R) : 0)) return "rows that overlap";
+  if (slice.first_rank < 0 || slice.first_rank + slice.R > ranks_of(slice)) return "ranks outside all ranks";
+  if (slice.factor_is_below && ranks_of(slice) != slice.R) return "some of the ranks, below W";
+  if (stride_of(slice) < slice.columns + (beside ? padded_rank(ranks_of(slice)) : 0)) return "rows that overlap";
   with_dtype(slice.dtype,
              [&]<typename T>(std::type_identity<T>) { unpack<T>(slice, static_cast<cudaStream_t>(stream)); });
   return launched();

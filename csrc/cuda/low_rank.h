@@ -14,10 +14,10 @@ inline TallSkinny pass_for_S(const Tensor& x, const Tensor& A, const Dropout& dr
   TallSkinny pass{};
   pass.dtype = dtype_of(x);
   pass.Z = x.const_data_ptr();
-  pass.F = A.const_data_ptr(), pass.dtype_of_F = dtype_of(A), pass.F_is_transposed = true;
+  pass.F[0] = A.const_data_ptr(), pass.dtype_of_F = dtype_of(A), pass.F_is_transposed = true;
   pass.seed = seed_of(dropout), pass.threshold = dropout.threshold;
   pass.inner_scale = static_cast<float>(dropout.inverse_keep);
-  pass.P = S;
+  pass.P[0] = S;
   pass.M = shape.M, pass.D = shape.K, pass.R = shape.R;
   return pass;
 }
@@ -28,13 +28,13 @@ inline TallSkinny pass_over_dy(const Tensor& dy, const Tensor& B, double scaling
   TallSkinny pass{};
   pass.dtype = dtype_of(dy);
   pass.Z = dy.const_data_ptr();
-  pass.F = B.const_data_ptr(), pass.dtype_of_F = dtype_of(B);
+  pass.F[0] = B.const_data_ptr(), pass.dtype_of_F = dtype_of(B);
   pass.inner_scale = 1.0f, pass.outer_scale = static_cast<float>(scaling);
-  pass.P = T;
+  pass.P[0] = T;
   pass.adds_as_both = true;  // whether dB is wanted makes no difference to dx and dA
   if (S) {
     pass.L = S->const_data_ptr();
-    pass.G = dB->mutable_data_ptr(), pass.dtype_of_G = dtype_of(*dB);
+    pass.G[0] = dB->mutable_data_ptr(), pass.dtype_of_G = dtype_of(*dB);
   }
   pass.M = shape.M, pass.D = last_size(dy), pass.R = shape.R;
   return pass;
@@ -49,7 +49,7 @@ inline TallSkinny pass_for_dA(const Tensor& x, const void* T, double scaling, co
   pass.L = T;
   pass.seed = seed_of(dropout), pass.threshold = dropout.threshold;
   pass.outer_scale = static_cast<float>(scaling * dropout.inverse_keep);
-  pass.G = dA.mutable_data_ptr(), pass.dtype_of_G = dtype_of(dA), pass.G_is_transposed = true;
+  pass.G[0] = dA.mutable_data_ptr(), pass.dtype_of_G = dtype_of(dA), pass.G_is_transposed = true;
   pass.M = shape.M, pass.D = shape.K, pass.R = shape.R;
   return pass;
 }

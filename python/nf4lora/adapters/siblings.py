@@ -34,7 +34,7 @@ from nf4lora.compat.torch import (
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.ops.lora_group import MOST_SIBLINGS, Layers, lora_linear_group
 
-DEVICES = {"cuda"}  # types of device; on a CPU nothing is gained (python -m bench siblings)
+DEVICES = {"cpu", "cuda"}  # types of device
 MOST_MISSES = 3  # in a row, after which a group is given up
 _MOST_INPUTS = 4  # that are remembered at a time
 

@@ -19,7 +19,7 @@ from nf4lora.ops.kernels import dispatch
 from support.shared_library import ROOT, compile_library
 
 FOLDER = Path(__file__).parent
-NAMES = ("kept_weights", "lora_few", "lora_fused", "lora_dense")
+NAMES = ("kept_weights", "lora_few", "lora_fused", "lora_dense", "lora_group")
 
 
 @functools.cache

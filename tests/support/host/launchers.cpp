@@ -2,6 +2,7 @@
 // They do what launch.h says, in the simplest way, and refuse what it says they refuse. `launches` says which ran.
 #include "launchers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -100,7 +101,7 @@ Error lora_slice(const Slice& s, void*) {
   launches.push_back("lora_slice");
   if (s.k0 % 32 || s.columns % 32) return "columns off a multiple of 32";
   if (s.n0 < 0 || s.n0 + s.rows > s.N || s.k0 < 0 || s.k0 + s.columns > s.K) return "a rectangle outside W";
-  const int64_t padded = (s.R + 7) / 8 * 8;
+  const int64_t all = s.all_ranks ? s.all_ranks : s.R, padded = (all + 7) / 8 * 8;
   if (s.stride < s.columns + (s.factor && !s.factor_is_below ? padded : 0)) return "a stride that is too short";
   const auto scaled = [&](int64_t at) {
     return rounded(rounded(get(s.factor, s.dtype_of_factor, at), s.dtype) * s.scaling, s.dtype);
@@ -111,7 +112,9 @@ Error lora_slice(const Slice& s, void*) {
     }
     if (!s.factor || s.factor_is_below) continue;
     for (int64_t j = 0; j < padded; ++j) {
-      put(s.weight, s.dtype, r * s.stride + s.columns + j, j < s.R ? scaled((s.n0 + r) * s.R + j) : 0.0f);
+      const int64_t rank = j - s.first_rank;
+      const bool exists = rank >= 0 && rank < s.R;
+      put(s.weight, s.dtype, r * s.stride + s.columns + j, exists ? scaled((s.n0 + r) * s.R + rank) : 0.0f);
     }
   }
   if (!s.factor || !s.factor_is_below) return nullptr;
@@ -125,6 +128,52 @@ Error lora_slice(const Slice& s, void*) {
 
 int64_t tall_skinny_workspace(const TallSkinny&) { return 1; }
 
+namespace {
+
+// Rank r of all ranks: the adapter that it belongs to, which rank it is there, and how many that one has.
+struct Place {
+  int adapter;
+  int64_t rank, ranks;
+};
+Place place_of(const TallSkinny& t, int64_t r) {
+  int i = 0;
+  while (i + 1 < kMostSiblings && r >= t.first_rank[i + 1]) ++i;
+  const int64_t end = i + 1 < kMostSiblings ? std::min(t.first_rank[i + 1], t.R) : t.R;
+  return {i, r - t.first_rank[i], end - t.first_rank[i]};
+}
+// Value (d, r) of F, G or E [D, R], or of its transpose.
+int64_t at_of(const Place& place, bool is_transposed, int64_t D, int64_t d) {
+  return is_transposed ? place.rank * D + d : d * place.ranks + place.rank;
+}
+int64_t at_of_P(const TallSkinny& t, const Place& place, int64_t m) {
+  return m * (t.P_stride ? t.P_stride : place.ranks) + place.rank;
+}
+
+void expand_all(const TallSkinny& t) {
+  const Expansion& e = t.expansion;
+  for (int64_t m = 0; m < t.M; ++m) {
+    for (int64_t d = 0; d < e.columns; ++d) {
+      double sum = 0.0;
+      for (int64_t r = 0; r < t.R && !is_dropped(e.seed, e.threshold, m * e.columns + d); ++r) {
+        const Place place = place_of(t, r);
+        const float P = get(t.P[0], t.dtype, m * (t.P_stride ? t.P_stride : t.R) + r);
+        const int64_t at = at_of(place, !e.E_is_transposed, e.columns, d);
+        sum += P * rounded(get(e.E[place.adapter], e.dtype_of_E, at), t.dtype);
+      }
+      put(e.out, t.dtype, m * e.columns + d, static_cast<float>(sum * e.scale) + (e.bias ? e.bias[d] : 0.0f));
+    }
+  }
+}
+
+}  // namespace
+
+Error expand(const TallSkinny& t, void*) {
+  launches.push_back("expand");
+  if (!t.expansion.out || !t.P[0] || t.R < 1) return "no expansion, or one of no product";
+  expand_all(t);
+  return nullptr;
+}
+
 Error tall_skinny(const TallSkinny& t, void*) {
   launches.push_back("tall_skinny");
   if (t.dtype == Dtype::f32) return "float32, which the kernel for tall and skinny products does not take";
@@ -134,34 +183,31 @@ Error tall_skinny(const TallSkinny& t, void*) {
   const auto z = [&](int64_t m, int64_t d) {
     return is_dropped(t.seed, t.threshold, m * t.D + d) ? 0.0f : get(t.Z, t.dtype, m * t.D + d);
   };
-  const auto factor = [&](const void* F, Dtype dtype, bool is_transposed, int64_t D, int64_t d, int64_t r) {
-    return rounded(get(F, dtype, is_transposed ? r * D + d : d * t.R + r), t.dtype);
-  };
   if (t.copy && t.copy_stride != t.D + (t.R + 7) / 8 * 8) return "a copy of another width";
   for (int64_t m = 0; m < t.M; ++m) {
     for (int64_t d = 0; t.copy && d < t.copy_stride; ++d) {
       put(t.copy, t.dtype, m * t.copy_stride + d, d < t.D ? get(t.Z, t.dtype, m * t.D + d) : 0.0f);
     }
-    for (int64_t r = 0; t.P && r < t.R; ++r) {
+    for (int64_t r = 0; t.P[0] && r < t.R; ++r) {
+      const Place place = place_of(t, r);
       double sum = 0.0;
-      for (int64_t d = 0; d < t.D; ++d) sum += z(m, d) * factor(t.F, t.dtype_of_F, t.F_is_transposed, t.D, d, r);
-      put(t.P, t.dtype, m * t.R + r, static_cast<float>(sum * t.inner_scale));
-      if (t.copy) put(t.copy, t.dtype, m * t.copy_stride + t.D + r, get(t.P, t.dtype, m * t.R + r));
-    }
-    const Expansion& e = t.expansion;
-    for (int64_t d = 0; e.out && d < e.columns; ++d) {
-      double sum = 0.0;
-      for (int64_t r = 0; r < t.R && !is_dropped(e.seed, e.threshold, m * e.columns + d); ++r) {
-        sum += get(t.P, t.dtype, m * t.R + r) * factor(e.E, e.dtype_of_E, !e.E_is_transposed, e.columns, d, r);
+      for (int64_t d = 0; d < t.D; ++d) {
+        const float F = get(t.F[place.adapter], t.dtype_of_F, at_of(place, t.F_is_transposed, t.D, d));
+        sum += z(m, d) * rounded(F, t.dtype);
       }
-      put(e.out, t.dtype, m * e.columns + d, static_cast<float>(sum * e.scale) + (e.bias ? e.bias[d] : 0.0f));
+      put(t.P[place.adapter], t.dtype, at_of_P(t, place, m), static_cast<float>(sum * t.inner_scale));
+      if (!t.copy) continue;
+      put(t.copy, t.dtype, m * t.copy_stride + t.D + r, get(t.P[place.adapter], t.dtype, at_of_P(t, place, m)));
     }
   }
-  for (int64_t d = 0; t.G && d < t.D; ++d) {
+  if (t.expansion.out) expand_all(t);
+  for (int64_t d = 0; t.G[0] && d < t.D; ++d) {
     for (int64_t r = 0; r < t.R; ++r) {
+      const Place place = place_of(t, r);
       double sum = 0.0;
       for (int64_t m = 0; m < t.M; ++m) sum += z(m, d) * get(t.L, t.dtype, m * t.R + r);
-      put(t.G, t.dtype_of_G, t.G_is_transposed ? r * t.D + d : d * t.R + r, static_cast<float>(sum * t.outer_scale));
+      put(t.G[place.adapter], t.dtype_of_G, at_of(place, t.G_is_transposed, t.D, d),
+          static_cast<float>(sum * t.outer_scale));
     }
   }
   return nullptr;
@@ -199,9 +245,9 @@ Error lora_few(const FewRows& f, void* stream) {
   if (f.M > kMostFewRows) return "more rows";
   TallSkinny pass{};
   float room = 0.0f;
-  pass.dtype = f.dtype, pass.Z = f.x, pass.F = f.lora_A, pass.dtype_of_F = f.dtype_of_A, pass.F_is_transposed = true;
+  pass.dtype = f.dtype, pass.Z = f.x, pass.F[0] = f.lora_A, pass.dtype_of_F = f.dtype_of_A, pass.F_is_transposed = true;
   pass.seed = f.seed, pass.threshold = f.threshold, pass.inner_scale = f.inverse_keep;
-  pass.P = f.lora_A ? f.S : nullptr, pass.workspace = &room;
+  pass.P[0] = f.lora_A ? f.S : nullptr, pass.workspace = &room;
   pass.M = f.M, pass.D = f.K, pass.R = f.R;
   if (Error error = tall_skinny(pass, stream)) return error;
   launches.back() = "lora_few";

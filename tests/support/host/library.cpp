@@ -34,6 +34,17 @@ Gradients backward(const LoraLinearBackward& arguments) {
   return kernel(arguments, check_lora_linear_backward(arguments), nullptr);
 }
 
+GroupOutputs group(const LoraLinearGroup& arguments) {
+  const auto shapes = check_lora_linear_group(arguments);
+  require_value(is_one_dense_group(arguments.x, arguments.lora_A, shapes), "not one group");
+  return lora_linear_group_dense(arguments, shapes, nullptr, keeps_next_weight());
+}
+GroupGradients group_backward(const LoraLinearGroupBackward& arguments) {
+  const auto shapes = check_lora_linear_group_backward(arguments);
+  require_value(is_one_dense_group(arguments.dy[0], arguments.lora_A, shapes), "not one group");
+  return lora_linear_group_backward_dense(arguments, shapes, nullptr);
+}
+
 }  // namespace
 
 #define FORWARD                                                                                              \
@@ -50,6 +61,13 @@ STABLE_TORCH_LIBRARY(nf4lora_host, m) {
   m.def("dense" FORWARD);
   m.def("fused_backward" BACKWARD);
   m.def("dense_backward" BACKWARD);
+  m.def(
+      "group(Tensor x, Tensor[] qweight, Tensor[] absmax, Tensor?[] nested, Tensor?[] bias, Tensor[] lora_A, "
+      "Tensor[] lora_B, float scaling, int blocksize) -> (Tensor[] y, Tensor[] S)");
+  m.def(
+      "group_backward(Tensor[] dy, Tensor? x, Tensor[] S, Tensor[] qweight, Tensor[] absmax, Tensor?[] nested, "
+      "Tensor[] lora_A, Tensor[] lora_B, float scaling, int blocksize, bool need_dx) -> (Tensor dx, Tensor[] dA, "
+      "Tensor[] dB)");
 }
 STABLE_TORCH_LIBRARY_IMPL(nf4lora_host, CPU, m) {
   m.impl("few", TORCH_BOX((&LoraLinear::op<&forward<&lora_linear_few>>)));
@@ -57,6 +75,8 @@ STABLE_TORCH_LIBRARY_IMPL(nf4lora_host, CPU, m) {
   m.impl("dense", TORCH_BOX((&LoraLinear::op<&forward<&dense>>)));
   m.impl("fused_backward", TORCH_BOX((&LoraLinearBackward::op<&backward<&lora_linear_backward_fused>>)));
   m.impl("dense_backward", TORCH_BOX((&LoraLinearBackward::op<&backward<&lora_linear_backward_dense>>)));
+  m.impl("group", TORCH_BOX((&LoraLinearGroup::op<&group>)));
+  m.impl("group_backward", TORCH_BOX((&LoraLinearGroupBackward::op<&group_backward>)));
 }
 
 }  // namespace nf4lora::cuda

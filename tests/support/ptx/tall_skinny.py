@@ -24,11 +24,17 @@ SEED_OF_OUT = torch.tensor([2**50 + 99])
 H200 = 1  # of the cards that cudart.cpp has
 
 
+MOST_SIBLINGS = 4
+NO_RANK = 2**63 - 1
+Matrices = ctypes.c_void_p * MOST_SIBLINGS  # one of each adapter of a group
+Ranks = ctypes.c_int64 * MOST_SIBLINGS
+
+
 class Expansion(ctypes.Structure):
     """As in csrc/cuda/launch.h."""
 
     _fields_ = [
-        *[("out", ctypes.c_void_p), ("E", ctypes.c_void_p), ("dtype_of_E", ctypes.c_int)],
+        *[("out", ctypes.c_void_p), ("E", Matrices), ("dtype_of_E", ctypes.c_int)],
         *[("E_is_transposed", ctypes.c_bool), ("bias", ctypes.c_void_p), ("seed", ctypes.c_void_p)],
         *[("threshold", ctypes.c_uint32), ("scale", ctypes.c_float), ("columns", ctypes.c_int64)],
     ]
@@ -38,15 +44,27 @@ class TallSkinny(ctypes.Structure):
     """As in csrc/cuda/launch.h."""
 
     _fields_ = [
-        *[("dtype", ctypes.c_int), ("Z", ctypes.c_void_p), ("F", ctypes.c_void_p), ("dtype_of_F", ctypes.c_int)],
+        *[("dtype", ctypes.c_int), ("Z", ctypes.c_void_p), ("F", Matrices), ("dtype_of_F", ctypes.c_int)],
         *[("F_is_transposed", ctypes.c_bool), ("L", ctypes.c_void_p), ("seed", ctypes.c_void_p)],
         *[("threshold", ctypes.c_uint32), ("inner_scale", ctypes.c_float), ("outer_scale", ctypes.c_float)],
-        *[("P", ctypes.c_void_p), ("G", ctypes.c_void_p), ("dtype_of_G", ctypes.c_int)],
+        *[("P", Matrices), ("G", Matrices), ("dtype_of_G", ctypes.c_int)],
         *[("G_is_transposed", ctypes.c_bool), ("workspace", ctypes.c_void_p)],
-        *((name, ctypes.c_int64) for name in ("M", "D", "R", "most_inner")),
+        *((name, ctypes.c_int64) for name in ("M", "D", "R")),
+        *[("first_rank", Ranks), ("P_stride", ctypes.c_int64), ("most_inner", ctypes.c_int64)],
         *[("copy", ctypes.c_void_p), ("copy_stride", ctypes.c_int64), ("expansion", Expansion)],
         ("adds_as_both", ctypes.c_bool),
     ]
+
+    def __init__(self, *, F=None, P=None, G=None, first_rank=(), **fields):
+        """F, P and G: an address, or those of each adapter of a group."""
+        matrices = {name: of(value) for name, value in (("F", F), ("P", P), ("G", G))}
+        begins = (*first_rank, *[NO_RANK] * (MOST_SIBLINGS - len(first_rank))) if first_rank else (0, *[NO_RANK] * 3)
+        super().__init__(**matrices, first_rank=Ranks(*begins), **fields)
+
+
+def of(matrices) -> Matrices:
+    """The address of one matrix, or those of several, as the launcher takes them."""
+    return Matrices(*(matrices if isinstance(matrices, (list, tuple)) else [matrices]))
 
 
 class Parts(ctypes.Structure):
@@ -152,7 +170,7 @@ class Products:
         offsets = torch.randn(columns, generator=draw)
         out: Buffer = self.device.empty((M, columns), np.uint16, offset)
         arguments.expansion = Expansion(
-            out=out.address, E=self.upload(factor.T if E[1] else factor, offset_of_E), dtype_of_E=E[0],
+            out=out.address, E=of(self.upload(factor.T if E[1] else factor, offset_of_E)), dtype_of_E=E[0],
             E_is_transposed=E[1], bias=self.upload(offsets) if bias else None,
             seed=self.upload(SEED_OF_OUT) if dropout else None, threshold=threshold(dropout), scale=0.75,
             columns=columns,
