@@ -46,6 +46,35 @@ def test_every_instantiation(dtype, R, which):
     Products().run(37, 264, R, dtype, which, dropout=0.2)
 
 
+@pytest.mark.parametrize("ranks", [(3, 5, 8), (16, 16), (8, 1, 30, 2), (40, 24)], ids=str)
+@pytest.mark.parametrize("which", ["inner", "outer"])
+@pytest.mark.parametrize("card", [0, H200])
+def test_adapters_of_a_group_are_one_of_all_their_ranks(ranks, which, card):
+    """Each has its own A, S and dA: the same bits as those of one adapter with all ranks."""
+    case = dict(M=85, D=264, R=sum(ranks), which=which, F=(0, True), G=(0, True))
+    apart, as_one = (Products(card=card).run(**case, ranks=given) for given in (ranks, None))
+    assert_same_bits(apart[0], as_one[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_group_on_every_architecture(architecture):
+    Products(architecture).run(85, 72, 12, which="inner", F=(0, True), ranks=(3, 4, 5), copy=4)
+    Products(architecture).run(85, 72, 12, which="outer", G=(0, True), ranks=(3, 4, 5))
+
+
+@pytest.mark.parametrize("copy", [None, 4])
+def test_S_of_a_group_and_the_copy_that_all_of_them_continue(copy):
+    Products().run(300, 72, 12, which="inner", F=(1, True), ranks=(3, 4, 5), copy=copy, most_inner=1)
+
+
+@pytest.mark.parametrize("which", ["inner", "both"])
+def test_P_can_be_columns_of_a_wider_matrix(which):
+    Products().run(300, 72, 5, which=which, P_stride=17, most_inner=1)
+    Products().run(37, 72, 5, which=which, P_stride=12, expansion=dict(columns=64))
+    Products().run(37, 72, 260, which=which, P_stride=300, expansion=dict(columns=64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("card", [0, H200])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -91,6 +120,12 @@ def test_nothing_is_launched_for_nothing(shape, which):
         (dict(copy=5, expansion=dict(columns=32)), "a copy and an expansion at a time"),
         (dict(copy=-1), "rows of copy that are too short, or no multiple of 8"),
         (dict(copy=0), "rows of copy that are too short, or no multiple of 8"),
+        (dict(ranks=(1, 2), which="inner"), "factors of more adapters than one, and not transposed"),
+        (dict(ranks=(1, 2), which="outer"), "factors of more adapters than one, and not transposed"),
+        (
+            dict(ranks=(1, 2), which="inner", F=(0, True), expansion=dict(columns=32)),
+            "an expansion of a P of more adapters than one, before it is there",
+        ),
         (dict(expansion=dict(columns=36, dropout=0.5)), "dropout of a number of columns that is no multiple of 8"),
     ],
 )

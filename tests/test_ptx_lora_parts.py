@@ -71,6 +71,43 @@ def test_rows_of_several_launches(R):
     assert len(products.launchers.launches) == (6 if R == 5 else 9)
 
 
+@pytest.mark.parametrize("ranks", [(5,), (16, 16, 16), (3, 5, 8), (8, 1, 30, 2), (100, 200), (260,)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(bias=True, P_stride=320), dict(dtype_of_E=1, dropout=0.2)], ids=str)
+def test_the_expansion_of_a_P_that_is_there(ranks, options):
+    products = Products()
+    assert not isinstance(products.expand(70, 104, ranks, **options), str)
+    assert len(products.launchers.launches) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_expansion_of_a_group_on_every_architecture(architecture):
+    Products(architecture, card=H200).expand(85, 320, (3, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(dtype=0), "float32, which the kernel for tall and skinny products does not take"),
+        (dict(P=None), "no expansion, or one of no product"),
+        (dict(expansion=Expansion()), "no expansion, or one of no product"),
+        (
+            dict(expansion=Expansion(out=16, columns=36, seed=16)),
+            "dropout of a number of columns that is no multiple of 8",
+        ),
+        (
+            dict(expansion=Expansion(out=16, columns=32, E_is_transposed=True)),
+            "factors of more adapters than one, and transposed",
+        ),
+    ],
+)
+def test_an_expansion_that_it_cannot_make_is_refused_before_a_launch(change, why):
+    products = Products()
+    given = dict(dtype=1, P=16, M=3, R=5, first_rank=(0, 2), expansion=Expansion(out=16, columns=32)) | change
+    assert products.launchers.expand(ctypes.pointer(TallSkinny(**given)), None) == why
+    assert products.launchers.launches == []
+
+
 def test_the_expansion_is_no_launch_more():
     products = Products()
     products.run(37, 72, 16, expansion=dict(columns=64))

@@ -27,6 +27,7 @@ class Slice(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("N", "K", "n0", "rows", "k0", "columns", "blocksize", "stride")),
         *[("factor", ctypes.c_void_p), ("dtype_of_factor", ctypes.c_int), ("factor_is_below", ctypes.c_bool)],
         *[("scaling", ctypes.c_float), ("R", ctypes.c_int64)],
+        *[("first_rank", ctypes.c_int64), ("all_ranks", ctypes.c_int64)],
     ]
 
 
@@ -76,13 +77,16 @@ class Unpacker:
         assert not isinstance(got, str), got
         assert (got.flatten() == bits(expected(W, dtype, *rectangle))).all()
 
-    def extended(self, W, dtype, n0, rows, k0, columns, factor, below, scaling, gap=0, offsets=(0, 0)):
+    def extended(self, W, dtype, n0, rows, k0, columns, factor, below, scaling, gap=0, offsets=(0, 0), among=None):
         """Checks a slice with a factor around it, and that nothing else of the buffer is written.
 
         Rows lie `gap` values further apart than they are long; `offsets` in bytes put output and factor off alignment.
+        among: the first rank of the factor, and of how many.
         """
         qweight, absmax, nested, blocksize = W
         N, K, (R, P) = qweight.shape[0], 2 * qweight.shape[1], ranks(factor, below)
+        first, of_all = among or (0, 0)
+        P = -(-of_all // 8) * 8 or P
         height, width = (rows + P, columns) if below else (rows, columns + P)
         out = torch.full((height + 2, width + gap), 7.0, dtype=dtype)
         there = self.device.upload(bits(out), offsets[0])
@@ -95,7 +99,7 @@ class Unpacker:
             weight=ctypes.c_void_p(there.address + dtype.itemsize * stride),
             N=N, K=K, n0=n0, rows=rows, k0=k0, columns=columns, blocksize=blocksize, stride=stride,
             factor=self.device.upload(bits(factor), offsets[1]), dtype_of_factor=DTYPES.index(factor.dtype),
-            factor_is_below=below, scaling=scaling, R=R,
+            factor_is_below=below, scaling=scaling, R=R, first_rank=first, all_ranks=of_all,
         )  # fmt: skip
         if said is not None:
             return said
@@ -107,7 +111,7 @@ class Unpacker:
             body[rows : rows + R] = scaled[:, k0 : k0 + columns]
         else:
             body[:, columns:] = 0
-            body[:, columns : columns + R] = scaled[n0 : n0 + rows]
+            body[:, columns + first : columns + first + R] = scaled[n0 : n0 + rows]
         assert (there.numpy() == bits(out)).all()
 
 
@@ -120,6 +124,32 @@ def factor_of(W, R, below, dtype=torch.float32):
     N, K = W[0].shape[0], 2 * W[0].shape[1]
     draw = torch.Generator().manual_seed(R)
     return torch.randn(*((R, K) if below else (N, R)), generator=draw).to(dtype)
+
+
+@pytest.mark.parametrize("among", [(0, 24), (8, 24), (16, 24), (3, 16), (5, 40), (0, 8), (1, 9)], ids=str)
+@pytest.mark.parametrize("R", [8, 4, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_is_surrounded_by_zeros_for_the_ranks_of_the_others(one, dtype, R, among):
+    first, of_all = among
+    if first + R > of_all:
+        R = of_all - first
+    W = packed(37, 192)
+    for gap, of_factor in ((0, torch.float32), (3, torch.bfloat16)):
+        assert (
+            one.extended(W, dtype, 3, 20, 32, 96, factor_of(W, R, False, of_factor), False, 0.5, gap, among=among)
+            is None
+        )
+
+
+def test_ranks_outside_all_ranks_are_refused(one):
+    W = packed(37, 192)
+    factor = factor_of(W, 4, False)
+    for among in ((-1, 8), (5, 8), (0, 3)):
+        said = one.extended(W, torch.bfloat16, 0, 8, 0, 64, factor, False, 0.5, among=among)
+        assert said == "ranks outside all ranks"
+    below = factor_of(W, 4, True)
+    said = one.extended(W, torch.bfloat16, 0, 8, 0, 64, below, True, 0.5, among=(0, 8))
+    assert said == "some of the ranks, below W"
 
 
 @pytest.fixture(scope="module")

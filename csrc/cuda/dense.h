@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../check/lora.h"
 #include "kept_weights.h"
 #include "launch.h"
 #include "layer.h"

@@ -21,6 +21,7 @@ NUMPY = [np.float32, np.uint16, np.uint16]
 HALF_ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SEED = torch.tensor([-(2**40) - 12345])
 SEED_OF_OUT = torch.tensor([2**50 + 99])
+UNTOUCHED = 0x7777
 H200 = 1  # of the cards that cudart.cpp has
 
 
@@ -114,8 +115,13 @@ class Products:
         copy=None,
         expansion=None,
         adds_as_both=False,
+        ranks=None,
+        P_stride=0,
     ):
         """P and G as tensors, or what the launcher said.
+
+        ranks: those of each adapter of a group, R together; F and G then lie transposed. P_stride: of P's rows, more
+        than R.
 
         F and G: a number of DTYPES and whether it lies transposed. copy: columns of zeros behind P; the copy is
         checked to the bit. expansion: arguments of `_expand`; the result then ends with out.
@@ -124,14 +130,20 @@ class Products:
         Z, L = (torch.randn(M, columns, generator=draw).to(dtype) for columns in (D, R))
         factor = (torch.randn(D, R, generator=draw) / max(D, 1) ** 0.5).to(DTYPES[F[0]])
         inner, outer = which != "outer", which != "inner"
-        P = self.device.empty(M * R, np.uint16)
-        g = self.device.empty(D * R, NUMPY[G[0]])
+        own = ranks or (R,)
+        begins = [sum(own[:i]) for i in range(len(own))]
+        Ps = [self.device.empty((M, count), np.uint16) for count in own]
+        if P_stride:
+            Ps = [self.device.upload(np.full((M, P_stride), UNTOUCHED, np.uint16)) for _ in own]
+        gs = [self.device.empty(D * count, NUMPY[G[0]]) for count in own]
+        factors = (factor.T if F[1] else factor).split(own, dim=0 if F[1] else 1)
         arguments = TallSkinny(
-            dtype=DTYPES.index(dtype), Z=self.upload(Z, offset), F=self.upload(factor.T if F[1] else factor),
+            dtype=DTYPES.index(dtype), Z=self.upload(Z, offset), F=[self.upload(each) for each in factors],
             dtype_of_F=F[0], F_is_transposed=F[1], L=self.upload(L), seed=self.upload(SEED) if dropout else None,
-            threshold=threshold(dropout), inner_scale=1.25, outer_scale=0.5, P=P.address if inner else None,
-            G=g.address if outer else None, dtype_of_G=G[0], G_is_transposed=G[1],
-            M=M, D=D, R=R, most_inner=most_inner, adds_as_both=adds_as_both,
+            threshold=threshold(dropout), inner_scale=1.25, outer_scale=0.5,
+            P=[P.address for P in Ps] if inner else None, G=[g.address for g in gs] if outer else None,
+            dtype_of_G=G[0], G_is_transposed=G[1], first_rank=begins,
+            M=M, D=D, R=R, P_stride=P_stride, most_inner=most_inner, adds_as_both=adds_as_both,
         )  # fmt: skip
         rows = None
         if copy is not None:
@@ -147,11 +159,15 @@ class Products:
         result = []
         # float32 sums in some order, 2^-18 of values of a few dozen at most, then one rounding.
         if inner:
-            result.append(torch.from_numpy(P.numpy()).view(dtype).reshape(M, R))
+            for P, count in zip(Ps, own, strict=True):
+                assert (P.numpy()[:, count:] == UNTOUCHED).all()
+            rows_of = [P.numpy()[:, :count] for P, count in zip(Ps, own, strict=True)]
+            result.append(torch.from_numpy(np.ascontiguousarray(np.concatenate(rows_of, axis=1))).view(dtype))
             expected = 1.25 * (z @ factor.to(dtype).double())
             torch.testing.assert_close(result[-1].double(), expected, rtol=HALF_ULP[dtype], atol=1e-5)
         if outer:
-            result.append(torch.from_numpy(g.numpy()).view(DTYPES[G[0]]).reshape((R, D) if G[1] else (D, R)))
+            parts = [torch.from_numpy(g.numpy()).view(DTYPES[G[0]]).reshape((-1, D) if G[1] else (D, -1)) for g in gs]
+            result.append(torch.cat(parts, dim=0 if G[1] else 1))
             expected = 0.5 * (z.T @ L.double())
             expected = expected.T if G[1] else expected
             torch.testing.assert_close(result[-1].double(), expected, rtol=HALF_ULP[DTYPES[G[0]]], atol=1e-4)
@@ -163,14 +179,40 @@ class Products:
             result.append(expand(result[0]))
         return result
 
-    def _expand(self, arguments, draw, dtype, columns, E=(0, False), bias=True, dropout=0.0, offset=0, offset_of_E=0):
+    def expand(self, M, columns, ranks, dtype=torch.bfloat16, dtype_of_E=0, P_stride=0, bias=False, dropout=0.0):
+        """`expand` of a P that is there, with a matrix E of each adapter: checked, and returned, or what it said."""
+        draw = torch.Generator().manual_seed(M + columns)
+        R = sum(ranks)
+        P = torch.randn(M, P_stride or R, generator=draw).to(dtype)
+        begins = [sum(ranks[:i]) for i in range(len(ranks))]
+        arguments = TallSkinny(
+            dtype=DTYPES.index(dtype), P=self.upload(P), M=M, R=R, P_stride=P_stride, first_rank=begins
+        )
+        check = self._expand(arguments, draw, dtype, columns, (dtype_of_E, False), bias, dropout, ranks=ranks)
+        said = self.launchers.expand(ctypes.pointer(arguments), None)
+        return said if said else check(P[:, :R])
+
+    def _expand(
+        self,
+        arguments,
+        draw,
+        dtype,
+        columns,
+        E=(0, False),
+        bias=True,
+        dropout=0.0,
+        offset=0,
+        offset_of_E=0,
+        ranks=None,
+    ):
         """Asks for out, and returns what checks it, given P. Offsets in bytes put out and E off their alignment."""
         M, R = arguments.M, arguments.R
         factor = torch.randn(R, columns, generator=draw).to(DTYPES[E[0]])
         offsets = torch.randn(columns, generator=draw)
+        factors = factor.split(ranks) if ranks else [factor.T if E[1] else factor]
         out: Buffer = self.device.empty((M, columns), np.uint16, offset)
         arguments.expansion = Expansion(
-            out=out.address, E=of(self.upload(factor.T if E[1] else factor, offset_of_E)), dtype_of_E=E[0],
+            out=out.address, E=of([self.upload(each, offset_of_E) for each in factors]), dtype_of_E=E[0],
             E_is_transposed=E[1], bias=self.upload(offsets) if bias else None,
             seed=self.upload(SEED_OF_OUT) if dropout else None, threshold=threshold(dropout), scale=0.75,
             columns=columns,
