@@ -1,13 +1,14 @@
 """Layers that are called with the same input, computed together: q, k and v; gate and up.
 
-The first of them computes all, in one op with one autograd node, and the others return what it has left for them. So S
-of all their adapters takes one pass over x, their dA another, and dx is summed by the products with the weights.
+The first of them computes all, in one op with one autograd node, and the others return what it has left for them. On a
+card S of all their adapters then takes one pass over x, their dA another, and dx is summed by the products with the
+weights; on a CPU the numbers are the same to the bit.
 
-No model says which layers belong together, so they are found by watching: those that one forward pass has called with
-the same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
+No model says which layers belong together, so that is found by watching: those that one forward pass has called with the
+same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
 pass: activation checkpointing computes such a graph again and expects the same tensors to be saved. A layer that turns
-out to be called with another tensor computes itself, as does every layer where a hook, a wrapper, dropout, or adapters of
-different kinds forbid to compute it before its turn.
+out to be called with another tensor computes itself, as does every layer where a hook, a wrapper, dropout, or adapters
+of different kinds forbid to compute it before its turn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from nf4lora.compat.torch import (
     hooks_every_module,
@@ -54,28 +56,28 @@ class Branch(NamedTuple):
 class _Known:
     """What has been seen of a layer."""
 
-    __slots__ = ("found", "given_up", "group", "layer", "misses", "nodes")
+    __slots__ = ("proposed", "given_up", "group", "layer", "misses", "nodes")
 
     def __init__(self, layer: nn.Module):
         at = id(layer)
         self.layer = weakref.ref(layer, lambda _: _known.pop(at, None))
         self.nodes: list[Ref[Any]] = []  # of graphs in which the layer was computed, alone or first of its group
-        self.found: tuple[Ref[nn.Module], ...] | None = None  # the layers that it was called with, itself first
+        self.proposed: tuple[Ref[nn.Module], ...] | None = None  # the layers that it was called with, itself first
         self.group: tuple[Ref[nn.Module], ...] | None = None  # those that it computes
         self.misses = 0  # in a row: times that not all of them were called
         self.given_up = False
 
     def settle(self) -> None:
         """Let the group come or go, unless a graph waits that must be computed again as it was."""
-        if self.found is None and self.misses < MOST_MISSES:
+        if self.proposed is None and self.misses < MOST_MISSES:
             return
         if running_backward() is not None or any(_waits(node) for node in self.nodes):
             return
         if self.misses >= MOST_MISSES:
             self.group, self.given_up, self.misses = None, True, 0
         elif not self.given_up:
-            self.group = self.found
-        self.found = None
+            self.group = self.proposed
+        self.proposed = None
 
     def note(self, y: Tensor) -> None:
         """Remember the graph, if there is one, in which y was computed."""
@@ -166,6 +168,8 @@ def watched(layer: nn.Module, x: Tensor, y: Tensor) -> None:
     """To be called with the output of a layer that has computed itself."""
     if x.is_inference() or running_backward() is not None:
         return
+    if y.requires_grad and not isinstance(y.grad_fn, BackwardCFunction):
+        return  # a wrapper or a hook has added to what the op computed
     rows = _here.rows
     row = next((row for row in rows if row.x() is x and row.version == version_of(x)), None)
     if row is None or layer in row.layers or len(row.layers) == MOST_SIBLINGS:
@@ -175,9 +179,9 @@ def watched(layer: nn.Module, x: Tensor, y: Tensor) -> None:
     _seen(layer).note(y)
     if len(row.layers) > 1:
         first = _seen(row.layers[0])
-        found = tuple(_seen(each).layer for each in row.layers)
-        if found != first.group and not first.given_up:
-            first.found = found
+        proposed = tuple(_seen(member).layer for member in row.layers)
+        if proposed != first.group and not first.given_up:
+            first.proposed = proposed
 
 
 def groups(model: nn.Module) -> list[list[str]]:

@@ -233,8 +233,8 @@ class NF4Linear(Unreplicated, nn.Linear):
             codes = self._unguarded()
         return codes, absmax, nested
 
-    # A generated token calls hundreds of layers. A conversion that changes nothing, or an attribute of a module, takes a
-    # microsecond, so both are avoided in what a call runs.
+    # A generated token calls hundreds of layers. A conversion that changes nothing, or an attribute of a module, takes
+    # a microsecond, so both are avoided in what a call runs.
 
     def dtypes_for(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes that the layer computes in and that it returns for this x.

@@ -106,7 +106,7 @@ def _of_those_used(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, *li
         dy = dys[i]
         if dy is None:
             continue
-        S, qweight, absmax, nested, A, B = (each[i] for each in lists)
+        S, qweight, absmax, nested, A, B = (values[i] for values in lists)
         numbers = {"scaling": ctx.scaling, "blocksize": ctx.blocksize, "need_dx": ctx.needs_input_grad[0]}
         arguments = LoraLinearBackward(dy, x, S, qweight, absmax, nested, A, B, **numbers)
         dx, dA[i], dB[i] = called(_ops.lora_linear_backward.default, arguments)
