@@ -148,6 +148,88 @@ def test_a_call_waits_for_nothing(card, question, tokens, dropout, double_quanti
     check_asynchronous(done)
 
 
+# ---- layers of one x
+
+
+QKV = (4096, 1024, 1024)  # out features, of Llama-3.1-8B
+
+
+def tensors_of_group(tokens, scaling):
+    from nf4lora.ops.lora_group import Layers
+
+    weights = [packed(True, (N, SQUARE[1])) for N in QKV]
+    A, B = ([torch.empty(size, device="cuda").requires_grad_() for size in sizes] for sizes in (
+        [(RANK, SQUARE[1])] * 3, [(N, RANK) for N in QKV]
+    ))  # fmt: skip
+    lists = (list(values) for values in zip(*weights, strict=True))
+    x = torch.empty(tokens, SQUARE[1], device="cuda", dtype=torch.bfloat16).requires_grad_()
+    return x, Layers(*lists, [None] * 3, A, B, scaling)
+
+
+def group_forward(tokens=2048, scaling=2.0):
+    from nf4lora import ops
+
+    x, layers = tensors_of_group(tokens, scaling)
+    return lambda: ops.lora_linear_group(x, layers)
+
+
+def group_backward(tokens=2048, scaling=2.0):
+    x, layers = tensors_of_group(tokens, scaling)
+    layers = layers._replace(lora_A=[A.detach() for A in layers.lora_A], lora_B=[B.detach() for B in layers.lora_B])
+    S, dy = (
+        [torch.empty(tokens, size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+        for sizes in ([RANK] * 3, QKV)
+    )
+    packed_ones = (layers.qweight, layers.absmax, layers.nested, layers.lora_A, layers.lora_B)
+    backward = torch.ops.nf4lora.lora_linear_group_backward
+    return lambda: backward(dy, x.detach(), S, *packed_ones, scaling, 64, True)
+
+
+def group_both(tokens=2048):
+    from nf4lora import ops
+
+    x, layers = tensors_of_group(tokens, 2.0)
+    inputs = [x, *layers.lora_A, *layers.lora_B]
+    dys = [torch.ones(tokens, N, device="cuda", dtype=torch.bfloat16) for N in QKV]
+    return lambda: torch.autograd.grad(ops.lora_linear_group(x, layers), inputs, dys)
+
+
+IN_TURN = {"lora_slice_kernel": 3, "cublasGemmEx": 3}
+
+
+def test_a_group_makes_once_what_its_layers_share(card):
+    done = card.counted(group_forward)
+    assert (done.kernels, done.allocations) == ({**LOW_RANK, **IN_TURN}, 7)
+    check_asynchronous(done)
+    done = card.counted(group_forward, scaling=1.75)
+    assert (done.kernels, done.allocations) == ({**LOW_RANK, **IN_TURN, "expand_parts_kernel": 3}, 7)
+    done = card.counted(group_backward)
+    shared = {"tall_skinny_kernel": 4, "sum_parts_kernel": 4, "expand_parts_kernel": 1}
+    assert (done.kernels, done.allocations) == ({**shared, **IN_TURN}, 9)
+    check_asynchronous(done)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 100, 512])
+def test_a_group_of_few_tokens_is_its_layers_in_turn(card, tokens):
+    for question in (group_forward, group_backward):
+        check_asynchronous(card.counted(question, tokens=tokens))
+
+
+def captured_group(tokens):
+    call = group_both(tokens)
+    graph, capturing = capture(call)
+    graph.replay()
+    with counting() as eager:
+        call()
+    return capturing.captured, capturing.launches, eager.launches
+
+
+@pytest.mark.parametrize("tokens", [16, 2048])
+def test_a_group_becomes_a_graph(card, tokens):
+    captured, launches, eager = card.ask(captured_group, tokens=tokens)
+    assert captured == launches == eager
+
+
 def captured_lora(tokens, kernel):
     call = lora_both(tokens, kernel)
     graph, capturing = capture(call)

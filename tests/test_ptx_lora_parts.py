@@ -165,7 +165,7 @@ def test_indices_of_the_expansion_are_64_bit(R):
     there = device.upload(bits(P)) if R > 256 else device.empty((rows, R), np.uint16)
     out = device.empty((rows, columns), np.uint16)
     expansion = Expansion(
-        out=out.address - 2 * (begin + M - rows) * columns & 2**64 - 1, E=products.upload(factor),
+        out=out.address - 2 * (begin + M - rows) * columns & 2**64 - 1, E=of(products.upload(factor)),
         seed=products.upload(SEED_OF_OUT), threshold=threshold(0.3), scale=0.75, columns=columns,
     )  # fmt: skip
     arguments = TallSkinny(
@@ -219,12 +219,12 @@ def test_indices_of_the_sum_are_64_bit():
     [
         ("  __syncthreads();\n\n  const uint64_t seed", "  const uint64_t seed", "race: a read of shared memory"),
         (
-            "if (first_d == 0) P[at] = value;",
-            "P[at] = value;",
+            "if (first_d == 0) *own = value;",
+            "*own = value;",
             "race: two threads write|race: a write to global memory",
         ),
         ("if (m >= parts.rows) continue;", "", "out of bounds"),
-        ("exists = rank < R &&", "exists =", "out of bounds|never written|not close"),
+        ("exists = is_rank &&", "exists =", "out of bounds|never written|not close"),
     ],
     ids=["no barrier", "every block writes P", "no bound", "no end of ranks"],
 )

@@ -166,7 +166,9 @@ class Products:
             expected = 1.25 * (z @ factor.to(dtype).double())
             torch.testing.assert_close(result[-1].double(), expected, rtol=HALF_ULP[dtype], atol=1e-5)
         if outer:
-            parts = [torch.from_numpy(g.numpy()).view(DTYPES[G[0]]).reshape((-1, D) if G[1] else (D, -1)) for g in gs]
+            shapes = [(count, D) if G[1] else (D, count) for count in own]
+            values = [torch.from_numpy(g.numpy()).view(DTYPES[G[0]]) for g in gs]
+            parts = [part.reshape(shape) for part, shape in zip(values, shapes, strict=True)]
             result.append(torch.cat(parts, dim=0 if G[1] else 1))
             expected = 0.5 * (z.T @ L.double())
             expected = expected.T if G[1] else expected
