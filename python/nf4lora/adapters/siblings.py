@@ -4,8 +4,8 @@ The first of them computes all, in one op with one autograd node, and the others
 card S of all their adapters then takes one pass over x, their dA another, and dx is summed by the products with the
 weights; on a CPU the numbers are the same to the bit.
 
-No model says which layers belong together, so that is found by watching: those that one forward pass has called with the
-same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
+No model says which layers belong together, so that is found by watching: those that one forward pass has called with
+the same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
 pass: activation checkpointing computes such a graph again and expects the same tensors to be saved. A layer that turns
 out to be called with another tensor computes itself, as does every layer where a hook, a wrapper, dropout, or adapters
 of different kinds forbid to compute it before its turn.
@@ -56,12 +56,13 @@ class Branch(NamedTuple):
 class _Known:
     """What has been seen of a layer."""
 
-    __slots__ = ("proposed", "given_up", "group", "layer", "misses", "nodes")
+    __slots__ = ("given_up", "group", "layer", "misses", "most_nodes", "nodes", "proposed")
 
     def __init__(self, layer: nn.Module):
         at = id(layer)
         self.layer = weakref.ref(layer, lambda _: _known.pop(at, None))
         self.nodes: list[Ref[Any]] = []  # of graphs in which the layer was computed, alone or first of its group
+        self.most_nodes = 8  # before those that are over are dropped
         self.proposed: tuple[Ref[nn.Module], ...] | None = None  # the layers that it was called with, itself first
         self.group: tuple[Ref[nn.Module], ...] | None = None  # those that it computes
         self.misses = 0  # in a row: times that not all of them were called
@@ -82,8 +83,9 @@ class _Known:
     def note(self, y: Tensor) -> None:
         """Remember the graph, if there is one, in which y was computed."""
         if y.requires_grad:
-            if len(self.nodes) >= 8:
+            if len(self.nodes) >= self.most_nodes:
                 self.nodes = [node for node in self.nodes if _waits(node)]
+                self.most_nodes = max(8, 2 * len(self.nodes))
             self.nodes.append(weakref.ref(y.grad_fn))
 
 
@@ -143,12 +145,18 @@ class _Here(threading.local):
         self.stashes: list[_Stash] = []
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _here = _Here()
 _known: dict[int, _Known] = {}  # by the layer's id
 
 
 def output_of(layer: Any, x: Tensor, branch: Branch) -> Tensor | None:
-    """The layer's output, if its group is computed together; None: it is to compute itself, and to be `watched`."""
+    """The layer's output, if its group is computed together; None: it is to compute itself, and to be `watched`.
+
+    Without gradients every layer computes itself: a token that is generated takes less time than to look for siblings.
+    """
+    if not torch.is_grad_enabled():
+        return None
     for stash in _here.stashes:
         y = stash.take(layer, x, branch)
         if y is not None:
@@ -235,9 +243,9 @@ def _waits(node: Ref[Any]) -> bool:
     return alive is not None and is_waiting(alive)
 
 
-def _state(x: Tensor) -> tuple[bool, bool, int]:
+def _state(x: Tensor) -> tuple[bool, int]:
     """What two calls must have in common so that one can compute for the other."""
-    return torch.is_grad_enabled(), is_any_autocast_enabled(), stream_of(x)
+    return is_any_autocast_enabled(), stream_of(x)
 
 
 def _versions(branch: Branch) -> tuple[int, int]:
@@ -267,7 +275,9 @@ def _is_plain(branch: Branch, x: Tensor) -> bool:
         and is_called_plainly(base, NF4Linear)
         and base.dtypes_for(x) == (x.dtype, x.dtype)
         and (bias is None or not bias.requires_grad)
-        and all(type(factor) in (Tensor, nn.Parameter) and factor.dtype == torch.float32 for factor in (A, B))
+        and type(A) in _PLAIN
+        and type(B) in _PLAIN
+        and A.dtype == B.dtype == torch.float32
     )
 
 
@@ -283,8 +293,8 @@ def _is_alike(branch: Branch, first: Branch) -> bool:
 def _compute(leader: _Known, layers: Sequence[Any], branches: Sequence[Branch], x: Tensor) -> Tensor:
     """All outputs: the first is returned, the others are left for their layers."""
     packed = [branch.base.packed() for branch in branches]
-    biases = (branch.base.bias_parameter() for branch in branches)
-    arguments = Layers(
+    biases = [branch.base.bias_parameter() for branch in branches]
+    layers_of_x = Layers(
         qweight=[codes for codes, _, _ in packed],
         absmax=[absmax for _, absmax, _ in packed],
         nested=[nested for _, _, nested in packed],
@@ -294,7 +304,7 @@ def _compute(leader: _Known, layers: Sequence[Any], branches: Sequence[Branch], 
         scaling=branches[0].scaling,
         blocksize=branches[0].base.blocksize,
     )
-    y, *others = lora_linear_group(x, arguments)
+    y, *others = lora_linear_group(x, layers_of_x)
     leader.note(y)
     stashes = _here.stashes
     for stash in stashes[:]:
