@@ -435,6 +435,7 @@ def test_parameters_that_are_lent_for_a_call():
         twins.compare(step())
 
 
+@pytest.mark.slow
 def test_shards_are_gathered_for_each_call(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
