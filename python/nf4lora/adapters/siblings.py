@@ -36,9 +36,10 @@ from nf4lora.compat.torch import (
 from nf4lora.nn.linear import NF4Linear
 from nf4lora.ops.lora_group import MOST_SIBLINGS, Layers, lora_linear_group
 
-DEVICES = {"cpu", "cuda"}  # types of device
+DEVICES = {"cuda"}  # types of device; on a CPU a step of training gains 0 to 4 % (python -m bench lora)
 MOST_MISSES = 3  # in a row, after which a group is given up
 _MOST_INPUTS = 4  # that are remembered at a time
+_MOST_STASHES = 2  # at a time: between siblings, those of another tensor may be called
 
 Ref = weakref.ref
 
@@ -60,7 +61,7 @@ class _Known:
 
     def __init__(self, layer: nn.Module):
         at = id(layer)
-        self.layer = weakref.ref(layer, lambda _: _known.pop(at, None))
+        self.layer = weakref.ref(layer, lambda _: _gone(at))
         self.nodes: list[Ref[Any]] = []  # of graphs in which the layer was computed, alone or first of its group
         self.most_nodes = 8  # before those that are over are dropped
         self.proposed: tuple[Ref[nn.Module], ...] | None = None  # the layers that it was called with, itself first
@@ -96,7 +97,7 @@ class _Row:
 
     def __init__(self, x: Tensor):
         self.x, self.version = weakref.ref(x), version_of(x)
-        self.layers: list[nn.Module] = []
+        self.layers: list[_Known] = []
 
 
 class _Stash:
@@ -128,13 +129,15 @@ class _Stash:
             and _versions(branch) == versions
         )
         if not as_expected:
+            self.waiting[id(layer)] = entry
             self.missed()
         elif not self.waiting:
             self.leader.misses = 0
         return y if as_expected else None
 
     def missed(self) -> None:
-        if not self.again:
+        """What is left is for nobody."""
+        if self.waiting and not self.again:
             self.leader.misses += 1
         self.waiting.clear()
 
@@ -180,14 +183,15 @@ def watched(layer: nn.Module, x: Tensor, y: Tensor) -> None:
         return  # a wrapper or a hook has added to what the op computed
     rows = _here.rows
     row = next((row for row in rows if row.x() is x and row.version == version_of(x)), None)
-    if row is None or layer in row.layers or len(row.layers) == MOST_SIBLINGS:
+    known = _seen(layer)
+    if row is None or known in row.layers or len(row.layers) == MOST_SIBLINGS:
         row = _Row(x)
         rows[:] = [*(other for other in rows if not _is_over(other, x)), row][-_MOST_INPUTS:]
-    row.layers.append(layer)
-    _seen(layer).note(y)
+    row.layers.append(known)
+    known.note(y)
     if len(row.layers) > 1:
-        first = _seen(row.layers[0])
-        proposed = tuple(_seen(member).layer for member in row.layers)
+        first = row.layers[0]
+        proposed = tuple(member.layer for member in row.layers)
         if proposed != first.group and not first.given_up:
             first.proposed = proposed
 
@@ -254,7 +258,7 @@ def _versions(branch: Branch) -> tuple[int, int]:
 
 def _branches(layers: Sequence[Any], x: Tensor, first: Branch) -> list[Branch] | None:
     """What each layer computes; None where one of them must be called in its turn, or another way."""
-    if type(x) is not Tensor or x.is_inference() or hooks_every_module() or is_transformed() or is_forward_mode():
+    if type(x) not in _PLAIN or x.is_inference() or hooks_every_module() or is_transformed() or is_forward_mode():
         return None
     branches = []
     for layer in layers:
@@ -308,18 +312,26 @@ def _compute(leader: _Known, layers: Sequence[Any], branches: Sequence[Branch], 
     leader.note(y)
     stashes = _here.stashes
     for stash in stashes[:]:
-        if not stash.waiting or _is_over(stash, x) or len(stashes) == _MOST_INPUTS:
+        is_old = stash.leader is leader or _is_over(stash, x) or len(stashes) == _MOST_STASHES
+        if is_old or not stash.waiting:
             stashes.remove(stash)
-            if stash.waiting:
-                stash.missed()
+            stash.missed()
     rest = zip(layers[1:], others, branches[1:], strict=True)
     waiting = {id(layer): (output, branch, _versions(branch)) for layer, output, branch in rest}
     stashes.append(_Stash(leader, x, waiting))
     return y
 
 
+def _gone(at: int) -> None:
+    """Forget a layer that is no more, and what it has computed for others."""
+    known = _known.pop(at, None)
+    for stash in _here.stashes:
+        if stash.leader is known:
+            stash.waiting.clear()
+
+
 def _drop_of(x: Ref[Tensor]) -> None:
     """Free what was computed for a tensor that is gone."""
     for stash in _here.stashes:
-        if stash.x is x and stash.waiting:
+        if stash.x is x:
             stash.missed()

@@ -69,6 +69,7 @@ class _Differentiable(torch.autograd.Function):
         _, _, *wanted = ctx.needs_input_grad
         ctx.set_materialize_grads(False)  # of an output that nobody has used
         ctx.count, ctx.scaling, ctx.blocksize = count, layers.scaling, layers.blocksize
+        ctx.unused, ctx.kept = set(range(count)), None
         # As in lora_linear: x matters to the dA alone and S to the dB.
         ctx.save_for_backward(
             x if wanted[0] else None,
@@ -83,8 +84,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
         count = ctx.count
+        x, *saved = _saved(ctx, {i for i in range(count) if dys[i] is not None})
         S, qweight, absmax, nested, A, B = (saved[i : i + count] for i in range(0, 6 * count, count))
         need_dx, _, *wanted = ctx.needs_input_grad
         if any(dy is None for dy in dys):
@@ -96,6 +97,18 @@ class _Differentiable(torch.autograd.Function):
             dx, dA, dB = called(_ops.lora_linear_group_backward.default, arguments)
         gradients = (gradient if is_wanted else None for gradient, is_wanted in zip((*dA, *dB), wanted, strict=True))
         return dx if need_dx else None, None, *gradients
+
+
+def _saved(ctx: Any, used: set[int]) -> tuple[Tensor | None, ...]:
+    """The saved tensors, for a backward pass from these outputs.
+
+    Layers that compute themselves have graphs of their own: a backward pass from one of them leaves the others'. So
+    what is saved is kept here for the outputs that no backward pass has come from.
+    """
+    saved = ctx.kept if ctx.kept is not None and used <= ctx.unused else ctx.saved_tensors
+    ctx.unused -= used
+    ctx.kept = saved if ctx.unused else None
+    return saved
 
 
 def _of_those_used(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, *lists: Any) -> tuple[Any, list, list]:
