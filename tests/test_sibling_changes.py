@@ -340,7 +340,6 @@ def test_the_mode_decides_on_dropout():
     trained = Twins(row(lora_dropout=0.5).train())
     trained.compare(run)
     trained.compare(run)
-    assert grouped(trained.ours) == []
     trained.change(lambda model: model.eval())
     trained.compare(run)
     assert trained.compare(run)[GROUP] == 1
@@ -400,11 +399,12 @@ def test_a_model_that_was_loaded_computes_together(tmp_path):
     ids = torch.arange(12).view(2, 6)
 
     def run(model):
-        with torch.no_grad():
-            return model(ids).logits
+        model.zero_grad(set_to_none=True)
+        model(ids).logits.sum().backward()
+        return gradients(model)
 
-    twins.compare(run)
-    assert twins.compare(run)[GROUP] == 2
+    twins.compare(run, REORDERED)
+    assert twins.compare(run, REORDERED)[GROUP] == 2
 
 
 def test_samples_with_different_adapters():
@@ -725,24 +725,23 @@ def test_a_result_that_waits_is_not_given_out_after_a_step():
         twins.compare(run)
 
 
+@torch.no_grad()  # a graph that waits with the result would keep x
 def test_a_tensor_that_is_gone_is_not_taken_for_its_successor():
     """A new tensor is often an object at the address of the last one, with the same version."""
-    twins = learned()
+    twins = Twins(row())
     a, b = (layer(twins.ours, letter) for letter in "ab")
     reused = 0
-    for seed in range(20):
-        siblings.forget(twins.ours)  # or too many wrong predictions end the group
-        twins.learn()
-        x, other = drawn(), drawn(seed=seed + 1)
-        address = id(x)
-        a(x)
-        del x
-        x = other.view_as(other)
-        reused += id(x) == address
-        got = b(x)
-        with alone():
-            assert_same([got], [layer(twins.twin, "b")(other)])
+    with torch.no_grad():
+        for seed in range(20):
+            x, other = drawn(), drawn(seed=seed + 1)
+            address = id(x)
+            a(x)
+            del x
+            x = other.view_as(other)
+            reused += id(x) == address
+            b(x)
     assert reused
+    assert siblings.learn(twins.ours, lambda: None) == []
 
 
 def test_tensors_that_follow_each_other_at_one_address_are_no_siblings():

@@ -158,17 +158,16 @@ def output_of(layer: Any, x: Tensor, branch: Branch) -> Tensor | None:
 
     Without gradients every layer computes itself: a token that is generated takes less time than to look for siblings.
     """
+    known = _known.get(id(layer))
+    if known is not None:
+        known.settle()
     if not torch.is_grad_enabled():
         return None
     for stash in _here.stashes:
         y = stash.take(layer, x, branch)
         if y is not None:
             return y
-    known = _known.get(id(layer))
-    if known is None:
-        return None
-    known.settle()
-    if known.group is None:
+    if known is None or known.group is None:
         return None
     layers = [ref() for ref in known.group]
     branches = _branches(layers, x, branch)
@@ -192,8 +191,8 @@ def watched(layer: nn.Module, x: Tensor, y: Tensor) -> None:
     if len(row.layers) > 1:
         first = row.layers[0]
         proposed = tuple(member.layer for member in row.layers)
-        if proposed != first.group and not first.given_up:
-            first.proposed = proposed
+        if not first.given_up:
+            first.proposed = None if proposed == first.group else proposed
 
 
 def groups(model: nn.Module) -> list[list[str]]:
@@ -222,7 +221,10 @@ def learn(model: nn.Module, forward: Callable[[], object]) -> list[list[str]]:
 
 
 def forget(model: nn.Module) -> None:
-    """Forget the groups of the model and what was seen of its layers."""
+    """Forget the groups of the model and what was seen of its layers.
+
+    Not between a forward pass and its backward pass, for which activation checkpointing may have to compute again.
+    """
     for module in model.modules():
         _known.pop(id(module), None)
     _here.rows.clear()
