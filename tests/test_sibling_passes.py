@@ -190,7 +190,7 @@ MEANTIME = {
 }
 
 
-# A group that was used, and is forgotten or hooked before it is computed again, saves other tensors then: torch says so.
+# A group that is forgotten or hooked before it is computed again saves other tensors then, and torch says so.
 SAVES_OTHERS = [("forgotten", True, False), ("hooked", True, False)]
 
 

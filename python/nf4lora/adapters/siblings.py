@@ -4,8 +4,8 @@ The first of them computes all, in one op with one autograd node, and the others
 card S of all their adapters then takes one pass over x, their dA another, and dx is summed by the products with the
 weights; on a CPU the numbers are the same to the bit.
 
-No model says which layers belong together, so that is found by watching: those that one forward pass has called with
-the same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
+No model says which layers belong together, so that is found by watching: those that a forward pass has called with the
+same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
 pass: activation checkpointing computes such a graph again and expects the same tensors to be saved. A layer that turns
 out to be called with another tensor computes itself, as does every layer where a hook, a wrapper, dropout, or adapters
 of different kinds forbid to compute it before its turn.
