@@ -2,7 +2,7 @@
 
 The first of them computes all, in one op with one autograd node, and the others return what it has left for them. On a
 card S of all their adapters then takes one pass over x, their dA another, and dx is summed by the products with the
-weights; on a CPU the numbers are the same to the bit.
+weights.
 
 No model says which layers belong together, so that is found by watching: those that a forward pass has called with the
 same tensor are a group from a later one on. A group comes, or goes, only where no graph still waits for its backward
