@@ -123,6 +123,10 @@ def test_nothing_is_launched_for_nothing(shape, which):
         (dict(ranks=(1, 2), which="inner"), "factors of more adapters than one, and not transposed"),
         (dict(ranks=(1, 2), which="outer"), "factors of more adapters than one, and not transposed"),
         (
+            dict(ranks=(1, 2), F=(0, True), G=(0, True)),
+            "either product of more adapters than one, in one pass",
+        ),
+        (
             dict(ranks=(1, 2), which="inner", F=(0, True), expansion=dict(columns=32)),
             "an expansion of a P of more adapters than one, before it is there",
         ),

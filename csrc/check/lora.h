@@ -146,8 +146,8 @@ inline std::vector<LinearShape> check_lora_linear_group_backward(const LoraLinea
   for (size_t i = 0; i < group.size(); ++i) {
     shapes.push_back(check_lora_linear_backward(group.layer(i)));
     require_value(shapes[i].M == shapes[0].M && shapes[i].K == shapes[0].K, op,
-                  ": all layers must have the tokens and in features of the first, ", shapes[0].M, " and ",
-                  shapes[0].K, ", got ", shapes[i].M, " and ", shapes[i].K);
+                  ": all layers must have the tokens and in features of the first, ", shapes[0].M, " and ", shapes[0].K,
+                  ", got ", shapes[i].M, " and ", shapes[i].K);
     require_kind(group.dy[i].scalar_type() == group.dy[0].scalar_type(), op, ": all dy must be of one dtype, got ",
                  name_of(group.dy[0].scalar_type()), " and ", name_of(group.dy[i].scalar_type()));
     check_same_device(op, "dy", group.dy[i], group.dy[0]);

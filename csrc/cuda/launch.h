@@ -69,8 +69,8 @@ Error lora_few(const FewRows& few, void* stream);
 
 // out = bias + scale * drop(P E), from the low-rank product P [M, R] of TallSkinny: what the product with W is added to.
 struct Expansion {
-  void* out = nullptr;                     // [M, columns], of the dtype of P; null for no expansion
-  const void* E[kMostSiblings] = {};       // [R, columns], of its own dtype; of the ranks of each adapter
+  void* out = nullptr;                // [M, columns], of the dtype of P; null for no expansion
+  const void* E[kMostSiblings] = {};  // [R, columns], of its own dtype; of the ranks of each adapter
   Dtype dtype_of_E = Dtype::f32;
   bool E_is_transposed = false;    // E is [columns, R], of one adapter
   const float* bias = nullptr;     // [columns] or null
@@ -88,9 +88,9 @@ struct Expansion {
 // F, P, G and E is a matrix of its own.
 inline constexpr int64_t kNoRank = INT64_MAX;
 struct TallSkinny {
-  Dtype dtype;                           // of Z, L and P
-  const void* Z;                         // x [M, K] or dy [M, N]
-  const void* F[kMostSiblings];          // [D, R], of its own dtype
+  Dtype dtype;                   // of Z, L and P
+  const void* Z;                 // x [M, K] or dy [M, N]
+  const void* F[kMostSiblings];  // [D, R], of its own dtype
   Dtype dtype_of_F;
   bool F_is_transposed;  // F is [R, D]; always of more adapters than one
   const void* L;         // [M, R], of all ranks
@@ -104,7 +104,7 @@ struct TallSkinny {
   float* workspace;      // [tall_skinny_workspace()]
   int64_t M, D, R;
   int64_t first_rank[kMostSiblings] = {0, kNoRank, kNoRank, kNoRank};
-  int64_t P_stride = 0;  // values from one row of P to the next; 0: as many as it has columns
+  int64_t P_stride = 0;                    // values from one row of P to the next; 0: as many as it has columns
   int64_t most_inner = int64_t{64} << 20;  // bytes of work space for P, where 256 rows need no more
   void* copy = nullptr;                    // [M, copy_stride]: Z before dropout, then P, then zeros; null for no copy
   int64_t copy_stride = 0;                 // at least D + R, a multiple of 8

@@ -91,24 +91,22 @@ __global__ void __launch_bounds__(kThreads, resident(kRankTiles, kGroups, kInner
   unsigned factor[kInner ? kGroups : 1][kInner ? kDeep : 1][kRankTiles][2];
   if constexpr (kInner) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int n = 0; n < kRankTiles; ++n) {
+      const int64_t r = first_r + n * 8 + quad;
+      OfRank<const void*> own{t.F[0], r, R};  // with G there is one adapter: the factor is a B
+      if constexpr (!kOuter) own = of_rank(t.F, t.first_rank, r, R);
 #pragma unroll
-      for (int k = 0; k < kDeep; ++k) {
+      for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-        for (int n = 0; n < kRankTiles; ++n) {
+        for (int k = 0; k < kDeep; ++k) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             T values[2];
-            const int64_t r = first_r + n * 8 + quad;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int64_t d = first_d + g * kColumns + k * 16 + half * 8 + pair + i;
-              float value = 0.0f;
-              if (d < D && r < R) {
-                const auto [F, own, ranks] = of_rank(t.F, t.first_rank, r, R);
-                value = load_factor<T>(F, t.dtype_of_F, t.F_is_transposed ? own * D + d : d * R + r);
-              }
-              values[i] = narrow<T>(value);
+              const int64_t at = t.F_is_transposed ? own.rank * D + d : d * R + r;
+              values[i] = narrow<T>(d < D && r < R ? load_factor<T>(own.matrix, t.dtype_of_F, at) : 0.0f);
             }
             factor[g][k][n][half] = as_word(values);
           }
@@ -297,7 +295,7 @@ template <typename T, int kRankTiles, int kGroups>
 void launch_groups(const TallSkinny& t, const Plan& plan, const Pass& pass, cudaStream_t stream) {
   (!t.G[0]   ? launch_as<T, kRankTiles, kGroups, true, false>
    : !t.P[0] ? launch_as<T, kRankTiles, kGroups, false, true>
-          : launch_as<T, kRankTiles, kGroups, true, true>)(t, plan, pass, stream);
+             : launch_as<T, kRankTiles, kGroups, true, true>)(t, plan, pass, stream);
 }
 
 template <typename T, int kRankTiles>
@@ -323,6 +321,7 @@ Error refusal(const TallSkinny& t) {
   if (is_of_more && ((t.P[0] && !t.F_is_transposed) || (t.G[0] && !t.G_is_transposed))) {
     return "factors of more adapters than one, and not transposed";
   }
+  if (is_of_more && t.P[0] && t.G[0]) return "either product of more adapters than one, in one pass";
   if (is_of_more && t.P[0] && e.out) return "an expansion of a P of more adapters than one, before it is there";
   return nullptr;
 }

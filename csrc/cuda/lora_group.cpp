@@ -57,8 +57,7 @@ bool is_one_dense_group(const Tensor& rows, const Tensors& lora_A, const std::ve
   const auto fills_chunks = [](const LinearShape& shape) { return shape.N % kChunk == 0; };
   const auto is_alike = [&](const Tensor& A) { return A.scalar_type() == lora_A[0].scalar_type(); };
   return shapes.size() > 1 && sixteen_bits && shapes[0].M > 0 &&
-         std::all_of(shapes.begin(), shapes.end(), fills_chunks) &&
-         std::all_of(lora_A.begin(), lora_A.end(), is_alike);
+         std::all_of(shapes.begin(), shapes.end(), fills_chunks) && std::all_of(lora_A.begin(), lora_A.end(), is_alike);
 }
 
 GroupOutputs lora_linear_group_dense(const LoraLinearGroup& group, const std::vector<LinearShape>& shapes, void* stream,
@@ -125,7 +124,11 @@ GroupOutputs lora_linear_group_dense(const LoraLinearGroup& group, const std::ve
       slice.n0 = n, slice.rows = std::min(steps[i], N - n);
       require_launched(kForward, lora_slice(slice, stream));
       const Matrix columns{y[i], M, slice.rows, N, 1, n};
-      const Matrix W{kept[i] ? kept[i]->memory : workspace.memory(), depth, slice.rows, 1, slice.stride,
+      const Matrix W{kept[i] ? kept[i]->memory : workspace.memory(),
+                     depth,
+                     slice.rows,
+                     1,
+                     slice.stride,
                      kept[i] ? 0 : at_W / size};
       add_product(columns, bias || !copies ? 1.0 : 0.0, bias ? Matrix(*bias, slice.rows, n) : columns, rows, W);
     }

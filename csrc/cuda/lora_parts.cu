@@ -262,7 +262,8 @@ int64_t columns_of_block(const TallSkinny& t, const Parts& parts, int64_t row_ti
 template <typename T>
 void expand(const TallSkinny& t, Parts parts, cudaStream_t stream) {
   const Expansion& e = t.expansion;
-  if (t.R > kMostRanks && parts.inner) {  // more than shared memory takes at a time: added once, then read again by each block
+  if (t.R > kMostRanks &&
+      parts.inner) {  // more than shared memory takes at a time: added once, then read again by each block
     sum<T>(t, parts, stream);
     parts.completes_G = false;
   }
@@ -271,8 +272,7 @@ void expand(const TallSkinny& t, Parts parts, cudaStream_t stream) {
   const int64_t blocks = row_tiles * ceil_div(e.columns, columns);
   const int64_t all = blocks + (parts.completes_G ? ceil_div(t.D * t.R, kThreads) : 0);
   if (all == 0) return;
-  const bool vectors_of_E =
-      std::all_of(e.E, e.E + kMostSiblings, is_aligned) && e.columns % kColumnTiles == 0;
+  const bool vectors_of_E = std::all_of(e.E, e.E + kMostSiblings, is_aligned) && e.columns % kColumnTiles == 0;
   const bool vectors_of_out = is_aligned(e.out) && e.columns % kOwn == 0;
   const int64_t panels = ceil_div(std::min<int64_t>(t.R, kMostRanks), kTileColumns);
   expand_parts_kernel<T><<<static_cast<unsigned>(all), kThreads, panels * kPanel * sizeof(T), stream>>>(

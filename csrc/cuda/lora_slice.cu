@@ -148,10 +148,10 @@ void unpack(const Slice& slice, cudaStream_t stream) {
   constexpr int kPer = kPerStore<T>;
   const int64_t tiles_per_row = ceil_div(slice.columns, kTileColumns<T>);
   const int64_t tiles = ceil_div(slice.rows, kRowsPerTile) * tiles_per_row, stride = stride_of(slice);
-  Surrounding around{
-      slice.factor, slice.dtype_of_factor, slice.factor_is_below, false,           slice.scaling,
-      slice.R,      slice.first_rank,      ranks_of(slice)};
-  around.aligned = is_aligned(slice.factor) && (around.is_below || (slice.R % kPer == 0 && slice.first_rank % kPer == 0));
+  Surrounding around{slice.factor, slice.dtype_of_factor, slice.factor_is_below, false, slice.scaling,
+                     slice.R,      slice.first_rank,      ranks_of(slice)};
+  around.aligned =
+      is_aligned(slice.factor) && (around.is_below || (slice.R % kPer == 0 && slice.first_rank % kPer == 0));
   const int64_t chunks_per_row = (around.is_below ? slice.columns : around.padded()) / kPer;
   const int64_t chunks = (around.is_below ? around.padded() : slice.rows) * chunks_per_row;
   const int64_t blocks = tiles + ceil_div(chunks, kThreads);
