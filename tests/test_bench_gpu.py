@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -12,17 +13,18 @@ from test_bench import InProcess, SlowHost
 from torch.overrides import TorchFunctionMode
 
 from bench import __main__
-from bench.cases import lora, lora_gpu, overhead, step, step_random, tune
-from bench.harness import expected, layers, random_model, steady, targets, timing
+from bench.cases import lora, lora_gpu, lora_groups, overhead, step, step_random, tune
+from bench.harness import expected, groups, layers, random_model, steady, targets, timing
 from bench.harness.case import Settings, WrongAnswer
 from bench.harness.composition import Composition
 from bench.harness.contenders import OURS, RIVAL
 from bench.harness.layers import BITSANDBYTES, MAKERS, TORCH, TORCHAO
 from bench.harness.process import Process
-from bench.harness.shapes import ON_A_CARD, SHAPES, Shape, block_of
+from bench.harness.shapes import ON_A_CARD, SHAPES, Shape, block_of, groups_of
 from bench.harness.table import Table
 from bench.harness.timing import ALONE, IN_A_ROW, NAMES, SATURATED, Timing
 from nf4lora import NF4Linear
+from nf4lora.adapters import siblings
 from nf4lora.ops import reference
 
 QUICK = Settings(quick=True)
@@ -233,7 +235,7 @@ def test_three_times_are_told_apart(monkeypatch):
 @pytest.mark.usefixtures("few_copies")
 def test_every_contender_that_is_there_has_its_columns(monkeypatch, capsys):
     monkeypatch.setattr(lora_gpu, "QUICK", (TINY,))
-    forward, both, layer = lora_gpu.tables(QUICK)
+    forward, both, together, layer = lora_gpu.tables(QUICK)
     names = layers.present()
     for table in (forward, both):
         assert [row["M"] for row in table.rows] == [1, 16]
@@ -245,6 +247,7 @@ def test_every_contender_that_is_there_has_its_columns(monkeypatch, capsys):
         assert not table.targets
         assert Table(**json.loads(json.dumps(table.to_dict()))).markdown() == table.markdown()
     assert not layer.rows
+    assert not together.rows  # no layer k or v
     assert capsys.readouterr().out.count("tokens, forward and backward: saturated") == 2
 
 
@@ -302,7 +305,7 @@ def test_our_own_wrong_answer_is_not_timed(monkeypatch):
 def test_a_budget_leaves_out_the_last_shapes_and_names_them(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(lora_gpu.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(lora_gpu, "QUICK", (TINY, Shape("tiny", "k", 64, 64), Shape("tiny", "v", 64, 64)))
+    monkeypatch.setattr(lora_gpu, "QUICK", (TINY, Shape("tiny", "k", 64, 128), Shape("tiny", "v", 64, 128)))
 
     def timed(calls, settings):
         now[0] += 4
@@ -313,9 +316,10 @@ def test_a_budget_leaves_out_the_last_shapes_and_names_them(monkeypatch):
     monkeypatch.setattr(layers, "installed", lambda package: False)
     forward, *_ = lora_gpu.tables(Settings(quick=True, seconds=20))
     assert [(row["layer"], row["M"]) for row in forward.rows] == [
-        ("tiny q, o 64 x 128", 1), ("tiny q, o 64 x 128", 16), ("tiny k 64 x 64", 1),
+        ("tiny q, o 64 x 128", 1), ("tiny q, o 64 x 128", 16), ("tiny k 64 x 128", 1),
     ]  # fmt: skip
-    assert "not measured, the time was spent: tiny k 64 x 64, 16 tokens; tiny v 64 x 64" in forward.notes
+    left = "tiny k 64 x 128, 16 tokens; tiny v 64 x 128; tiny q, k, v 64 + 64 + 64 x 128"
+    assert f"not measured, the time was spent: {left}" in forward.notes
 
 
 def test_shapes_of_a_card_do_not_reach_a_cpu():
@@ -328,7 +332,165 @@ def test_shapes_of_a_card_do_not_reach_a_cpu():
     assert lora_gpu.TOKENS[-1] == 16384
     for model in lora_gpu.BLOCKS:  # q, k, v, o, gate, up, down
         assert sum(shape.count for shape in block_of(model)) == 7
+        assert [len(group.parts) for group in groups_of(block_of(model))] == [3, 2]
     assert sum(shape.count * shape.weights for shape in block_of("Llama-3.1-8B")) == 218_103_808
+
+
+# ---- groups ----
+
+KV = Shape("tiny", "k, v", 32, 128)
+(QKV,) = groups_of([TINY, KV])
+
+
+def group(seed=0):
+    torch.manual_seed(seed)
+    return groups.SameInput([lora_gpu.drawn(part, "cpu") for part in QKV.parts])
+
+
+def counted(monkeypatch):
+    """How many layers each call of the group's op has computed, from now on."""
+    called, right = [], siblings.lora_linear_group
+    monkeypatch.setattr(siblings, "lora_linear_group", lambda x, of: called.append(len(of.qweight)) or right(x, of))
+    return called
+
+
+def test_groups_come_after_their_block():
+    names = [measured.name for measured in lora_gpu.in_order(lora_gpu.SHAPES, lora_gpu.BLOCKS)]
+    assert names[3:8] == [
+        "Llama-3.1-8B down 4096 x 14336",
+        "Llama-3.1-8B q, k, v 4096 + 1024 + 1024 x 4096",
+        "Llama-3.1-8B gate, up 14336 + 14336 x 4096",
+        "Llama-3.2-1B q, o 2048 x 2048",
+        "Llama-3.2-1B k, v 512 x 2048",
+    ]
+    assert len(names) == len(lora_gpu.SHAPES) + 2 * len(lora_gpu.BLOCKS)
+
+
+@pytest.mark.parametrize("kind", lora_gpu.KINDS)
+def test_layers_are_computed_together_or_one_by_one(monkeypatch, kind):
+    layers_of_group, called = group(), counted(monkeypatch)
+    x, *dys = (torch.randn(4, size).bfloat16() for size in (128, 64, 32, 32))
+    calls = groups.calls(kind, lambda: layers_of_group, x, dys)
+    together = calls[OURS]()
+    assert called == [3]
+    one_by_one = calls[groups.ONE_BY_ONE]()
+    assert called == [3]
+    calls[OURS]()
+    assert called == [3, 3]
+    for result, right in zip(together, one_by_one, strict=True):
+        assert torch.equal(result, right)
+
+
+def test_layers_that_are_no_group_are_not_measured_as_one(monkeypatch):
+    monkeypatch.setattr(siblings, "DEVICES", {"cuda"})
+    with pytest.raises(RuntimeError, match=r"must have groups of \[3\] layers with the same input, got \[\]"):
+        group()
+
+
+def test_devices_come_back_after_a_failure():
+    before = siblings.DEVICES
+    with pytest.raises(KeyError), groups.apart():
+        raise KeyError
+    assert siblings.DEVICES is before
+
+
+@pytest.mark.parametrize("kind", lora_gpu.KINDS)
+def test_each_answer_of_a_group_is_checked(kind):
+    layers_of_group = group()
+    Ws = [lora_gpu.dequantised(weight) for weight in drawn_as(0)]
+    x, *dys = (torch.randn(4, size).bfloat16() for size in (128, 64, 32, 32))
+    got = list(groups.calls(kind, lambda: layers_of_group, x, dys)[OURS]())
+    groups.check("qkv", kind, got, x, dys, Ws, 2**-7)
+    assert len(got) == {"forward": 3, "both": 7}[kind]
+    for number, right in enumerate(got):
+        wrong = [*got[:number], 1.1 * right, *got[number + 1 :]]
+        with pytest.raises(WrongAnswer, match=f"qkv, 4 tokens, {kind} {number}: off by"):
+            groups.check("qkv", kind, wrong, x, dys, Ws, 2**-7)
+    if kind == "forward":  # adapters differ, so that k's output is not v's
+        with pytest.raises(WrongAnswer, match="forward 1"):
+            groups.check("qkv", kind, [got[0], got[2], got[1]], x, dys, [Ws[0], Ws[1], Ws[1]], 2**-7)
+
+
+def drawn_as(seed):
+    torch.manual_seed(seed)
+    return [lora_gpu.drawn(part, "cpu") for part in QKV.parts]
+
+
+@pytest.mark.usefixtures("few_copies")
+def test_copies_of_a_layer_do_not_become_a_group(monkeypatch):
+    called = counted(monkeypatch)
+    weight = lora_gpu.drawn(TINY, "cpu")
+    copies = [MAKERS[OURS](weight).train() for _ in range(3)]
+    turn = itertools.cycle(copies).__next__
+    x, dy = torch.randn(4, 128).bfloat16(), torch.randn(4, 64).bfloat16()
+    for kind in 3 * [*lora_gpu.KINDS]:
+        for _ in copies:
+            layers.CALLS[kind](turn, x, dy)
+    assert not called
+    assert siblings.groups(torch.nn.ModuleList(copies)) == []
+
+
+@pytest.mark.usefixtures("few_copies")
+def test_groups_have_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(lora_gpu, "QUICK", (TINY, KV))
+    monkeypatch.setattr(layers, "installed", lambda package: False)
+    *_, table, layer = lora_gpu.tables(QUICK)
+    assert [(row["layers"], row["pass"], row["M"]) for row in table.rows] == [
+        (QKV.name, text, M) for M in (1, 16) for text in ("forward", "forward and backward")
+    ]
+    for row in table.rows:
+        for clock in NAMES:
+            assert row[f"{timing.heading(clock)}: together / one by one"]["median"] > 0
+            assert row[lora_gpu.ratio_of(clock, TORCH)] > 0
+    assert not layer.rows  # of a model among BLOCKS alone
+    assert Table(**json.loads(json.dumps(table.to_dict()))).markdown() == table.markdown()
+    assert capsys.readouterr().out.count(f"of {groups.ONE_BY_ONE}") == 3 * len(table.rows)
+
+
+def test_rivals_of_a_group_are_sums_of_their_layers():
+    def row(shape, ours, **rivals):
+        took = {OURS: Timing([ours]), **{name: Timing([seconds]) for name, seconds in rivals.items()}}
+        return lora_gpu.Row(shape, 4, "both", {SATURATED: took}, 0.0)
+
+    together = row(QKV, 3.0, **{groups.ONE_BY_ONE: 4.0})
+    singles = [row(TINY, 9.0, torch=2.0, torchao=1.0), row(KV, 9.0, torch=1.5)]
+    (found,) = lora_gpu.group_table([together], singles, [OURS, TORCH, TORCHAO], SATURATED_ONLY).rows
+    assert found["saturated: together / one by one"]["median"] == 0.75
+    assert found["saturated: ours / torch"] == 3 / 5
+    assert found["saturated: ours / torchao"] is None  # k and v have no time
+    (found,) = lora_gpu.group_table([together], singles[:1], [OURS, TORCH], SATURATED_ONLY).rows
+    assert found["saturated: ours / torch"] is None
+
+
+@pytest.mark.usefixtures("few_copies")
+def test_a_wrong_answer_of_a_group_is_not_timed(monkeypatch):
+    monkeypatch.setattr(lora_gpu, "timed", lambda *a: pytest.fail("timed"))
+    right = siblings.lora_linear_group
+    monkeypatch.setattr(siblings, "lora_linear_group", lambda x, of: [right(x, of)[i] for i in (0, 2, 1)])
+    with pytest.raises(WrongAnswer, match="tiny q, k, v .*nf4lora, 1 tokens, forward 1: off by"):
+        lora_gpu.rows_of_group(QKV, (1,), QUICK, lora_gpu.Budget(None))
+
+
+@pytest.mark.usefixtures("few_copies")
+def test_groups_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(lora_groups, "QUICK", (TINY, KV))
+    table = lora_groups.table(QUICK)
+    assert [(row["dtype"], row["M"]) for row in table.rows] == [
+        (dtype, M) for dtype in ("float32", "bfloat16") for M in (1, 16)
+    ]
+    for row in table.rows:
+        for text in lora_gpu.KINDS.values():
+            assert row[f"{text}, ms"]["median"] > 0
+            assert 0.1 < row[f"{text}: together / one by one"]["median"] < 10
+    assert [group.name for group in lora_groups.measured()] == [
+        "SmolLM2-135M q, k, v 576 + 192 + 192 x 576",
+        "Llama-3.2-1B q, k, v 2048 + 512 + 512 x 2048",
+        "Llama-3.2-1B gate, up 8192 + 8192 x 2048",
+    ]
+    right = siblings.lora_linear_group
+    monkeypatch.setattr(siblings, "lora_linear_group", lambda x, of: [y + 2**-9 for y in right(x, of)])
+    with pytest.raises(WrongAnswer, match="together, torch.float32, 1 tokens, forward 0"):
+        lora_groups.rows_of(QKV, torch.float32, (1,), QUICK)
 
 
 # ---- the layer, and what it is held to ----
@@ -365,11 +527,35 @@ def test_a_layer_is_the_sum_of_its_parts_by_their_count(card):
     ]
 
 
+def test_a_layer_has_groups_where_they_were_measured(card):
+    card()
+    rows = rows_of_a_block(lambda shape, kind: 1.0)
+    qkv, gate_up = groups_of(block_of("Llama-3.1-8B"))
+
+    def measured(group, kind, ratio):
+        seconds = ratio * group.weights * (2 if kind == "both" else 1)
+        took = {OURS: Timing([seconds]), groups.ONE_BY_ONE: Timing([9 * seconds])}
+        return lora_gpu.Row(group, 2048, kind, {SATURATED: took}, 0.0)
+
+    rows += [measured(gate_up, "forward", 0.5), measured(gate_up, "both", 0.25), measured(qkv, "forward", 0.1)]
+    table = lora_gpu.layer_table(rows, [OURS, TORCH], SATURATED_ONLY)
+    share = 2 * 14336 * 4096 / 218_103_808  # gate and up of all weights
+    ratios = [1 - 0.5 * share, 1 - 0.75 * share, 1 - (0.5 + 2 * 0.75) / 3 * share]
+    for row, ratio in zip(table.rows, ratios, strict=True):
+        assert row["together"] == "gate, up"  # q, k and v lack the backward pass
+        assert row["saturated: ours / torch"] == pytest.approx(ratio)
+        assert row["saturated, ms"] == pytest.approx(ratio * row["saturated, single calls, ms"])
+    assert [claim.split()[-1] for claim, _ in table.targets] == [f"{ratio:.2f}" for ratio in ratios]
+    (*_, row) = lora_gpu.layer_table(rows_of_a_block(lambda *_: 1.0), [OURS, TORCH], SATURATED_ONLY).rows
+    assert row["together"] is None
+    assert row["saturated, ms"] == row["saturated, single calls, ms"]
+
+
 def test_a_layer_that_lacks_a_part_has_no_sum():
     rows = rows_of_a_block(lambda shape, kind: 1.0)
     assert lora_gpu.sums_of(rows[:-1], "Llama-3.1-8B") == []
     del rows[0].took[SATURATED][TORCH]
-    for text, _, sums in lora_gpu.sums_of(rows, "Llama-3.1-8B"):
+    for text, _, _, sums in lora_gpu.sums_of(rows, "Llama-3.1-8B"):
         assert (TORCH in sums[SATURATED]) == (text == "forward and backward")
         assert OURS in sums[SATURATED]
 
@@ -435,7 +621,7 @@ def test_latency_is_judged_by_the_worst_layer(card):
 
 
 def test_overhead_is_measured_in_both_dtypes_and_of_the_layer():
-    of_op, of_layer, _ = overhead.run(QUICK)
+    of_op, of_layer, *_ = overhead.run(QUICK)
     assert [row["dtype"] for row in of_op.rows] == ["bf16"] * 3 + ["float32"] * 3
     assert [row["way"] for row in of_layer.rows] == ["NF4Linear, without LoRA", *layers.present()]
     for row in (*of_op.rows, *of_layer.rows):
@@ -699,11 +885,19 @@ def test_lora_on_a_card(called_cuda, monkeypatch):
     monkeypatch.setattr(lora_gpu, "SHAPES", [Shape("Llama-3.1-8B", "q, k, v, o, gate, up, down", 128, 128)])
     monkeypatch.setattr(lora_gpu, "block_of", lambda model: lora_gpu.SHAPES)
     monkeypatch.setattr(lora_gpu, "TOKENS", (1, 512))
-    forward, both, layer = lora_gpu.tables(Settings(device="cuda", clocks=(SATURATED, ALONE)))
+    forward, both, together, layer = lora_gpu.tables(Settings(device="cuda", clocks=(SATURATED, ALONE)))
     for row in (*forward.rows, *both.rows):
         assert row["alone: ours / torch"]["median"] == pytest.approx(1)  # every sample takes as long
         assert (row["saturated, ms"]["median"], row["alone, ms"]["median"]) == pytest.approx((20, 40))
+    # block_of gives each model these layers. Two groups, o and down are four calls in place of seven.
     assert {row["layer"] for row in layer.rows} == {f"{model}, the layer" for model in lora_gpu.BLOCKS}
+    for row in layer.rows:
+        assert row["together"] == "q, k, v; gate, up"
+        assert row["saturated, ms"] / row["saturated, single calls, ms"] == pytest.approx(4 / 7)
+        assert row["saturated: ours / torch"] == pytest.approx(4 / 7)
+    assert len(together.rows) == 2 * 2 * 2  # groups, tokens, kinds
+    for row in together.rows:
+        assert row["alone: together / one by one"]["median"] == pytest.approx(1)
     assert [met for _, met in layer.targets] == [True, True]
     assert [met for _, met in both.targets] == [False] * layers.installed("bitsandbytes") + [True]
     assert not forward.targets
@@ -712,7 +906,7 @@ def test_lora_on_a_card(called_cuda, monkeypatch):
 
 
 def test_overhead_on_a_card(called_cuda):
-    for table in overhead.run(Settings(device="cuda", quick=True))[:2]:  # the third has the host's part alone
+    for table in overhead.run(Settings(device="cuda", quick=True))[:2]:  # the others have the host's part alone
         for row in table.rows:
             assert row["forward and backward, alone, us"]["median"] == pytest.approx(40e3)
             assert row["forward and backward, in a row, us"]["median"] == pytest.approx(20e3)

@@ -1,4 +1,7 @@
-"""lora: the linear layer with its adapter, forward and backward. Here on a CPU; lora_gpu.py has the tables of a GPU."""
+"""lora: the linear layer with its adapter, forward and backward.
+
+Here on a CPU; lora_groups.py has the layers of the same input there, lora_gpu.py the tables of a GPU.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ..harness.machine import bandwidth
 from ..harness.shapes import QUICK, Shape, named
 from ..harness.table import Table
 from ..harness.timing import Timing, alternate, rotation
-from . import lora_gpu
+from . import lora_gpu, lora_groups
 
 QUESTION = "What does a layer with LoRA cost beside a 16-bit layer without, and beside bitsandbytes + PEFT?"
 
@@ -66,6 +69,7 @@ def run(settings: Settings) -> list[Table]:
             [*notes, in_training],
             targets(rows, "both", BOTH) if has_targets else [],
         ),
+        lora_groups.table(settings),
         small_adapters(settings),
     ]
 

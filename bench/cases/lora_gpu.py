@@ -1,23 +1,26 @@
-"""The tables of the case lora on a GPU: three times of a layer beside all rivals, and the sum of a block's layers."""
+"""The tables of the case lora on a GPU: three times of a layer beside all rivals, of the groups of layers that a model
+calls with the same input, and the sum of a block's layers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from nf4lora import ops
 
-from ..harness import expected, layers, steady, targets
+from ..harness import expected, groups, layers, steady, targets
 from ..harness.case import Settings, check_close
 from ..harness.composition import forget_buffers
 from ..harness.contenders import ALPHA, RANK
+from ..harness.groups import ONE_BY_ONE, SameInput
 from ..harness.layers import BITSANDBYTES, CALLS, MAKERS, OURS, TORCH, TORCH_LORA, TORCHAO, adapter, forward
-from ..harness.shapes import QUICK, Shape, block_of, named
+from ..harness.shapes import QUICK, Group, Shape, block_of, groups_of, named
 from ..harness.table import Table
 from ..harness.timing import ALONE, CLOCKS, HOW, SATURATED, Clock, Timing, alternate, heading, rotation
 
@@ -38,6 +41,7 @@ RIVALS_CHECKED = 16
 TOLERANCES = {OURS: 2**-7, TORCHAO: 0.1}
 TOLERANCE = 0.02
 IN_16_BITS = (TORCH, TORCH_LORA)
+PACKED = 0.52  # bytes of a weight: codes, scales, their scales
 
 Turns = dict[str, Callable[[], nn.Module]]
 Took = dict[str, dict[str, Timing]]  # by clock and contender
@@ -45,9 +49,9 @@ Took = dict[str, dict[str, Timing]]  # by clock and contender
 
 @dataclass(frozen=True)
 class Row:
-    """One layer at one number of tokens; kind is one of KINDS, moved how unsteady the host was."""
+    """One layer, or group, at one number of tokens; kind is one of KINDS, moved how unsteady the host was."""
 
-    shape: Shape
+    shape: Shape | Group
     M: int
     kind: str
     took: Took
@@ -76,14 +80,19 @@ class Budget:
 
 
 def tables(settings: Settings) -> list[Table]:
-    """Both directions, then the sums of blocks."""
-    shapes, tokens = (QUICK, (1, 16)) if settings.quick else (SHAPES, TOKENS)
+    """Both directions, the groups, then the sums of blocks."""
+    shapes, tokens, blocks = (QUICK, (1, 16), {QUICK[0].model}) if settings.quick else (SHAPES, TOKENS, BLOCKS)
     budget, names = Budget(settings.seconds), layers.present()
     rows: list[Row] = []
+    group_rows: list[Row] = []
     missing: list[str] = []
-    for shape in shapes:
-        if not budget.spent_before(shape.name):
-            rows += rows_of(shape, tokens, names, settings, budget, missing)
+    for measured in in_order(shapes, blocks):
+        if budget.spent_before(measured.name):
+            continue
+        if isinstance(measured, Group):
+            group_rows += rows_of_group(measured, tokens, settings, budget)
+        else:
+            rows += rows_of(measured, tokens, names, settings, budget, missing)
     notes = [
         f"LoRA of rank {RANK} on bf16 input; ours is a layer made by PEFT",
         HOW,
@@ -102,8 +111,18 @@ def tables(settings: Settings) -> list[Table]:
             )
             for kind, text in KINDS.items()
         ),
-        layer_table(rows, names, settings),
+        group_table(group_rows, rows, names, settings),
+        layer_table([*rows, *group_rows], names, settings),
     ]
+
+
+def in_order(shapes: Iterable[Shape], blocks: Collection[str]) -> Iterator[Shape | Group]:
+    """All shapes, and after the last one of a model among `blocks` its groups."""
+    for model, of_model in groupby(shapes, key=lambda shape: shape.model):
+        block = list(of_model)
+        yield from block
+        if model in blocks:
+            yield from groups_of(block)
 
 
 def rows_of(
@@ -111,7 +130,7 @@ def rows_of(
 ) -> list[Row]:
     """A row of either kind for each number of tokens; `missing` gets a line for each rival that failed."""
     device = settings.device
-    weight = torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
+    weight = drawn(shape, device)
     W = dequantised(weight)
     turns = turns_of(weight, names, device, partial(_failed, missing, shape.name))
     rows = []
@@ -126,10 +145,42 @@ def rows_of(
             rows.append(Row(shape, M, kind, *timed(calls, settings)))
             print(progress(rows[-1]), flush=True)
     del turns, able, calls
+    free(device)
+    return rows
+
+
+def rows_of_group(group: Group, tokens: Sequence[int], settings: Settings, budget: Budget) -> list[Row]:
+    """A row of either kind for each number of tokens: our layers together, and one by one."""
+    device = settings.device
+    weights = [drawn(part, device) for part in group.parts]
+    Ws = [dequantised(weight) for weight in weights]
+    turn = partial(next, rotation(lambda _: SameInput(weights), int(PACKED * group.weights), device))
+    rows = []
+    for M in tokens:
+        if budget.spent_before(f"{group.name}, {M} tokens"):
+            continue
+        x, *dys = (torch.randn(M, size, device=device).bfloat16() for size in (group.K, *(p.N for p in group.parts)))
+        for kind in KINDS:
+            calls = groups.calls(kind, turn, x, dys)
+            if M <= CHECKED:
+                for name, call in calls.items():
+                    groups.check(f"{group.name}, {name}", kind, call(), x, dys, Ws, TOLERANCES[OURS])
+            rows.append(Row(group, M, kind, *timed(calls, settings)))
+            print(progress(rows[-1]), flush=True)
+    del turn, calls
+    free(device)
+    return rows
+
+
+def drawn(shape: Shape, device: str) -> Tensor:
+    return torch.randn(shape.N, shape.K, device=device).mul_(0.02).bfloat16()
+
+
+def free(device: str) -> None:
+    """Give back the memory of what was measured."""
     forget_buffers()
     if device == "cuda":
         torch.cuda.empty_cache()
-    return rows
 
 
 def timed(calls: Mapping[str, Callable[[], object]], settings: Settings) -> tuple[Took, float]:
@@ -148,7 +199,7 @@ def timed(calls: Mapping[str, Callable[[], object]], settings: Settings) -> tupl
 
 def turns_of(weight: Tensor, names: Sequence[str], device: str, failed: Callable[[str, Exception], None]) -> Turns:
     """For each contender a function that returns its next copy; contenders that cannot be made are left out."""
-    packed = weight.numel() * 0.52  # bytes: codes, scales, their scales
+    packed = weight.numel() * PACKED
     turns: Turns = {}
     one = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=device)
     for name in names:
@@ -259,15 +310,47 @@ def ratio_of(clock: str, rival: str) -> str:
     return f"{heading(clock)}: ours / {rival}"
 
 
+def group_table(group_rows: Iterable[Row], rows: Iterable[Row], names: Sequence[str], settings: Settings) -> Table:
+    """The groups, beside their layers one by one, and beside each rival's layers, of which `rows` tell the times."""
+    single = {(row.shape, row.M, row.kind): row for row in rows}
+    cells = []
+    for row in group_rows:
+        assert isinstance(row.shape, Group)
+        cell: dict = {"layers": row.shape.name, "pass": KINDS[row.kind], "M": row.M}
+        parts = [single.get((part, row.M, row.kind)) for part in row.shape.parts]
+        for clock in settings.clocks:
+            took = row.took[clock]
+            cell[f"{heading(clock)}, ms"] = took[OURS].spread()
+            cell[f"{heading(clock)}: together / one by one"] = took[OURS].over(took[ONE_BY_ONE])
+        for rival in names[1:]:
+            for clock in settings.clocks:
+                of_parts = [part.medians(clock).get(rival) if part else None for part in parts]
+                theirs = None if None in of_parts else sum(of_parts)
+                cell[ratio_of(clock, rival)] = row.medians(clock)[OURS] / theirs if theirs else None
+        cells.append({**cell, "host moved": steady.shown(row.moved)})
+    return Table(
+        "Groups: layers that a model calls with the same input, which are computed together",
+        cells,
+        [
+            "PEFT's layers of a group called in turn with one x; one by one: the same layers where none is computed "
+            "for another; with a backward pass, dx is the sum of all",
+            "ours / a rival: to the sum of the medians of its single layers, which it computes one by one; "
+            "without the additions of their dx",
+            HOW,
+        ],
+    )
+
+
 def layer_table(rows: Iterable[Row], names: Sequence[str], settings: Settings) -> Table:
     """The sums of all linear layers of a block, for each model and number of tokens at which all were measured."""
     rows = list(rows)
     cells, limits = [], []
     for model in BLOCKS:
-        for text, M, sums in sums_of(rows, model):
-            row: dict = {"layer": f"{model}, the layer", "pass": text, "M": M}
+        for text, M, together, sums in sums_of(rows, model):
+            row: dict = {"layer": f"{model}, the layer", "pass": text, "M": M, "together": together or None}
             for clock in settings.clocks:
                 row[f"{heading(clock)}, ms"] = 1e3 * sums[clock][OURS]
+                row[f"{heading(clock)}, single calls, ms"] = 1e3 * sums[clock][SINGLE_CALLS]
             for rival in names[1:]:
                 for clock in settings.clocks:
                     took = sums[clock]
@@ -280,19 +363,23 @@ def layer_table(rows: Iterable[Row], names: Sequence[str], settings: Settings) -
         cells,
         [
             "sums of medians; with checkpointing: the forward pass twice and the backward pass, of all contenders",
+            "together: the layers of ours that are counted as groups, as a model computes them; single calls: the sum "
+            "of ours without groups; rivals are sums of single layers",
             "ours / torch: to cuBLAS's bf16 products of the base alone, without LoRA",
         ],
         limits,
     )
 
 
-Sums = dict[str, dict[str, float]]  # seconds by clock and contender
+Sums = dict[str, dict[str, float]]  # seconds by clock and contender, and of SINGLE_CALLS
+SINGLE_CALLS = f"{OURS}, single calls"
 
 
-def sums_of(rows: Iterable[Row], model: str) -> list[tuple[str, int, Sums]]:
+def sums_of(rows: Iterable[Row], model: str) -> list[tuple[str, int, str, Sums]]:
     """For each pass and number of tokens the times of all layers of the model's block together.
 
-    A contender that one layer lacks has no sum; a number of tokens that one layer lacks has none for anybody.
+    Ours has groups where they were measured in all kinds; the third entry names their layers. A contender that one
+    layer lacks has no sum; a number of tokens that one layer lacks has none for anybody.
     """
     of = {(row.shape, row.M, row.kind): row for row in rows}
     block = block_of(model)
@@ -300,18 +387,28 @@ def sums_of(rows: Iterable[Row], model: str) -> list[tuple[str, int, Sums]]:
     for M in sorted({M for _, M, _ in of}):
         if not all((shape, M, kind) in of for shape in block for kind in KINDS):
             continue
-        forwards, both = ([of[shape, M, kind] for shape in block] for kind in KINDS)
-        passes = {"forward": forwards, "forward and backward": both, "with checkpointing": [*forwards, *both]}
-        result += [(text, M, _sum(parts)) for text, parts in passes.items()]
+        together = [group for group in groups_of(block) if all((group, M, kind) in of for kind in KINDS)]
+        grouped = {layer for group in together for layer in group.layers}
+        singles = [shape for shape in block for _ in shape.layers]  # one for each layer
+        rest = [shape for shape in block for layer in shape.layers if layer not in grouped]
+        names = "; ".join(", ".join(group.layers) for group in together)
+        kinds = {"forward": ["forward"], "forward and backward": ["both"], "with checkpointing": ["forward", "both"]}
+        for text, parts in kinds.items():
+            sums = _sum([of[shape, M, kind] for kind in parts for shape in singles])
+            ours = _sum([of[shape, M, kind] for kind in parts for shape in (*rest, *together)])
+            for clock, took in sums.items():
+                took[SINGLE_CALLS], took[OURS] = took[OURS], ours[clock][OURS]
+            result.append((text, M, names, sums))
     return sorted(result, key=lambda entry: list(targets.LAYER).index(entry[0]))
 
 
 def _sum(rows: Sequence[Row]) -> Sums:
+    """The sums of the contenders that all rows have."""
     sums: Sums = {}
     for clock in rows[0].took:
-        medians = [(row.shape.count, row.medians(clock)) for row in rows]
-        common = [name for name in medians[0][1] if all(name in of_row for _, of_row in medians)]
-        sums[clock] = {name: sum(count * of_row[name] for count, of_row in medians) for name in common}
+        medians = [row.medians(clock) for row in rows]
+        common = [name for name in medians[0] if all(name in of_row for of_row in medians)]
+        sums[clock] = {name: sum(of_row[name] for of_row in medians) for name in common}
     return sums
 
 

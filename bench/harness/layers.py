@@ -50,7 +50,7 @@ def of_bitsandbytes(weight: Tensor) -> Any:
     return layer.to(weight.device)
 
 
-def with_lora(base: Any) -> Any:
+def with_lora(base: Any, seed: int = 0) -> Any:
     """PEFT's layer over the base, as get_peft_model makes it, with adapters in float32 and a B that is not zero."""
     import peft
 
@@ -62,14 +62,14 @@ def with_lora(base: Any) -> Any:
     model.is_loaded_in_4bit = not isinstance(base, NF4Linear)  # by which PEFT knows bitsandbytes' layers
     peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"]), model)
     A, B = model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight
-    for parameter, drawn in zip((A, B), adapter(len(B), A.shape[1], base.weight.device), strict=True):
+    for parameter, drawn in zip((A, B), adapter(len(B), A.shape[1], base.weight.device, seed), strict=True):
         parameter.data = drawn
     return model.layer
 
 
-def adapter(N: int, K: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def adapter(N: int, K: int, device: torch.device | str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A and B of every contender: [R, K] and [N, R] float32."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     A, B = (torch.randn(shape, generator=generator) * 0.02 for shape in ((RANK, K), (N, RANK)))
     return A.to(device), B.to(device)
 
@@ -122,9 +122,13 @@ def taking(kernel: str, call: Callable) -> Callable:
     return taken
 
 
+# Each call has a tensor x of its own. Layers of ours that are called with the same one become a group: then one copy of
+# a layer would compute the outputs of the next copies too, which would take no time.
+
+
 def forward(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return layer()(x)
+        return layer()(x.detach())
 
 
 def both(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:

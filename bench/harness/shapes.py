@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,13 +24,44 @@ class Shape:
         return self.N * self.K
 
     @property
-    def count(self) -> int:
-        """How many layers of a block have this shape.
+    def layers(self) -> list[str]:
+        """The layers of a block that have this shape.
 
-        >>> Shape("Llama-3.1-8B", "k, v", 1024, 4096).count
-        2
+        >>> Shape("Llama-3.1-8B", "k, v", 1024, 4096).layers
+        ['k', 'v']
         """
-        return len(self.layer.split(", "))
+        return self.layer.split(", ")
+
+    @property
+    def count(self) -> int:
+        """How many layers of a block have this shape."""
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a block that are called with the same input, in the order of the calls; `parts` has their shapes."""
+
+    model: str
+    layers: tuple[str, ...]
+    parts: tuple[Shape, ...]
+
+    @property
+    def name(self) -> str:
+        """
+        >>> groups_of(block_of("Llama-3.1-8B"))[0].name
+        'Llama-3.1-8B q, k, v 4096 + 1024 + 1024 x 4096'
+        """
+        out_features = " + ".join(str(part.N) for part in self.parts)
+        return f"{self.model} {', '.join(self.layers)} {out_features} x {self.K}"
+
+    @property
+    def K(self) -> int:
+        return self.parts[0].K
+
+    @property
+    def weights(self) -> int:
+        return sum(part.weights for part in self.parts)
 
 
 SHAPES = (
@@ -49,13 +81,14 @@ SHAPES = (
     Shape("Qwen2.5-7B", "down", 3584, 18944),
 )
 QUICK = SHAPES[:2]
-ON_A_CARD = (  # measured there only: a processor takes minutes for them
+ON_A_CARD = (  # whose layers are measured there only: a processor takes minutes for them
     Shape("Llama-3.2-1B", "q, o", 2048, 2048),
     Shape("Llama-3.2-1B", "k, v", 512, 2048),
     Shape("Llama-3.2-1B", "gate, up", 8192, 2048),
     Shape("Llama-3.2-1B", "down", 2048, 8192),
     Shape("Llama-3.1-70B", "gate, up", 28672, 8192),
 )
+SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
 
 
 def named(*names: str) -> list[Shape]:
@@ -71,3 +104,17 @@ def block_of(model: str) -> list[Shape]:
     ['q, o', 'k, v', 'gate, up', 'down']
     """
     return [shape for shape in (*SHAPES, *ON_A_CARD) if shape.model == model]
+
+
+def groups_of(block: Sequence[Shape]) -> list[Group]:
+    """The groups of a model's block; one that lacks a layer among these shapes is left out.
+
+    >>> [group.layers for group in groups_of(block_of("Llama-3.1-8B"))]
+    [('q', 'k', 'v'), ('gate', 'up')]
+    """
+    by_layer = {layer: shape for shape in block for layer in shape.layers}
+    return [
+        Group(block[0].model, layers, tuple(by_layer[layer] for layer in layers))
+        for layers in SAME_INPUT
+        if set(layers) <= set(by_layer)
+    ]
