@@ -381,22 +381,31 @@ def test_a_step_of_a_model_waits_for_nothing(card):
 
 @pytest.mark.usefixtures("card")
 def test_the_hosts_part_of_a_call_is_timed():
-    table = host.table(Settings(quick=True))
+    table, of_group, of_blocks = host.tables(Settings(quick=True))
     assert [row["way"] for row in table.rows] == [host.OP, host.AUTOGRAD, host.LAYER, host.LINEAR]
-    for row in table.rows:
+    for row in (*table.rows, *of_group.rows):
         assert row[host.FORWARD]["median"] > 0
         assert row[host.BACKWARD]["median"] > 0
     op, *_, linear = table.rows
     assert linear["launches, forward"] == linear["launches, backward"] == 1
     assert op["launches, forward"] == 2  # for one token
+    group, *_, linears = of_group.rows
+    assert group["way"] == host.GROUP_OP
+    assert group["launches, forward"] == 3 * op["launches, forward"]  # for one token each layer is computed alone
+    assert linears["launches, forward"] == 3
+    assert linears["launches, backward"] == 3 + 2  # and the sum of dx
+    assert [row["way"] for row in of_blocks.rows] == ["together", "one by one"]
+    for row in of_blocks.rows:
+        assert row[host.BLOCK]["median"] > 0
+        assert row["launches a block"] > 7 * (2 + 5)
     assert not table.targets  # quick sizes promise nothing
 
 
 def test_where_it_cannot_be_timed_the_table_says_why(monkeypatch):
     monkeypatch.setattr(the_card, "reason", lambda: "no card today")
-    table = host.table(Settings())
-    assert not table.rows
-    assert table.notes == ["not measured: no card today"]
+    for table in host.tables(Settings()):
+        assert not table.rows
+        assert table.notes == ["not measured: no card today"]
 
 
 def test_what_the_op_is_held_to():

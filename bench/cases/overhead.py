@@ -1,7 +1,7 @@
 """overhead: what a call of the op and of the layer costs where nothing is large enough to take time but the call.
 
-Both dtypes are measured: on a card float32 takes another path than the 16 bits that are trained in. A third table has
-the host's part of CUDA calls, without a card.
+Both dtypes are measured: on a card float32 takes another path than the 16 bits that are trained in. The other
+tables have the host's part of CUDA calls, without a card.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OP, REGISTERED, LINEAR = "ops.lora_linear", "torch.ops.nf4lora.lora_linear", "F.
 
 
 def run(settings: Settings) -> list[Table]:
-    return [of_op(settings), of_layer(settings), host.table(settings)]
+    return [of_op(settings), of_layer(settings), *host.tables(settings)]
 
 
 def of_op(settings: Settings) -> Table:

@@ -16,6 +16,7 @@ from nf4lora import NF4Linear
 from .contenders import ALPHA, OURS, RANK, start_alike
 from .layers import linear, of_bitsandbytes
 
+FEW_WORDS = "Llama-3.2-1B with few words"  # for the host's part alone: an embedding is one call, however large it is
 SHAPES: dict[str, dict[str, Any]] = {  # options of LlamaConfig
     "Llama-3.1-8B": {
         **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
@@ -23,6 +24,10 @@ SHAPES: dict[str, dict[str, Any]] = {  # options of LlamaConfig
     },
     "Llama-3.2-1B": {
         **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    },
+    FEW_WORDS: {
+        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 256},
         **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
     },
     "tiny": {
