@@ -19,7 +19,7 @@ QUESTION = "Where does the time of our training step go?"
 
 # An operator belongs to the first group with a word that its name contains.
 GROUPS = {
-    "lora_linear, backward": ("lora_linear_backward",),
+    "lora_linear, backward": ("lora_linear_backward", "lora_linear_group_backward"),
     "lora_linear, forward": ("lora_linear",),
     "attention (torch)": ("attention",),
     "output head, its gradient (torch)": ("aten::mm", "aten::addmm", "aten::linear"),
@@ -66,8 +66,10 @@ def by_operator(settings: Settings) -> Table:
 def group_of(name: str) -> str:
     """The group of an operator, by its name.
 
-    >>> group_of("nf4lora::lora_linear_backward"), group_of("aten::mm"), group_of("aten::embedding")
+    >>> group_of("nf4lora::lora_linear_group_backward"), group_of("aten::mm"), group_of("aten::embedding")
     ('lora_linear, backward', 'output head, its gradient (torch)', 'everything else, Python included')
+    >>> group_of("nf4lora::lora_linear_group"), group_of("nf4lora::lora_linear_backward")
+    ('lora_linear, forward', 'lora_linear, backward')
     """
     return next((group for group, words in GROUPS.items() if any(word in name for word in words)), REST)
 
