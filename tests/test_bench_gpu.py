@@ -322,6 +322,15 @@ def test_a_budget_leaves_out_the_last_shapes_and_names_them(monkeypatch):
     assert f"not measured, the time was spent: {left}" in forward.notes
 
 
+@pytest.mark.usefixtures("few_copies")
+def test_a_budget_may_end_while_copies_are_made(monkeypatch):
+    monkeypatch.setattr(lora_gpu, "timed", lambda *a: pytest.fail("timed"))
+    budget = lora_gpu.Budget(-1.0)
+    assert lora_gpu.rows_of(TINY, (1,), [OURS], QUICK, budget, []) == []
+    assert lora_gpu.rows_of_group(QKV, (1,), QUICK, budget) == []
+    assert budget.left == [f"{TINY.name}, 1 tokens", f"{QKV.name}, 1 tokens"]
+
+
 def test_shapes_of_a_card_do_not_reach_a_cpu():
     assert not set(ON_A_CARD) & set(SHAPES)
     assert not set(ON_A_CARD) & set(lora.SHAPES)

@@ -134,6 +134,8 @@ def rows_of(
     W = dequantised(weight)
     turns = turns_of(weight, names, device, partial(_failed, missing, shape.name))
     rows = []
+    able: Turns = {}
+    calls: dict[str, Callable[[], object]] = {}
     for M in tokens:
         if budget.spent_before(f"{shape.name}, {M} tokens"):
             continue
@@ -156,6 +158,7 @@ def rows_of_group(group: Group, tokens: Sequence[int], settings: Settings, budge
     Ws = [dequantised(weight) for weight in weights]
     turn = partial(next, rotation(lambda _: SameInput(weights), int(PACKED * group.weights), device))
     rows = []
+    calls: dict[str, Callable[[], object]] = {}
     for M in tokens:
         if budget.spent_before(f"{group.name}, {M} tokens"):
             continue
