@@ -188,9 +188,13 @@ def test_axolotl_file_needs_no_edit(tmp_path):
     assert config.special_tokens == {"pad_token": "<pad>", "bos_token": "<s>"}
     said = "\n".join(config.notes)
     for name in ("tokenizer_type", "strict", "dataset_prepared_path", "tf32", "liger_rope", "pad_to_sequence_len",
-                 "attn_implementation", "loss_watchdog_threshold"):  # fmt: skip
+                 "loss_watchdog_threshold"):  # fmt: skip
         assert said.count(name) == 1
     assert "speed or memory" in said
+    assert "liger_rope (use_liger_kernel takes all of Liger's kernels" in said
+    assert values(config, "attn_implementation", "use_liger_kernel", "torch_compile") == (
+        "flash_attention_2", False, False
+    )  # fmt: skip
 
 
 def test_llama_factory_file_needs_no_edit(tmp_path):
@@ -308,9 +312,14 @@ def test_no_key_is_followed_and_left_aside_at_once():
     assert len(listed) == len(set(listed))
 
 
+LIGER = "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rope: true\nliger_rms_norm: true"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("data: d\nflash_attn: fa9", "flash_attn must be auto, disabled, sdpa, fa2, fa3, got 'fa9'"),
+        ("data: d\nflash_attention: true\nsdp_attention: true", "says sdpa, but .*flash_attention says"),
         ("datasets: [{path: a, type: alpaca, roles_to_train: [user]}]", "roles_to_train"),
         ("datasets: [{path: a, train_on_eos: all}]", "must have turn as train_on_eos, got all"),
         ("datasets: [{path: a, type: custom.transform}]", "must have a type of"),
@@ -352,6 +361,23 @@ def test_setting_that_changes_the_result_is_refused(tmp_path, text, words):
         ("data: d\nsaves_per_epoch: 2\nnum_epochs: 3", "save_steps", 1 / 6),
         ("data: d\nchat_template: jinja\nchat_template_jinja: '{{ messages }}'", "chat_template", "{{ messages }}"),
         ("data: d\nlora-r: 5", "lora_r", 5),
+        ("data: d\nflash_attention: true", "attn_implementation", "flash_attention_2"),
+        ("data: d\nflash_attention: false", "attn_implementation", None),
+        ("data: d\nsdp_attention: true\neager_attention: false", "attn_implementation", "sdpa"),
+        ("data: d\neager_attention: true", "attn_implementation", "eager"),
+        ("data: d\nflex_attention: true", "attn_implementation", "flex_attention"),
+        ("data: d\nflash_attn: fa2", "attn_implementation", "flash_attention_2"),
+        ("data: d\nflash_attn: fa3", "attn_implementation", "flash_attention_3"),
+        ("data: d\nflash_attn: disabled", "attn_implementation", "eager"),
+        ("data: d\nflash_attn: auto", "attn_implementation", None),
+        ("data: d\nenable_liger_kernel: true", "use_liger_kernel", True),
+        ("data: d\nenable_liger_kernel: false", "use_liger_kernel", False),
+        (f"data: d\n{LIGER}\nliger_glu_activation: true", "use_liger_kernel", True),
+        (f"data: d\n{LIGER}\nliger_swiglu: true", "use_liger_kernel", True),
+        (f"data: d\n{LIGER}\nliger_glu_activation: false", "use_liger_kernel", False),
+        (f"data: d\n{LIGER}", "use_liger_kernel", False),
+        ("data: d\ntorch_compile: auto", "torch_compile", True),
+        ("data: d\ntorch_compile: true", "torch_compile", True),
     ],
 )
 def test_setting_with_an_equivalent_is_followed(tmp_path, text, name, value):
@@ -379,6 +405,10 @@ def test_evaluations_per_epoch_are_a_wish(tmp_path):
         ("micro_batch_size: 1\nsequence_len: 64", "Axolotl would train all weights"),
         ("wandb_project: x", "not used: wandb_project .*report_to tensorboard or wandb adds those"),
         ("max_steps: 3\nnum_epochs: 1", "num_epochs has no effect"),
+        ("cut_cross_entropy: true", "cut_cross_entropy .the loss is computed in chunks already"),
+        ("liger_fused_linear_cross_entropy: true", "liger_fused.* .the loss is computed in chunks already"),
+        ("torch_compile_mode: reduce-overhead", "torch_compile_mode .torch_compile has torch's own"),
+        ("xformers_attention: true", "not used: xformers_attention .they change speed or memory"),
     ],
 )
 def test_what_another_tool_would_do_differently_is_said(tmp_path, text, words):

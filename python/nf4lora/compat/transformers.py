@@ -56,6 +56,11 @@ def computed_by_model(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
+def classes_of_blocks(model: nn.Module) -> set[str]:
+    """Names of the classes that the model repeats: its decoder blocks, and what else must not be split over devices."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
 # ---- how a model is saved and loaded
 
 

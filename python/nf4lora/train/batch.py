@@ -52,10 +52,33 @@ class Known:
 
 @dataclass
 class KnowingCollator:
-    """A collator that adds to each batch of another one what the host knows of it."""
+    """A collator that adds to each batch of another one what the host knows of it.
+
+    Attributes:
+        length: if given, packed batches that are shorter get this many tokens, by a last sample that is not trained
+        filler: the token of that sample
+    """
 
     collate: Callable[[list], dict[str, Any]]
+    length: int | None = None
+    filler: int = 0
 
     def __call__(self, rows: list) -> dict[str, Any]:
         batch = self.collate(rows)
-        return {**batch, KNOWN: Known.of(batch)}
+        known = Known.of(batch)
+        if self.length is not None:
+            # Even a batch of one sample counts as packed, so that the mask is there in all of them.
+            batch = lengthened(batch, self.length, self.filler)
+            known = replace(Known.of(batch), seen=known.seen, packed=True)
+        return {**batch, KNOWN: known}
+
+
+def lengthened(batch: dict[str, Any], length: int, filler: int) -> dict[str, Tensor]:
+    """A packed batch [1, T] with so many tokens at least, and with nothing whose shape depends on the samples.
+
+    What is added is a sample of its own to the attention, by its positions, and its labels are -100.
+    """
+    missing = max(length - batch["input_ids"].shape[1], 0)
+    ids = torch.full((1, missing), filler)
+    added = {"input_ids": ids, "labels": torch.full_like(ids, -100), "position_ids": torch.arange(missing)[None]}
+    return {name: torch.cat([batch[name], more], 1) for name, more in added.items()}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nf4lora.compat.trl import OneDeviceConfig
     from nf4lora.train.progress import Progress
+    from nf4lora.train.speed.graphs import BlockGraphs
     from nf4lora.train.trainer import Trainer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -61,8 +62,8 @@ def fit(setup: Setup) -> int:
         checkpoints.check_base(config, checkpoint, setup.record["base"])
         checkpoints.check_same_tensors(setup.model, checkpoint)
         optimizer.check_state(config, checkpoint)
-    with setup.stop, memory_told("before the first step"):
-        trainer, progress = make_trainer(setup)
+    with setup.stop, faster(setup) as graphs, memory_told("before the first step"):
+        trainer, progress = make_trainer(setup, graphs)
         steps, epochs = plan(trainer)
         finished = checkpoint is not None and checkpoints.step_of(checkpoint) >= steps  # Trainer would take one more
         if not finished:
@@ -106,7 +107,36 @@ def evaluates(setup: Setup) -> bool:
     return setup.data.eval is not None and setup.config.eval_strategy != "no"
 
 
-def make_trainer(setup: Setup) -> tuple[Any, Progress]:
+@contextlib.contextmanager
+def faster(setup: Setup) -> Iterator[BlockGraphs | None]:
+    """The model with what the options for speed change in it; the graphs of its blocks, if it has any.
+
+    Raises:
+        RunError: the model is not made for one of them.
+    """
+    from nf4lora.train.speed.blocks import decoder_blocks
+    from nf4lora.train.speed.compiled import compile_blocks
+    from nf4lora.train.speed.graphs import BlockGraphs
+    from nf4lora.train.speed.liger import liger_kernels
+    from nf4lora.train.speed.options import shown
+
+    config, model, graphs = setup.config, setup.model, None
+    with contextlib.ExitStack() as stack:
+        if config.use_liger_kernel:
+            stack.enter_context(liger_kernels(model, setup.data.train.input_ids[0].tolist()))
+        if config.torch_compile:
+            compile_blocks(model)
+        if config.cuda_graphs:
+            graphs = BlockGraphs(decoder_blocks(model, "cuda_graphs"))
+            stack.callback(graphs.remove)
+        if options := shown(config):
+            banner.say(setup.console, "faster", options)
+        yield graphs
+    if graphs is not None and graphs.others:
+        banner.say(setup.console, "note", f"cuda_graphs: {graphs.others} calls of blocks were not replayed")
+
+
+def make_trainer(setup: Setup, graphs: BlockGraphs | None = None) -> tuple[Any, Progress]:
     from transformers.trainer_callback import PrinterCallback
 
     from nf4lora.train.guard import StopOnRequest
@@ -125,6 +155,7 @@ def make_trainer(setup: Setup) -> tuple[Any, Progress]:
         record=setup.record,
         keep=config.save_total_limit,
         stop=lambda: setup.stop.requested,
+        graphs=graphs,
         **optimizer.keywords(config),
     )
     trainer.saved = checkpoint

@@ -128,6 +128,8 @@ def load_model(config: TrainConfig, base: Base, device: str, dtype: torch.dtype)
 
     name = config.model_name_or_path or ""
     options: dict[str, Any] = {"revision": config.model_revision, "dtype": dtype, "device_map": {"": device}}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
     method = base.quantized
     if method:
         if not config.load_in_4bit:

@@ -28,6 +28,7 @@ from nf4lora.train.process import unchanged_process
 from nf4lora.train.run_folder import checkpoints
 from nf4lora.train.run_folder.output import Output
 from nf4lora.train.settings import TrainConfig, on_machine, within_positions, without_evaluation
+from nf4lora.train.speed import options as speed
 from nf4lora.train.stop import StopRequest
 from nf4lora.words import dtype_name
 
@@ -77,9 +78,11 @@ def _train(
     stack.enter_context(device.current())
     dtype = devices.choose_dtype(config.dtype, device.kind)
     config = on_machine(config, optimizer.choose(config, device.kind), dtype_name(dtype))
+    config, notes = speed.for_machine(config, device.kind, dtype)
     output = Output(config, stack)
 
     config, base, data, clock = read_inputs(config, output.checkpoint, console, downloading)
+    data = replace(data, notes=[*notes, *data.notes])
     identity = checkpoints.data_identity(data.train, config)
     banner.show_machine(console, device)
     banner.show_data(console, data)
@@ -122,13 +125,14 @@ def read_inputs(config: TrainConfig, checkpoint: Path | None, console: Console, 
             rows, held_out, notes = reading.read(config)
         check_reports(config)
         base = loading.read_base(config)
+        config, unknown = speed.for_model(config, base.config.model_type)
         config, shortened = within_positions(config, base.positions)
         clock = Clock() if checkpoint is None else checkpoints.clock_of(checkpoint)
         with clock.shown():
             data = reading.prepare_data(
                 config, base.tokenizer, (rows, held_out), base.stops, banner.count(console, status)
             )
-    notes = [*notes, base.note, shortened, data.choice, clock.note, *data.notes]
+    notes = [*notes, base.note, shortened, data.choice, clock.note, *unknown, *data.notes]
     if data.eval is None:
         config = without_evaluation(config)
     elif config.eval_strategy == "no":

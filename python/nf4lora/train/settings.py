@@ -16,9 +16,11 @@ from nf4lora.train.errors import UsageError
 from nf4lora.train.paths import nearby, not_here
 from nf4lora.train.values import (
     LARGEST,
+    attention,
     boolean,
     boolean_or_auto,
     checkpointing,
+    compiling,
     device,
     dtype,
     integer,
@@ -55,6 +57,7 @@ def option(section: str, default: Any, parse: Callable[[Any], Any], meaning: str
 
 
 M, D, L, T, O = "Model", "Data", "LoRA", "Training", "Output and evaluation"
+S = "Speed (docs/training-speed.md)"
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,14 @@ class TrainConfig:
         "grad_checkpoint", "use_gradient_checkpointing")
     seed: int = option(T, 42, integer(0, 2**32 - 1), "", "random_state")
     deterministic: bool = option(T, False, boolean, "refuse operations that are not reproducible")
+
+    attn_implementation: str | None = option(S, None, attention,
+        "eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or a kernel on the Hub; "
+        "default: what transformers chooses")
+    use_liger_kernel: bool = option(S, False, boolean, "Liger's kernels for norms, RoPE and the MLP; needs a GPU")
+    torch_compile: bool = option(S, False, compiling, "compile each decoder block; the first steps then take longer")
+    cuda_graphs: bool = option(S, False, boolean,
+        "replay each decoder block as a CUDA graph; needs packing true and gradient_checkpointing false")
 
     output_dir: str = option(O, "outputs", path, "", "adapter_path")
     overwrite_output_dir: bool = option(O, False, boolean, "start anew in a folder that holds a run")
@@ -228,6 +239,11 @@ def within_positions(config: TrainConfig, positions: int | None) -> tuple[TrainC
     return replace(config, max_length=positions), f"max_length is {positions}, the positions that the model has"
 
 
+def without(config: TrainConfig, name: str) -> TrainConfig:
+    """With the default of an option that cannot be had here."""
+    return replace(config, **{name: default(name)})
+
+
 def without_evaluation(config: TrainConfig) -> TrainConfig:
     """For data without evaluation rows. This is not `no`, which somebody has asked for: with other rows the same
     options evaluate."""
@@ -271,4 +287,14 @@ def check(config: TrainConfig) -> None:
            "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or warmup_steps 0")  # fmt: skip
     refuse(not config.load_in_4bit and given & {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"},
            "load_in_4bit false contradicts the bnb_4bit options")  # fmt: skip
+    refuse(config.cuda_graphs and config.torch_compile,
+           "cuda_graphs and torch_compile both replace the decoder blocks; keep one")  # fmt: skip
+    refuse(config.cuda_graphs and not config.packing,
+           "cuda_graphs needs batches of one length, which packing makes; give packing true")  # fmt: skip
+    refuse(config.cuda_graphs and config.gradient_checkpointing,
+           "cuda_graphs cannot compute activations again in the backward pass; give gradient_checkpointing false, "
+           "which needs more memory")  # fmt: skip
+    refuse(config.cuda_graphs and config.attn_implementation not in (None, "eager", "sdpa"),
+           f"cuda_graphs needs an attention whose arguments keep their shapes, got attn_implementation "
+           f"{config.attn_implementation}; use sdpa")  # fmt: skip
     refuse(config.page_to and config.optim == "adamw", "page_to needs a paged optimizer; optim adamw keeps all in RAM")

@@ -24,6 +24,7 @@ from nf4lora.train.guard import Guard, arrivals, check_arrivals
 from nf4lora.train.reading import Reading, read
 from nf4lora.train.run_folder import files
 from nf4lora.train.run_folder.output import writing
+from nf4lora.train.speed.graphs import BlockGraphs
 
 
 class Stopped(Exception):
@@ -65,14 +66,25 @@ class Trainer(OpenTrainer):
         record: what is written into each checkpoint, for `checkpoints.py` to compare
         keep: how many checkpoints are kept; 0: all of them
         stop: says whether the user has asked to stop
+        graphs: of the model's blocks, if they are to be replayed; batches then all have the same number of tokens
     """
 
     def __init__(
-        self, *, record: dict[str, Any], keep: int = 0, stop: Callable[[], bool] = lambda: False, **kwargs: Any
+        self,
+        *,
+        record: dict[str, Any],
+        keep: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+        graphs: BlockGraphs | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         trainer: Any = self
         self.data_collator = KnowingCollator(trainer.data_collator)
+        self.graphs = graphs
+        if graphs is not None:
+            self.data_collator.length = self.args.per_device_train_batch_size * trainer.args.max_length
+            self.data_collator.filler = trainer.processing_class.pad_token_id
         # TRL divides by the trained tokens of all accumulated batches for every model; Trainer has to be told so for
         # those whose forward takes no loss arguments.
         self.model_accepts_loss_kwargs = True
@@ -102,7 +114,8 @@ class Trainer(OpenTrainer):
         inputs = dict(inputs)
         known: Known = inputs.pop(KNOWN, None) or Known.of(inputs)
         batches = self._batches if model.training else self._evaluated
-        with known_batch(inputs["labels"].shape, known.padded, known.packed):
+        replayed = self.graphs.batch() if self.graphs is not None and model.training else contextlib.nullcontext()
+        with replayed, known_batch(inputs["labels"].shape, known.padded, known.packed):
             if self.plain_head and not return_outputs:
                 if model.training:
                     self.tokens_seen += known.seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,18 @@ def device(value: Any) -> str:
     return str(value)
 
 
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def attention(value: Any) -> str:
+    """One of transformers' ways of computing attention, or a kernel on the Hub as owner/name, maybe with @version."""
+    name = str(value)
+    if name not in ATTENTIONS and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^/:\s]+)?(:[^/:\s]+)?", name):
+        raise ValueError(f"must be one of {', '.join(ATTENTIONS)}, or a kernel on the Hub such as "
+                         "kernels-community/flash-attn2")  # fmt: skip
+    return name
+
+
 def optimizer(value: Any) -> str:
     """One of ours, or the name that others have for it."""
     names = {
@@ -188,6 +201,11 @@ def tokens(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("must hold names and tokens, like pad_token: <pad>")
     return {str(name): str(token) for name, token in value.items() if token is not None}
+
+
+def compiling(value: Any) -> bool:
+    """True, false, or Axolotl's `auto`: where torch is recent enough, as it is here."""
+    return True if value == "auto" else boolean(value)
 
 
 def checkpointing(value: Any) -> bool:

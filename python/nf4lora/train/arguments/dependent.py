@@ -57,6 +57,7 @@ def settle(items: Iterable[tuple[str, Any]], in_file: bool = True) -> Settled:
         result.notes.append(f"max_steps decides how long the run is; {epochs[0]} has no effect")
         given = {name: value for name, value in given.items() if name not in epochs}
     _data_set_of_llama_factory(given, result)
+    _liger_of_axolotl(given)
     _say_what_differs(given, result)
     result.items = list(given.items())
     return result
@@ -190,6 +191,17 @@ def _listed(entry: dict, folder: Path) -> dict | str:
         if entry.get(name):
             options[option] = entry[name]
     return options
+
+
+def _liger_of_axolotl(given: dict) -> None:
+    """Axolotl's plugin with a switch for each kind of kernel: all of them are our option, some of them are not."""
+    plugins = given.get("plugins")
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    parts = ("liger_rope", "liger_rms_norm", "liger_swiglu" if "liger_swiglu" in given else "liger_glu_activation")
+    if any(str(name).endswith("liger.LigerPlugin") for name in plugins) and all(_true(given.get(p)) for p in parts):
+        for name in parts:
+            del given[name]
+        given["enable_liger_kernel"] = True
 
 
 def _say_what_differs(given: dict, result: Settled) -> None:

@@ -15,13 +15,18 @@ from nf4lora.train.values import boolean, integer, real
 
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
-# Keys left aside, by the reason. A name that ends in * stands for all that begin so.
+# Keys left aside, by the reason. A name that ends in * stands for all that begin so; the first one that fits counts.
 ASIDE: dict[str, str] = {
+    "the loss is computed in chunks already":
+        "cut_cross_entropy flash_attn_cross_entropy liger_cross_entropy liger_fused_linear_cross_entropy",
+    "use_liger_kernel takes all of Liger's kernels that there are for a model, but for the loss, or none":
+        "liger_*",
+    "torch_compile has torch's own backend and mode":
+        "torch_compile_*",
     "they change speed or memory, and nf4lora has kernels of its own":
-        "attn_implementation flash_attention flash_attn flash_attn_* sdp_attention xformers_attention flex_attention "
-        "flex_attn_compile_kwargs eager_attention tf32 liger_* use_liger_kernel enable_liger_kernel cut_cross_entropy "
-        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel use_kernels use_unsloth use_unsloth_gc torch_compile "
-        "torch_compile_* low_cpu_mem_usage activation_offloading use_reentrant_gc gradient_checkpointing_kwargs "
+        "flash_attn_* xformers_attention flex_attn_compile_kwargs tf32 lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
+        "use_kernels use_unsloth use_unsloth_gc low_cpu_mem_usage activation_offloading use_reentrant_gc "
+        "gradient_checkpointing_kwargs "
         "device_map bnb_4bit_quant_storage padding_free pad_to_multiple_of upcast_layernorm use_v1_kernels "
         "quantize_moe_experts experts_implementation use_scattermoe fused_attn_kernel gpu_memory_limit "
         "torch_empty_cache_steps use_sonicmoe tiled_mlp gemma4_hybrid_attn_impl experimental_skip_move_to_device "
@@ -247,6 +252,23 @@ def _plugins(value: Any) -> dict:
     return {}
 
 
+def _attention(implementation: str) -> Callable[[Any], dict]:
+    """Axolotl's switches, one for each implementation."""
+    return lambda value: {"attn_implementation": implementation} if boolean(value) else {}
+
+
+def _flash_attn(value: Any) -> dict:
+    """LLaMA-Factory's, which names the implementation."""
+    names = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+    if value != "auto" and value not in names:
+        raise ValueError(f"must be auto, {', '.join(names)}")
+    return {"attn_implementation": names[value]} if value in names else {}
+
+
+def _liger(value: Any) -> dict:
+    return {"use_liger_kernel": True} if boolean(value) else {}
+
+
 def _auto_resume(value: Any) -> dict:
     return {"resume_from_checkpoint": "auto"} if boolean(value) else {}
 
@@ -354,4 +376,15 @@ TRANSLATED: dict[str, Callable[[Any], dict]] = {
     "auto_resume_from_checkpoints": _auto_resume,
     "use_tensorboard": _tensorboard,
     "bfloat16": _float,
+    "flash_attention": _attention("flash_attention_2"),
+    "sdp_attention": _attention("sdpa"),
+    "flex_attention": _attention("flex_attention"),
+    "eager_attention": _attention("eager"),
+    "flash_attn": _flash_attn,
+    "enable_liger_kernel": _liger,
 }
+
+# Keys of other tools for options that are left out, aloud, where this machine or the model has no use for them.
+WISHES = (
+    "flash_attention", "sdp_attention", "flex_attention", "eager_attention", "flash_attn", "enable_liger_kernel",
+)  # fmt: skip

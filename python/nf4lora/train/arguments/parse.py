@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nf4lora.train.arguments.dependent import left_unsaid, settle
-from nf4lora.train.arguments.foreign import ONLY, TRANSLATED, aside, only
+from nf4lora.train.arguments.foreign import ONLY, TRANSLATED, WISHES, aside, only
 from nf4lora.train.arguments.yaml_file import read_yaml
 from nf4lora.train.errors import UsageError
 from nf4lora.train.run_folder.config_file import moved_from
 from nf4lora.train.settings import ALIASES, NULLABLE, OPTIONS, TrainConfig, completed
-from nf4lora.train.values import boolean, boolean_or_auto, checkpointing, resume
+from nf4lora.train.values import boolean, boolean_or_auto, checkpointing, compiling, resume
 
 START = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run begins in a folder that holds one
 Values = dict[str, tuple[Any, str]]  # canonical name -> value, name under which it was given
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     if "output_dir" in file.values and moved_from(Path(files[0]).expanduser(), file.values["output_dir"][0]):
         file.values["output_dir"] = (str(Path(files[0]).expanduser().parent), files[0])
     values = {name: value for name, (value, _) in {**file.values, **flags.values}.items()}
-    given = frozenset(values) - (file.wishes | flags.wishes)
+    given = frozenset(values) - (file.wishes - flags.values.keys() | flags.wishes)
     unsaid = left_unsaid((name for name, _ in lines), values)
     return completed(TrainConfig(**values, given=given, notes=(*file.notes, *unsaid, *flags.notes)))
 
@@ -126,7 +126,7 @@ def _may_be_value(name: str, following: str) -> bool:
     parse = option and option.metadata["parse"]
     if parse is resume:  # a checkpoint is a folder
         return not following.endswith((".yaml", ".yml")) or os.path.isdir(following)
-    return parse not in (boolean, boolean_or_auto, checkpointing) or _is_boolean(following)
+    return parse not in (boolean, boolean_or_auto, checkpointing, compiling) or _is_boolean(following)
 
 
 def _is_boolean(value: str) -> bool:
@@ -144,6 +144,7 @@ def _read(items: list[tuple[str, Any]], source: str) -> Given:
     settled = settle(((name.replace("-", "_"), value) for name, value in items), in_file=bool(source))
     given = Given(errors=settled.errors, notes=settled.notes, wishes=settled.wishes)
     left_aside: dict[str, list[str]] = {}
+    wished, demanded = set[str](), set[str]()
     for name, value in settled.items:
         shown = f"{source}: {name}" if source else f"--{name}"
         if value is None and name not in NULLABLE:
@@ -158,11 +159,13 @@ def _read(items: list[tuple[str, Any]], source: str) -> Given:
             got = "" if rule.startswith("is not") or ", got" in rule else f", got {value!r}"
             given.errors.append(f"{shown} {rule}{got if len(got) < 120 else got[:117] + '...'}")
             continue
+        (wished if name in WISHES else demanded).update(options)
         for canonical, item in options.items():
             earlier = given.values.get(canonical)
             if earlier is not None and earlier[0] != item and earlier[1] != shown:
                 given.errors.append(f"{shown} says {item}, but {earlier[1]} says {earlier[0]}")
             given.values[canonical] = (item, shown)
+    given.wishes |= wished - demanded
     given.notes += [f"not used: {', '.join(names)} ({why})" for why, names in left_aside.items()]
     return given
 
