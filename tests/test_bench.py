@@ -633,6 +633,10 @@ class InProcess:
         self.start()
         return self.result()
 
+    def ask(self, **question):
+        self.start(question)
+        return self.result()
+
     def start(self, question=None):
         self.yielded = self.steps.send(question)
 

@@ -13,7 +13,7 @@ from test_bench import InProcess, SlowHost
 from torch.overrides import TorchFunctionMode
 
 from bench import __main__
-from bench.cases import lora, lora_gpu, lora_groups, overhead, step, step_random, tune
+from bench.cases import lora, lora_gpu, lora_groups, overhead, step, step_options, step_random, tune
 from bench.harness import expected, groups, layers, random_model, steady, targets, timing
 from bench.harness.case import Settings, WrongAnswer
 from bench.harness.composition import Composition
@@ -26,6 +26,9 @@ from bench.harness.timing import ALONE, IN_A_ROW, NAMES, SATURATED, Timing
 from nf4lora import NF4Linear
 from nf4lora.adapters import siblings
 from nf4lora.ops import reference
+from nf4lora.train.speed import attention, graphs
+
+from support.recorder import CpuRecorder
 
 QUICK = Settings(quick=True)
 TINY = Shape("tiny", "q, o", 64, 128)
@@ -963,9 +966,71 @@ def test_card_is_busy_while_a_kernel_of_the_trace_runs(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CUDA})
-    assert step_random.busy_in(lambda: stepped.append(1), "cuda") == pytest.approx(100e-6)
+    events = step_random.trace_of(lambda: stepped.append(1), "cuda")
+    assert step_random.busy_seconds(events) == pytest.approx(100e-6)
+    assert step_random.seconds_by_part(events) == pytest.approx({"other kernels": 120e-6})
     monkeypatch.setattr(torch.profiler, "supported_activities", set)
-    assert step_random.busy_in(lambda: pytest.fail("stepped"), "cuda") is None
+    assert step_random.trace_of(lambda: pytest.fail("stepped"), "cuda") == []
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """CUDA graphs of a CPU that calls itself a card, and nothing else that needs one."""
+    monkeypatch.setattr(step_options, "Process", InProcess)
+    monkeypatch.setattr(step_options, "OPTIONS", ("none", "flash_attention_2", "cuda_graphs"))
+    monkeypatch.setattr(step_options, "chosen", lambda settings: (("tiny",), (16,), 2))
+    monkeypatch.setattr(graphs, "CudaRecorder", CpuRecorder)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_steps_with_options_on_a_card(called_cuda):
+    before = CpuRecorder.replays
+    options, parts = step_options.tables(Settings(device="cuda", quick=True))
+    assert CpuRecorder.replays > before
+    assert [row["option"] for row in options.rows] == ["none", "flash_attention_2", "cuda_graphs"]
+    none, flash, replays = options.rows
+    assert none["time, of none"]["median"] == 1
+    assert none["peak, of none"] == 1
+    assert "needs the package flash-attn, or kernels" in flash["why not"]
+    assert [flash["a step, s"], flash["time, of none"], flash["card busy, %"]] == [None] * 3
+    assert replays["time, of none"]["median"] > 0
+    assert replays["why not"] == ""
+    assert parts.rows == []  # this torch cannot trace a card
+    assert "no trace of a card could be had" in parts.notes
+
+
+@pytest.mark.usefixtures("replayed")
+def test_an_option_that_computes_another_loss_is_not_timed(called_cuda, monkeypatch):
+    losses = iter([5.0, 5.2])
+    monkeypatch.setattr(step_options, "measured", lambda *a, **k: answer(loss=next(losses)) | {"parts": {}})
+    with pytest.raises(WrongAnswer, match="cuda_graphs: the loss of the first step is 5.2, without it 5.0"):
+        step_options.tables(Settings(device="cuda", quick=True))
+
+
+@pytest.mark.usefixtures("replayed")
+def test_parts_of_a_step_are_named_where_they_are_large(called_cuda, monkeypatch):
+    parts = iter([{"attention": 0.5, "element by element": 0.47, "optimizer": 0.03}, {"attention": 0.6}])
+    monkeypatch.setattr(step_options, "measured", lambda *a, **k: answer() | {"parts": next(parts)})
+    _, table = step_options.tables(Settings(device="cuda", quick=True))
+    assert [(row["option"], row["part"], row["share, %"]) for row in table.rows] == [
+        ("none", "attention", 50), ("none", "element by element", 47), ("none", "optimizer", 3),
+        ("cuda_graphs", "attention", 100),
+    ]  # fmt: skip
+    named = "over 5 % of the time on the card: none: attention, element by element; cuda_graphs: attention"
+    assert named in table.notes
+
+
+def test_an_option_whose_process_ends_is_named(monkeypatch):
+    class Ends(InProcess):
+        def ask(self, **question):
+            raise RuntimeError("step_options ended with -9:\nKilled")
+
+    monkeypatch.setattr(step_options, "Process", Ends)
+    settings = Settings(quick=True)
+    assert step_options.asked("tiny", 16, "cuda_graphs", 1, settings) == "ended: Killed"
+    with pytest.raises(RuntimeError, match="Killed"):
+        step_options.asked("tiny", 16, "none", 1, settings)
 
 
 # ---- the command ----

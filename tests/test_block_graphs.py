@@ -1,4 +1,4 @@
-"""Blocks that are replayed compute what they compute without, to the bit; on a CPU, where a replay is the work again."""
+"""Blocks that are replayed compute the same bits; on a CPU, where a replay is the work again."""
 
 import copy
 import gc
@@ -31,7 +31,8 @@ def batch(number, length=24):
     """Two samples in a row; where the second one begins depends on the number."""
     ids = torch.randint(0, 259, (1, length), generator=torch.Generator().manual_seed(number))
     first = 5 + number % 7
-    return {"input_ids": ids, "labels": ids, "position_ids": torch.cat([torch.arange(first), torch.arange(length - first)])[None]}  # fmt: skip
+    positions = torch.cat([torch.arange(first), torch.arange(length - first)])[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
 
 
 def loss_of(model, inputs, seed=0):
@@ -212,12 +213,12 @@ def test_memory_that_is_out_stays_what_it_is():
 def test_arguments_that_no_graph_can_hold_are_refused():
     model, _, block_graphs = models()
     model.get_base_model().set_attn_implementation("flex_attention")
-    torch.set_grad_enabled(True)
     for block in block_graphs.blocks:  # flex_attention has no backward pass on a CPU: its mask is what counts
         block.original = lambda hidden, *args, **kwargs: hidden
     with block_graphs.batch():
         model(**batch(0), use_cache=False)
-    with pytest.raises(RunError, match=r"layers.0 is called with a BlockMask, which a graph cannot hold"), block_graphs.batch():  # fmt: skip
+    words = r"layers.0 is called with a BlockMask, which a graph cannot hold"
+    with pytest.raises(RunError, match=words), block_graphs.batch():
         pass
 
 
@@ -227,7 +228,8 @@ def test_a_model_without_blocks_is_refused():
 
 
 def test_blocks_are_found_under_adapters_and_in_order():
-    assert list(decoder_blocks(adapted(packed_llama(num_hidden_layers=12)), "x")) == [f"model.layers.{i}" for i in range(12)]  # fmt: skip
+    names = [f"model.layers.{i}" for i in range(12)]
+    assert list(decoder_blocks(adapted(packed_llama(num_hidden_layers=12)), "x")) == names
     assert list(decoder_blocks(tiny_llama(), "x")) == ["model.layers.0", "model.layers.1"]
 
 

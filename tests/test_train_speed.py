@@ -4,6 +4,7 @@ without them."""
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,7 +96,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("sdpa", "cpu", FP32, (), ""),
         ("flex_attention", "cpu", FP32, (), "no backward pass of it for a CPU; use sdpa"),
         ("flex_attention", "cuda", FP32, (), ""),
-        ("flash_attention_2", "cpu", BF16, ("flash_attn",), "needs an NVIDIA GPU, and this run is on the CPU; use sdpa"),
+        ("flash_attention_2", "cpu", BF16, ("flash_attn",), "needs an NVIDIA GPU, and this run is on the CPU"),
         ("flash_attention_2", "cuda", FP32, ("flash_attn",), "16 bits only, and dtype is float32; use dtype bfloat16"),
         ("flash_attention_2", "cuda", BF16, (), "needs the package flash-attn, or kernels, .*: pip install kernels"),
         ("flash_attention_2", "cuda", BF16, ("flash_attn_interface",), "needs the package flash-attn"),
@@ -105,16 +106,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("flash_attention_3", "cuda", BF16, ("flash_attn_interface",), ""),
         ("kernels-community/flash-attn2", "cpu", BF16, ("kernels",), "needs an NVIDIA GPU"),
         ("kernels-community/flash-attn2", "cuda", FP32, ("kernels",), "16 bits only"),
-        ("kernels-community/flash-attn2", "cuda", BF16, ("flash_attn",), "need the package kernels: pip install kernels"),
+        ("kernels-community/flash-attn2", "cuda", BF16, ("flash_attn",), "package kernels: pip install kernels"),
         ("kernels-community/flash-attn2", "cuda", BF16, ("kernels",), ""),
     ],
 )  # fmt: skip
 def test_what_an_attention_needs_is_named(monkeypatch, implementation, kind, dtype, packages, words):
     monkeypatch.setattr(attention, "find_spec", lambda name: name if name in packages else None)
-    found = attention.missing(implementation, kind, dtype)
-    import re
-
-    assert re.search(words, found) if words else found == ""
+    said = attention.missing(implementation, kind, dtype)
+    assert re.search(words, said) if words else said == ""
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_a_type_of_model_that_liger_does_not_know_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--attn_implementation", "flash_attention_2"], "attn_implementation flash_attention_2: it needs an NVIDIA GPU"),
+        (["--attn_implementation", "flash_attention_2"], "attn_implementation flash_attention_2: it needs an NVIDIA"),
         (["--attn_implementation", "flex_attention"], "attn_implementation flex_attention: torch has no backward pass"),
         (["--use_liger_kernel"], "use_liger_kernel: Liger's kernels need a GPU"),
         (GRAPHS, "cuda_graphs: CUDA graphs need an NVIDIA GPU, and this run is on the CPU; use cuda_graphs false"),
@@ -180,11 +179,10 @@ def test_a_wish_gives_way_to_a_flag(tmp_path):
 
 def test_without_a_compiler_torch_compile_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr("nf4lora.train.run.read_inputs", lambda *arguments: pytest.fail("read"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match=r"torch_compile: torch.compile needs a C\+\+ compiler .*; use torch_compile false"):  # fmt: skip
-        train(
-            "--model", "m", "--data", data, "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--torch_compile"
-        )
+    words = r"torch_compile: torch.compile needs a C\+\+ compiler .*; use torch_compile false"
+    arguments = ["--model", "m", "--data", data, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(UsageError, match=words):
+        train(*arguments, "--torch_compile")
     assert not (tmp_path / "out").exists()
 
 
@@ -193,7 +191,7 @@ def test_without_a_compiler_torch_compile_is_refused(data, tmp_path, monkeypatch
 
 def packed_batch(length=None):
     """Three samples in two rows, as the trainer gives them to a model; and the samples."""
-    samples = [[(3 + 7 * i) % 259 for i in range(11)], [(5 + 13 * i) % 259 for i in range(8)], [(1 + 3 * i) % 259 for i in range(14)]]  # fmt: skip
+    samples = [[(start + step * i) % 259 for i in range(n)] for start, step, n in ((3, 7, 11), (5, 13, 8), (1, 3, 14))]
     first = samples[0] + samples[1]
     rows = [
         {"input_ids": first, "labels": first, "seq_lengths": [11, 8]},
@@ -227,7 +225,6 @@ def test_samples_of_a_row_do_not_see_each_other(implementation, length):
 def test_flash_attention_is_told_where_each_sample_ends(monkeypatch):
     """FlashAttention has no CPU code: in its place stands torch's attention over each span that it is given."""
     from transformers import modeling_flash_attention_utils as flash
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     spans = []
 
@@ -253,7 +250,6 @@ def test_flash_attention_is_told_where_each_sample_ends(monkeypatch):
     batch, samples = packed_batch()
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([sample])).logits[0] for sample in samples]
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["flash_attention_2"])  # fmt: skip
     model.config._attn_implementation_internal = "flash_attention_2"
     together = packed_logits(model, batch)
     assert spans == [[0, 11, 19, 33]] * 2
@@ -269,7 +265,7 @@ def test_a_filler_is_not_trained_and_not_counted():
     batch, samples = packed_batch(48)
     shorter, _ = packed_batch()
     assert {*batch} == {"input_ids", "labels", "position_ids", KNOWN}
-    assert batch["input_ids"][0].tolist() == [*sum(samples, []), *[256] * 15]
+    assert batch["input_ids"][0].tolist() == [*(token for sample in samples for token in sample), *[256] * 15]
     assert torch.equal(batch["labels"][:, :33], shorter["labels"])
     assert set(batch["labels"][0, 33:].tolist()) == {-100}
     assert batch["position_ids"][0, 33:].tolist() == list(range(15))
@@ -291,12 +287,16 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(graphs, "CudaRecorder", CpuRecorder)
 
 
+def attention_of(model):
+    return model.get_base_model().config._attn_implementation
+
+
 def test_attention_is_handed_to_the_model(base, data, tmp_path):
     seen = []
     for implementation in ("eager", "sdpa"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(speed, "shown", lambda config: seen.append(config.attn_implementation))
-            patch.setattr("nf4lora.train.reach.check_reach", lambda model, *rest: seen.append(model.get_base_model().config._attn_implementation))  # fmt: skip
+            patch.setattr("nf4lora.train.reach.check_reach", lambda model, *rest: seen.append(attention_of(model)))
             train(*options(base, data, tmp_path / implementation, "--attn_implementation", implementation))
     assert seen == ["eager", "eager", "sdpa", "sdpa"]
     assert not equal(adapter(tmp_path / "eager"), adapter(tmp_path / "sdpa"))  # other sums
@@ -323,10 +323,7 @@ def test_graphs_train_the_same_to_the_bit(base, data, tmp_path, monkeypatch, on_
     train(*options(base, data, tmp_path / "without", *without))
     if dropout == "0":
         assert close(adapter(tmp_path / "replayed"), adapter(tmp_path / "without"), 1e-3)
-    for a, b in zip(
-        losses(tmp_path / "replayed", "num_tokens"), losses(tmp_path / "without", "num_tokens"), strict=True
-    ):
-        assert a == b
+    assert losses(tmp_path / "replayed", "num_tokens") == losses(tmp_path / "without", "num_tokens")
 
 
 def test_a_run_with_graphs_is_resumed_to_the_bit(base, data, tmp_path, on_a_cpu):
@@ -349,7 +346,8 @@ def check_resumed(base, data, tmp_path, flags):
 def test_a_change_of_an_option_is_told_when_a_run_is_resumed(base, data, tmp_path):
     flags = ("--save_steps", "2", "--save_total_limit", "9", "--attn_implementation", "sdpa")
     train(*options(base, data, tmp_path / "out", *flags))
-    _, said = train(*options(base, data, tmp_path / "out", *flags[:-1], "eager", "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")))  # fmt: skip
+    again = ("--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2"))
+    _, said = train(*options(base, data, tmp_path / "out", *flags[:-1], "eager", *again))
     assert "another run from here on: attn_implementation eager (was sdpa)" in said
 
 
@@ -404,7 +402,7 @@ def test_kernels_that_compute_something_else_are_refused(monkeypatch):
         model.model.norm.forward = half
 
     monkeypatch.setattr(liger, "patches", lambda: {"llama": patch})
-    with pytest.raises(RunError, match="use_liger_kernel: Liger's kernels must compute what this model of type llama"):
-        with liger.liger_kernels(tiny_llama(), [1, 2, 3]):
-            pass
+    words = "use_liger_kernel: Liger's kernels must compute what this model of type llama"
+    with pytest.raises(RunError, match=words), liger.liger_kernels(tiny_llama(), [1, 2, 3]):
+        pass
     assert modeling_llama.apply_rotary_pos_emb is original

@@ -12,7 +12,7 @@ from ..harness.contenders import OURS, adapted
 from ..harness.process import Process, forget_peak, peak_bytes
 from ..harness.prose import batches
 from ..harness.table import Table
-from . import step_random
+from . import step_options, step_random
 from .train import BATCH, LENGTH, MB
 
 QUESTION = "Where does the time of our training step go?"
@@ -36,6 +36,8 @@ def run(settings: Settings) -> list[Table]:
     if settings.device != "cuda" and not settings.quick:
         return [by_operator(settings)]
     tables = [step_random.table(settings)]
+    if settings.device == "cuda" and settings.seconds is None:
+        tables += step_options.tables(settings)
     if settings.seconds is None:
         with contextlib.suppress(Absent):
             tables.append(by_operator(settings))

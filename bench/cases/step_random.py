@@ -7,7 +7,8 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -203,12 +204,23 @@ def contender(name: str, shape: str, layers: int | None, device: str) -> Generat
             torch.cuda.empty_cache()  # the other contender's turn, which needs the card's memory
 
 
-def measured(model: Any, device: str, tokens: int, checkpointing: bool, steps: int) -> Answer:
+def measured(
+    model: Any,
+    device: str,
+    tokens: int,
+    checkpointing: bool,
+    steps: int,
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+) -> Answer:
     """What steps of so many tokens take, after some to warm up.
+
+    Args:
+        around: a context for each forward pass
 
     Returns:
         seconds: of each step;  peak: bytes of memory;  loss: of the first step
         busy: seconds of a step in which the card works, None on a CPU
+        parts: seconds of it by what the card does
         host: the host's seconds of F.linear before each step and at the end
     """
     if checkpointing:
@@ -222,7 +234,8 @@ def measured(model: Any, device: str, tokens: int, checkpointing: bool, steps: i
 
     def step() -> float:
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        with around():
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -241,28 +254,30 @@ def measured(model: Any, device: str, tokens: int, checkpointing: bool, steps: i
         seconds.append(step())
     host.look()
     peak = peak_bytes(device)
+    events = trace_of(step, device)
     return {
         "seconds": seconds,
         "peak": peak,
         "loss": losses[0].item(),
-        "busy": busy_in(step, device),
+        "busy": busy_seconds(events),
+        "parts": seconds_by_part(events),
         "host": host.seconds,
     }
 
 
-def busy_in(step: Any, device: str) -> float | None:
-    """The seconds in which the card works during one more step; None where no trace of a card can be had."""
+def trace_of(step: Any, device: str) -> list[dict]:
+    """The events of a trace of the card during one more step; none where it cannot be had."""
     from torch import profiler
 
     on_card = profiler.ProfilerActivity.CUDA
     if device != "cuda" or on_card not in profiler.supported_activities():
-        return None
+        return []
     with profiler.profile(activities=[on_card]) as profiled:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
-        return busy_seconds(json.loads(path.read_text())["traceEvents"])
+        return json.loads(path.read_text())["traceEvents"]
 
 
 def busy_seconds(events: Iterable[dict]) -> float | None:
@@ -279,3 +294,37 @@ def busy_seconds(events: Iterable[dict]) -> float | None:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total / 1e6 if spans else None
+
+
+# A kernel of a trace belongs to the first part with a word that its name contains, in small letters.
+PARTS = {
+    "nf4lora's kernels": ("nf4lora",),
+    "attention": ("flash", "fmha", "attention"),
+    "products of matrices (cuBLAS)": ("gemm", "gemv", "cutlass", "cublas", "nvjet", "xmma"),
+    "Liger's kernels": ("rms_norm", "_rope", "swiglu", "geglu", "liger"),
+    "compiled by torch": ("triton_",),
+    "optimizer": ("multi_tensor", "adam"),
+    "softmax and sums": ("softmax", "reduce"),
+    "element by element": ("elementwise", "catarray", "index", "gather", "scatter", "embedding"),
+}
+COPIES, REST = "copies and fills", "other kernels"
+
+
+def seconds_by_part(events: Iterable[dict]) -> dict[str, float]:
+    """The time of a trace's kernels and copies by what they do.
+
+    >>> names = ["void nf4lora::cuda::lora_gemm_kernel<8>()", "flash_fwd_kernel", "nvjet_tst", "triton_poi_fused"]
+    >>> seconds_by_part({"cat": "kernel", "name": name, "ts": 0, "dur": 3e6} for name in names)
+    {"nf4lora's kernels": 3.0, 'attention': 3.0, 'products of matrices (cuBLAS)': 3.0, 'compiled by torch': 3.0}
+    >>> seconds_by_part([{"cat": "gpu_memset", "dur": 1e6}, {"cat": "cpu_op", "dur": 9.0, "name": "aten::mm"}])
+    {'copies and fills': 1.0}
+    """
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event.get("cat") not in BUSY:
+            continue
+        name = event.get("name", "").lower()
+        part = next((part for part, words in PARTS.items() if any(word in name for word in words)), REST)
+        part = part if event["cat"] == "kernel" else COPIES
+        seconds[part] = seconds.get(part, 0.0) + event["dur"] / 1e6
+    return seconds

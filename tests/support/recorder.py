@@ -3,6 +3,7 @@
 So the tests compute with what replays need: tensors at fixed addresses, copies into them, sums of gradients.
 """
 
+
 class CpuRecorder:
     replays = 0  # of all recorders
 

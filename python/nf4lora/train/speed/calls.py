@@ -13,13 +13,21 @@ from torch import Tensor
 PLAIN = (bool, int, float, str, type(None), torch.dtype)  # arguments that a graph may hold as they are
 
 
+Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
+
+
 @dataclass
 class Call:
     """What a block was called with, and what it returned.
 
+    Its tensors are known by their memory, which it keeps. It keeps nothing of autograd: nodes of a graph remember the
+    stream that they were made on, which no capture may wait for.
+
     Attributes:
         form: all that there is in the arguments beside the values of tensors: see `take_apart`
         tensors: those arguments that are tensors
+        kinds: of these tensors, as they were
         outputs: the tensors that it returned
         autocast: whether autocast was on, and its dtype
     """
@@ -28,8 +36,20 @@ class Call:
     kwargs: dict[str, Any]
     form: list[Any]
     tensors: list[Tensor]
+    kinds: list[Kind]
     outputs: list[Tensor]
     autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def noted(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> Call:
+        form: list[Any] = []
+        given: list[Tensor] = []
+        take_apart((args, kwargs), form, given)
+        tensors = [tensor.detach() for tensor in given]
+        args, kwargs = put_together(form, iter(tensors))
+        kinds = [kind_of(tensor) for tensor in given]
+        autocast = autocast_of(outputs[0].device.type)
+        return cls(args, kwargs, form, tensors, kinds, [output.detach() for output in outputs], autocast)
 
     @property
     def strange(self) -> list[Any]:
@@ -86,13 +106,14 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
     return put_together(form, tensors)
 
 
-def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, bool]:
+def kind_of(tensor: Tensor) -> Kind:
     """What a graph takes for granted of a tensor that it reads."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def is_same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+def memory_of(tensor: Tensor) -> Memory:
+    """Equal for tensors that have the same values in the same place."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def autocast_of(kind: str) -> tuple[bool, torch.dtype]:

@@ -25,7 +25,16 @@ from torch.autograd.function import once_differentiable
 from nf4lora.compat.torch import version_of
 from nf4lora.nn.model_tree import unchanged_random_state
 from nf4lora.train.errors import RunError, reason
-from nf4lora.train.speed.calls import Call, autocast_of, is_same_memory, kind_of, put_together, replaced, take_apart
+from nf4lora.train.speed.calls import (
+    Call,
+    Memory,
+    autocast_of,
+    kind_of,
+    memory_of,
+    put_together,
+    replaced,
+    take_apart,
+)
 from nf4lora.train.speed.recorder import CudaRecorder, Recorder
 
 WARM_UPS = 2  # runs before a capture, in which libraries make what they make once
@@ -83,8 +92,8 @@ class BlockGraphs:
             )
         device = calls[0][1].tensors[0].device
         recorder = self.recorder()
-        places: dict[int, _Place] = {}
-        dys: dict[int, Tensor] = {}
+        places: dict[Memory, _Place] = {}
+        dys: dict[Memory, Tensor] = {}
         with unchanged_random_state([device] if device.type == "cuda" else []):
             for block, call in calls:
                 block.capture_forward(call, recorder, places)
@@ -122,8 +131,7 @@ class _Block:
             result = self.original(*args, **kwargs)
             outputs: list[Tensor] = []
             take_apart(result, [], outputs)
-            call = Call(args, kwargs, form, tensors, outputs, autocast_of(outputs[0].device.type))
-            graphs.calls.append((self, call))  # type: ignore[union-attr]
+            graphs.calls.append((self, Call.noted(args, kwargs, outputs)))  # type: ignore[union-attr]
             return result
         if not self.fits(form, tensors):
             graphs.others += 1
@@ -145,15 +153,14 @@ class _Block:
 
     # ---- capture
 
-    def capture_forward(self, call: Call, recorder: Recorder, places: dict[int, _Place]) -> None:
-        """Capture the forward pass. `places` are those that blocks read, by the ids of the first batch's tensors."""
+    def capture_forward(self, call: Call, recorder: Recorder, places: dict[Memory, _Place]) -> None:
+        """Capture the forward pass. `places` are those that blocks read, by the first batch's tensors."""
         self.check(call)
-        self.form, self.autocast = call.form, call.autocast
-        self.kinds = [kind_of(tensor) for tensor in call.tensors]
-        for tensor in call.tensors:
-            if id(tensor) not in places:
-                places[id(tensor)] = _Place(tensor)
-        self.places = [places[id(tensor)] for tensor in call.tensors]
+        self.form, self.autocast, self.kinds = call.form, call.autocast, call.kinds
+        for tensor, (*_, wants_grad) in zip(call.tensors, call.kinds, strict=True):
+            if memory_of(tensor) not in places:
+                places[memory_of(tensor)] = _Place(tensor.clone().requires_grad_(wants_grad))
+        self.places = [places[memory_of(tensor)] for tensor in call.tensors]
         self.inputs = [place.tensor for place in self.places if place.tensor.requires_grad]
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.result_form: list[Any] = []
@@ -177,13 +184,12 @@ class _Block:
                 recorder.warm_up(both)
             static, self.replay_forward = recorder.record(forward)
         self.results = [output.detach() for output in static]
-        for seen, output in zip(call.outputs, static, strict=True):  # the next block reads it where it stands
-            places[id(seen)] = _Place(seen, output.detach().requires_grad_(output.requires_grad))
+        for noted, output in zip(call.outputs, static, strict=True):  # the next block reads it where it stands
+            places[memory_of(noted)] = _Place(output.detach().requires_grad_(output.requires_grad))
 
-    def capture_backward(self, call: Call, recorder: Recorder, dys: dict[int, Tensor]) -> None:
-        """Capture the backward pass. `dys` are gradients that later blocks write, by the ids of the first batch's
-        tensors."""
-        self.dys = [dys[id(y)] if id(y) in dys else torch.zeros_like(y) for y in call.outputs]
+    def capture_backward(self, call: Call, recorder: Recorder, dys: dict[Memory, Tensor]) -> None:
+        """Capture the backward pass. `dys` are gradients that later blocks write, by the first batch's tensors."""
+        self.dys = [dys[memory_of(y)] if memory_of(y) in dys else torch.zeros_like(y) for y in call.outputs]
         sizes = [p.numel() for p in self.parameters]
         self.sums = torch.zeros(sum(sizes), dtype=torch.float32, device=self.results[0].device)
         grads = self.sums.split(sizes)
@@ -199,8 +205,9 @@ class _Block:
 
         with self.failures():
             self.dxs, self.replay_backward = recorder.record(backward)
-        dys |= {id(x): dx for x, dx in zip([x for x in call.tensors if x.requires_grad], self.dxs, strict=True)}
-        self.ready = True
+        inputs = [memory_of(x) for x, (*_, wants_grad) in zip(call.tensors, call.kinds, strict=True) if wants_grad]
+        dys |= dict(zip(inputs, self.dxs, strict=True))
+        self.outputs, self.ready = [], True  # autograd's graph of the captured pass, which is no longer needed
 
     @property
     def wanted(self) -> list[Tensor]:
@@ -248,7 +255,7 @@ class _Block:
         for static, dy in zip(self.dys, dys, strict=True):
             if dy is None:
                 static.zero_()
-            elif not is_same_memory(static, dy):
+            elif memory_of(static) != memory_of(dy):
                 static.copy_(dy)
         before = [p.grad for p in self.parameters]
         others: list[tuple[Tensor, Tensor]] = []
@@ -267,17 +274,16 @@ class _Block:
 class _Place:
     """A tensor at an address that graphs read, the same for all blocks that are called with the same tensor."""
 
-    def __init__(self, given: Tensor, static: Tensor | None = None) -> None:
-        if static is None:
-            static = given.detach().clone().requires_grad_(given.requires_grad)
-        self.tensor, self.last, self.version = static, weakref.ref(given), version_of(given)
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.last: tuple[weakref.ref[Tensor], int] | None = None  # what stands there, and its version
 
     def take(self, given: Tensor) -> None:
-        if self.last() is given and self.version == version_of(given):
+        if self.last is not None and self.last[0]() is given and self.last[1] == version_of(given):
             return
-        if not is_same_memory(self.tensor, given):
+        if memory_of(self.tensor) != memory_of(given):
             self.tensor.copy_(given)
-        self.last, self.version = weakref.ref(given), version_of(given)
+        self.last = weakref.ref(given), version_of(given)
 
 
 class _Replay(torch.autograd.Function):
