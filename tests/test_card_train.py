@@ -120,8 +120,8 @@ def test_blocks_are_captured_once_and_replayed_from_then_on(card, dropout):
         assert all(part[2:4] == [0, 0] and part[5:] == [0, 2 * blocks] for part in others)  # waits and mallocs
         launches[blocks] = {part[4] for part in others}
         assert max(launches[blocks]) < first_launches - 50 * blocks
-    # What is launched is of embedding, mask, head and loss. Of a block it is the zeros for the sums of its gradients, in
-    # the first batch of a step, and with dropout two numbers by which torch tells a graph where its random ones begin.
+    # What is launched is of embedding, mask, head and loss. Of a block it is the zeros for the sums of its gradients,
+    # in the first batch of a step, and with dropout two numbers that tell a graph where its random ones begin.
     of_a_block = 0 if dropout == "0" else 2
     assert min(launches[3]) == min(launches[1]) + 2 * of_a_block
     assert max(launches[3]) == max(launches[1]) + 2 * (of_a_block + 1)
