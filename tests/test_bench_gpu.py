@@ -13,7 +13,7 @@ from test_bench import InProcess, SlowHost
 from torch.overrides import TorchFunctionMode
 
 from bench import __main__
-from bench.cases import lora, lora_gpu, lora_groups, overhead, step, step_options, step_random, tune
+from bench.cases import lora, lora_block, lora_gpu, lora_groups, overhead, step, step_options, step_random, tune
 from bench.harness import expected, groups, layers, random_model, steady, targets, timing
 from bench.harness.case import Settings, WrongAnswer
 from bench.harness.composition import Composition
@@ -394,7 +394,7 @@ def test_layers_are_computed_together_or_one_by_one(monkeypatch, kind):
 
 
 def test_layers_that_are_no_group_are_not_measured_as_one(monkeypatch):
-    monkeypatch.setattr(siblings, "DEVICES", {"cuda"})
+    monkeypatch.setattr(groups, "together", groups.apart)
     with pytest.raises(RuntimeError, match=r"must have groups of \[3\] layers with the same input, got \[\]"):
         group()
 
@@ -525,7 +525,7 @@ SATURATED_ONLY = Settings(device="cuda", clocks=(SATURATED,))
 def test_a_layer_is_the_sum_of_its_parts_by_their_count(card):
     card()
     rows = rows_of_a_block(lambda shape, kind: 2.0 if shape.layer == "k, v" else 1.0)
-    table = lora_gpu.layer_table(rows, [OURS, TORCH], SATURATED_ONLY)
+    table = lora_block.layer_table(rows, [OURS, TORCH], SATURATED_ONLY)
     share = 2 * 1024 * 4096 / 218_103_808  # k and v of all weights
     assert [row["pass"] for row in table.rows] == ["forward", "forward and backward", "with checkpointing"]
     for row in table.rows:
@@ -550,7 +550,7 @@ def test_a_layer_has_groups_where_they_were_measured(card):
         return lora_gpu.Row(group, 2048, kind, {SATURATED: took}, 0.0)
 
     rows += [measured(gate_up, "forward", 0.5), measured(gate_up, "both", 0.25), measured(qkv, "forward", 0.1)]
-    table = lora_gpu.layer_table(rows, [OURS, TORCH], SATURATED_ONLY)
+    table = lora_block.layer_table(rows, [OURS, TORCH], SATURATED_ONLY)
     share = 2 * 14336 * 4096 / 218_103_808  # gate and up of all weights
     ratios = [1 - 0.5 * share, 1 - 0.75 * share, 1 - (0.5 + 2 * 0.75) / 3 * share]
     for row, ratio in zip(table.rows, ratios, strict=True):
@@ -558,16 +558,16 @@ def test_a_layer_has_groups_where_they_were_measured(card):
         assert row["saturated: ours / torch"] == pytest.approx(ratio)
         assert row["saturated, ms"] == pytest.approx(ratio * row["saturated, single calls, ms"])
     assert [claim.split()[-1] for claim, _ in table.targets] == [f"{ratio:.2f}" for ratio in ratios]
-    (*_, row) = lora_gpu.layer_table(rows_of_a_block(lambda *_: 1.0), [OURS, TORCH], SATURATED_ONLY).rows
+    (*_, row) = lora_block.layer_table(rows_of_a_block(lambda *_: 1.0), [OURS, TORCH], SATURATED_ONLY).rows
     assert row["together"] is None
     assert row["saturated, ms"] == row["saturated, single calls, ms"]
 
 
 def test_a_layer_that_lacks_a_part_has_no_sum():
     rows = rows_of_a_block(lambda shape, kind: 1.0)
-    assert lora_gpu.sums_of(rows[:-1], "Llama-3.1-8B") == []
+    assert lora_block.sums_of(rows[:-1], "Llama-3.1-8B") == []
     del rows[0].took[SATURATED][TORCH]
-    for text, _, _, sums in lora_gpu.sums_of(rows, "Llama-3.1-8B"):
+    for text, _, _, sums in lora_block.sums_of(rows, "Llama-3.1-8B"):
         assert (TORCH in sums[SATURATED]) == (text == "forward and backward")
         assert OURS in sums[SATURATED]
 
@@ -585,10 +585,10 @@ def test_a_layer_that_lacks_a_part_has_no_sum():
 def test_limits_of_an_h100_are_a_little_larger_and_other_cards_have_none(card, name, capability, ratio, met):
     card(name, capability)
     rows = rows_of_a_block(lambda shape, kind: ratio)
-    limits = lora_gpu.layer_table(rows, [OURS, TORCH], SATURATED_ONLY).targets
+    limits = lora_block.layer_table(rows, [OURS, TORCH], SATURATED_ONLY).targets
     assert [met for claim, met in limits if ", forward, " in claim] == ([] if met is None else [met])
     quick = Settings(quick=True, device="cuda", clocks=(SATURATED,))
-    assert lora_gpu.layer_table(rows, [OURS, TORCH], quick).targets == []
+    assert lora_block.layer_table(rows, [OURS, TORCH], quick).targets == []
     assert targets.allowance("cpu") is None
 
 
@@ -596,9 +596,9 @@ def test_only_the_numbers_of_tokens_that_were_promised_are_targets(card):
     card()
     for M, count in ((512, 2), (1024, 0), (2048, 3), (8192, 3), (16384, 0)):
         rows = rows_of_a_block(lambda shape, kind: 1.0, M=M)
-        assert len(lora_gpu.layer_table(rows, [OURS, TORCH], SATURATED_ONLY).targets) == count
-        assert lora_gpu.layer_table(rows_of_a_block(lambda *_: 1.0, "Qwen2.5-7B", M), [OURS], SATURATED_ONLY).rows
-        assert not lora_gpu.layer_table(
+        assert len(lora_block.layer_table(rows, [OURS, TORCH], SATURATED_ONLY).targets) == count
+        assert lora_block.layer_table(rows_of_a_block(lambda *_: 1.0, "Qwen2.5-7B", M), [OURS], SATURATED_ONLY).rows
+        assert not lora_block.layer_table(
             rows_of_a_block(lambda *_: 1.0, "Qwen2.5-7B", M), [OURS, TORCH], SATURATED_ONLY
         ).targets
 
@@ -895,7 +895,8 @@ def called_cuda(monkeypatch, card):
 
 def test_lora_on_a_card(called_cuda, monkeypatch):
     monkeypatch.setattr(lora_gpu, "SHAPES", [Shape("Llama-3.1-8B", "q, k, v, o, gate, up, down", 128, 128)])
-    monkeypatch.setattr(lora_gpu, "block_of", lambda model: lora_gpu.SHAPES)
+    for module in (lora_gpu, lora_block):
+        monkeypatch.setattr(module, "block_of", lambda model: lora_gpu.SHAPES)
     monkeypatch.setattr(lora_gpu, "TOKENS", (1, 512))
     forward, both, together, layer = lora_gpu.tables(Settings(device="cuda", clocks=(SATURATED, ALONE)))
     for row in (*forward.rows, *both.rows):

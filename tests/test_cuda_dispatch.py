@@ -15,6 +15,8 @@ NAMES = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith(
 
 QWEIGHT, ABSMAX, X = torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1), torch.ones(2, 64)
 LINEAR = (QWEIGHT, ABSMAX, None)
+GROUP = ([QWEIGHT], [ABSMAX], [None])
+FACTORS = ([torch.ones(1, 64)], [torch.ones(3, 1)])
 SKIPPED, NUMBERS = torch.zeros(1, dtype=torch.int64), (1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
 
 
@@ -31,6 +33,8 @@ GOOD = {
     "absmax_dequantize": (torch.zeros(5, dtype=torch.uint8), torch.ones(2)),
     "lora_linear": (X, *LINEAR, None, None, None, 1.0, 0.0, None, 64),
     "lora_linear_backward": (torch.ones(2, 3), X, X[:, :0], *LINEAR, None, None, 1.0, 0.0, None, 64, True),
+    "lora_linear_group": (X, *GROUP, [None], *FACTORS, 1.0, 64),
+    "lora_linear_group_backward": ([torch.ones(2, 3)], X, [torch.ones(2, 1)], *GROUP, *FACTORS, 1.0, 64, True),
 }
 BAD = {
     "adamw_step_": [
@@ -46,6 +50,11 @@ BAD = {
     "absmax_dequantize": [(torch.zeros(5, dtype=torch.uint8), torch.ones(3))],
     "lora_linear": [(X[:, :32], *LINEAR, None, None, None, 1.0, 0.0, None, 64)],
     "lora_linear_backward": [(torch.ones(2, 4), X, X[:, :0], *LINEAR, None, None, 1.0, 0.0, None, 64, True)],
+    "lora_linear_group": [(X, *GROUP, [], *FACTORS, 1.0, 64), (X[:, :32], *GROUP, [None], *FACTORS, 1.0, 64)],
+    "lora_linear_group_backward": [
+        ([], X, [], *GROUP, *FACTORS, 1.0, 64, True),
+        ([torch.ones(2, 4)], X, [], *GROUP, *FACTORS, 1.0, 64, True),
+    ],
 }
 
 

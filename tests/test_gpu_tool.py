@@ -310,7 +310,10 @@ def test_files_with_cuda_tests_are_found_without_importing_them():
     ("changed", "expected"),
     [
         (["csrc/cuda/nf4.cu"], ["tests/test_nf4.py"]),
-        (["csrc/cuda/lora_gemm.cu"], [f"tests/test_lora{name}.py" for name in ("", "_dense", "_kernels", "_limits")]),
+        (
+            ["csrc/cuda/lora_gemm.cu"],
+            [f"tests/test_lora{name}.py" for name in ("", "_dense", "_group", "_kernels", "_limits")],
+        ),
         (["python/nf4lora/ops/absmax.py", "README.md"], ["tests/test_absmax.py"]),
         (["csrc/cuda/nf4.cu", "csrc/cuda/launch.h"], []),  # all: every kernel is launched so
         (["python/nf4lora/nn/linear.py"], ["tests/test_linear.py"]),

@@ -129,7 +129,8 @@ def factor_of(W, R, below, dtype=torch.float32):
 @pytest.mark.parametrize("among", [(0, 24), (8, 24), (16, 24), (3, 16), (5, 40), (0, 8), (1, 9)], ids=str)
 @pytest.mark.parametrize("R", [8, 4, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_factor_is_surrounded_by_zeros_for_the_ranks_of_the_others(one, dtype, R, among):
+def test_a_factor_is_surrounded_by_zeros_for_the_ranks_of_the_others(dtype, R, among):
+    one = Unpacker(ARCHITECTURES[0])
     first, of_all = among
     if first + R > of_all:
         R = of_all - first
@@ -141,7 +142,8 @@ def test_a_factor_is_surrounded_by_zeros_for_the_ranks_of_the_others(one, dtype,
         )
 
 
-def test_ranks_outside_all_ranks_are_refused(one):
+def test_ranks_outside_all_ranks_are_refused():
+    one = Unpacker(ARCHITECTURES[0])
     W = packed(37, 192)
     factor = factor_of(W, 4, False)
     for among in ((-1, 8), (5, 8), (0, 3)):

@@ -1,11 +1,10 @@
-"""The tables of the case lora on a GPU: three times of a layer beside all rivals, of the groups of layers that a model
-calls with the same input, and the sum of a block's layers."""
+"""The tables of the case lora on a GPU: three times of a layer beside all rivals, and of the groups of layers that a
+model calls with the same input. lora_block.py adds them up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -22,9 +21,10 @@ from ..harness.groups import ONE_BY_ONE, SameInput
 from ..harness.layers import BITSANDBYTES, CALLS, MAKERS, OURS, TORCH, TORCH_LORA, TORCHAO, adapter, forward
 from ..harness.shapes import QUICK, Group, Shape, block_of, groups_of, named
 from ..harness.table import Table
-from ..harness.timing import ALONE, CLOCKS, HOW, SATURATED, Clock, Timing, alternate, heading, rotation
+from ..harness.timing import ALONE, CLOCKS, HOW, Clock, Timing, alternate, heading, rotation
+from .lora_block import BLOCKS, layer_table
+from .lora_row import KINDS, Row, Took, described, ratio_of
 
-BLOCKS = ("Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B")  # whose layers are added up
 # The first ones decide; a budget may leave out the last ones.
 SHAPES = [
     *block_of("Llama-3.1-8B"),
@@ -34,7 +34,6 @@ SHAPES = [
     *named("Llama-2-7B gate, up", "TinyLlama-1.1B down", "SmolLM2-135M down"),
 ]
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-KINDS = {"forward": "forward", "both": "forward and backward"}
 CHECKED = 1024  # tokens up to which our answers are checked: enough for every kernel to be taken once
 RIVALS_CHECKED = 16
 # bf16 has a last place of 2**-8. torchao rounds the scales in its own way, so that its W is not ours to the bit.
@@ -44,21 +43,6 @@ IN_16_BITS = (TORCH, TORCH_LORA)
 PACKED = 0.52  # bytes of a weight: codes, scales, their scales
 
 Turns = dict[str, Callable[[], nn.Module]]
-Took = dict[str, dict[str, Timing]]  # by clock and contender
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer, or group, at one number of tokens; kind is one of KINDS, moved how unsteady the host was."""
-
-    shape: Shape | Group
-    M: int
-    kind: str
-    took: Took
-    moved: float
-
-    def medians(self, clock: str) -> dict[str, float]:
-        return {name: timing.median for name, timing in self.took[clock].items()}
 
 
 class Budget:
@@ -292,27 +276,6 @@ def progress(row: Row) -> str:
 # ---- tables ----
 
 
-def described(row: Row, names: Sequence[str], clocks: Sequence[str]) -> dict:
-    """A row of a table: our three times, then each rival's three ratios."""
-    cells: dict = {"layer": row.shape.name, "M": row.M}
-    for clock in clocks:
-        cells[f"{heading(clock)}, ms"] = row.took[clock][OURS].spread()
-    if SATURATED in clocks:
-        products = 2 if row.kind == "both" else 1  # y = x W^T, dx = dy W
-        flops = 2 * row.M * products * row.shape.weights
-        cells["TFLOP/s, saturated"] = flops / row.took[SATURATED][OURS].median / 1e12
-    for rival in names[1:]:
-        for clock in clocks:
-            took = row.took[clock]
-            cells[ratio_of(clock, rival)] = took[OURS].over(took[rival]) if rival in took else None
-    cells["host moved"] = steady.shown(row.moved)
-    return cells
-
-
-def ratio_of(clock: str, rival: str) -> str:
-    return f"{heading(clock)}: ours / {rival}"
-
-
 def group_table(group_rows: Iterable[Row], rows: Iterable[Row], names: Sequence[str], settings: Settings) -> Table:
     """The groups, beside their layers one by one, and beside each rival's layers, of which `rows` tell the times."""
     single = {(row.shape, row.M, row.kind): row for row in rows}
@@ -335,8 +298,8 @@ def group_table(group_rows: Iterable[Row], rows: Iterable[Row], names: Sequence[
         "Groups: layers that a model calls with the same input, which are computed together",
         cells,
         [
-            "PEFT's layers of a group called in turn with one x; one by one: the same layers where none is computed "
-            "for another; with a backward pass, dx is the sum of all",
+            "PEFT's layers of a group called in turn with one x, recording a graph, without which there are no groups; "
+            "one by one: the same layers where none is computed for another; dx is the sum of all",
             "ours / a rival: to the sum of the medians of its single layers, which it computes one by one; "
             "without the additions of their dx",
             HOW,
@@ -344,87 +307,7 @@ def group_table(group_rows: Iterable[Row], rows: Iterable[Row], names: Sequence[
     )
 
 
-def layer_table(rows: Iterable[Row], names: Sequence[str], settings: Settings) -> Table:
-    """The sums of all linear layers of a block, for each model and number of tokens at which all were measured."""
-    rows = list(rows)
-    cells, limits = [], []
-    for model in BLOCKS:
-        for text, M, together, sums in sums_of(rows, model):
-            row: dict = {"layer": f"{model}, the layer", "pass": text, "M": M, "together": together or None}
-            for clock in settings.clocks:
-                row[f"{heading(clock)}, ms"] = 1e3 * sums[clock][OURS]
-                row[f"{heading(clock)}, single calls, ms"] = 1e3 * sums[clock][SINGLE_CALLS]
-            for rival in names[1:]:
-                for clock in settings.clocks:
-                    took = sums[clock]
-                    row[ratio_of(clock, rival)] = took[OURS] / took[rival] if rival in took else None
-            cells.append(row)
-            if model == targets.LAYER_OF and SATURATED in sums:
-                limits += layer_target(text, M, sums[SATURATED], settings)
-    return Table(
-        "The layer: q, k, v, o, gate, up and down of one block together",
-        cells,
-        [
-            "sums of medians; with checkpointing: the forward pass twice and the backward pass, of all contenders",
-            "together: the layers of ours that are counted as groups, as a model computes them; single calls: the sum "
-            "of ours without groups; rivals are sums of single layers",
-            "ours / torch: to cuBLAS's bf16 products of the base alone, without LoRA",
-        ],
-        limits,
-    )
-
-
-Sums = dict[str, dict[str, float]]  # seconds by clock and contender, and of SINGLE_CALLS
-SINGLE_CALLS = f"{OURS}, single calls"
-
-
-def sums_of(rows: Iterable[Row], model: str) -> list[tuple[str, int, str, Sums]]:
-    """For each pass and number of tokens the times of all layers of the model's block together.
-
-    Ours has groups where they were measured in all kinds; the third entry names their layers. A contender that one
-    layer lacks has no sum; a number of tokens that one layer lacks has none for anybody.
-    """
-    of = {(row.shape, row.M, row.kind): row for row in rows}
-    block = block_of(model)
-    result = []
-    for M in sorted({M for _, M, _ in of}):
-        if not all((shape, M, kind) in of for shape in block for kind in KINDS):
-            continue
-        together = [group for group in groups_of(block) if all((group, M, kind) in of for kind in KINDS)]
-        grouped = {layer for group in together for layer in group.layers}
-        singles = [shape for shape in block for _ in shape.layers]  # one for each layer
-        rest = [shape for shape in block for layer in shape.layers if layer not in grouped]
-        names = "; ".join(", ".join(group.layers) for group in together)
-        kinds = {"forward": ["forward"], "forward and backward": ["both"], "with checkpointing": ["forward", "both"]}
-        for text, parts in kinds.items():
-            sums = _sum([of[shape, M, kind] for kind in parts for shape in singles])
-            ours = _sum([of[shape, M, kind] for kind in parts for shape in (*rest, *together)])
-            for clock, took in sums.items():
-                took[SINGLE_CALLS], took[OURS] = took[OURS], ours[clock][OURS]
-            result.append((text, M, names, sums))
-    return sorted(result, key=lambda entry: list(targets.LAYER).index(entry[0]))
-
-
-def _sum(rows: Sequence[Row]) -> Sums:
-    """The sums of the contenders that all rows have."""
-    sums: Sums = {}
-    for clock in rows[0].took:
-        medians = [row.medians(clock) for row in rows]
-        common = [name for name in medians[0] if all(name in of_row for of_row in medians)]
-        sums[clock] = {name: sum(of_row[name] for of_row in medians) for name in common}
-    return sums
-
-
 # ---- targets ----
-
-
-def layer_target(text: str, M: int, took: dict[str, float], settings: Settings) -> list[tuple[str, bool]]:
-    """The target of a pass of Llama-3.1-8B's layer at so many tokens, if it has one."""
-    allowance, limit = targets.allowance(settings.device), targets.LAYER[text].get(M)
-    if allowance is None or limit is None or settings.quick or TORCH not in took:
-        return []
-    claim = f"{targets.LAYER_OF}, the layer, {text}, {M} tokens, saturated: {{}} of cuBLAS's bf16 products"
-    return [targets.at_most(claim, limit + allowance, took[OURS] / took[TORCH])]
 
 
 def latency_targets(rows: Sequence[Row], settings: Settings) -> list[tuple[str, bool]]:

@@ -32,8 +32,8 @@ def table(settings: Settings) -> Table:
         rows,
         [
             f"LoRA of rank {RANK}; PEFT's layers of a group called in turn with one x, whose outputs the first call "
-            "computes; one by one: the same layers where none is computed for another",
-            "both have the same bits; with a backward pass, dx is the sum of all",
+            "computes; one by one: the same layers where none is computed for another; a graph is recorded",
+            "both have the same bits; with a backward pass, dx is the sum of all; nf4lora groups layers on a GPU only",
         ],
     )
 

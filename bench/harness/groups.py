@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,33 +49,45 @@ def learn(model: nn.Module, call: Callable[[], object], sizes: Sequence[int]) ->
     Raises:
         RuntimeError: there are no groups of so many layers each, so that what is timed would not be a group.
     """
-    found = siblings.learn(model, call)
-    if sorted(map(len, found)) != sorted(sizes):
-        raise RuntimeError(f"the model must have groups of {list(sizes)} layers with the same input, got {found}")
+    with together():
+        names = siblings.learn(model, call)
+    if sorted(map(len, names)) != sorted(sizes):
+        raise RuntimeError(f"the model must have groups of {list(sizes)} layers with the same input, got {names}")
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """No layers are computed together meanwhile."""
-    kept = siblings.DEVICES
-    siblings.DEVICES = set()
+def _on(devices: set[str]) -> Iterator[None]:
+    kept, siblings.DEVICES = siblings.DEVICES, devices
     try:
         yield
     finally:
         siblings.DEVICES = kept
 
 
+def together() -> AbstractContextManager[None]:
+    """Groups are computed together meanwhile, on a CPU too."""
+    return _on({"cpu", "cuda"})
+
+
+def apart() -> AbstractContextManager[None]:
+    """No layers are computed together meanwhile."""
+    return _on(set())
+
+
 def calls(kind: str, turn: Callable[[], nn.Module], x: Tensor, dys: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
-    """Both ways to call the layers of a SameInput, in a kind of CALLS; `turn` returns the one whose turn it is."""
+    """Both ways to call the layers of a SameInput, in a kind of CALLS; `turn` returns the one whose turn it is.
 
-    def together() -> Any:
-        return CALLS[kind](turn, x, dys)
+    A forward pass records its graph here: without gradients there are no groups.
+    """
 
-    def one_by_one() -> Any:
-        with apart():
-            return together()
+    def forward() -> Sequence[Tensor]:
+        return [y.detach() for y in turn()(x.detach().requires_grad_())]
 
-    return {OURS: together, ONE_BY_ONE: one_by_one}
+    def call(how: Callable[[], AbstractContextManager[None]]) -> Any:
+        with how():
+            return forward() if kind == "forward" else CALLS[kind](turn, x, dys)
+
+    return {OURS: partial(call, together), ONE_BY_ONE: partial(call, apart)}
 
 
 def check(who: str, kind: str, got: Sequence[Tensor], x: Tensor, dys: Sequence[Tensor], Ws: Sequence[Tensor],

@@ -91,22 +91,27 @@ __global__ void __launch_bounds__(kThreads, resident(kRankTiles, kGroups, kInner
   unsigned factor[kInner ? kGroups : 1][kInner ? kDeep : 1][kRankTiles][2];
   if constexpr (kInner) {
 #pragma unroll
-    for (int n = 0; n < kRankTiles; ++n) {
-      const int64_t r = first_r + n * 8 + quad;
-      OfRank<const void*> own{t.F[0], r, R};  // with G there is one adapter: the factor is a B
-      if constexpr (!kOuter) own = of_rank(t.F, t.first_rank, r, R);
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
+      for (int k = 0; k < kDeep; ++k) {
 #pragma unroll
-        for (int k = 0; k < kDeep; ++k) {
+        for (int n = 0; n < kRankTiles; ++n) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             T values[2];
+            const int64_t r = first_r + n * 8 + quad;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int64_t d = first_d + g * kColumns + k * 16 + half * 8 + pair + i;
-              const int64_t at = t.F_is_transposed ? own.rank * D + d : d * R + r;
-              values[i] = narrow<T>(d < D && r < R ? load_factor<T>(own.matrix, t.dtype_of_F, at) : 0.0f);
+              const void* F = t.F[0];
+              int64_t own = r;
+              if constexpr (!kOuter) {  // with G there is one adapter, and no register for more
+                const auto found = of_rank(t.F, t.first_rank, r, R);
+                F = found.matrix, own = found.rank;
+              }
+              const int64_t at = t.F_is_transposed ? own * D + d : d * R + r;
+              const float value = d < D && r < R ? load_factor<T>(F, t.dtype_of_F, at) : 0.0f;
+              values[i] = narrow<T>(value);
             }
             factor[g][k][n][half] = as_word(values);
           }

@@ -83,7 +83,7 @@ class _Known:
 
     def note(self, y: Tensor) -> None:
         """Remember the graph, if there is one, in which y was computed."""
-        if y.requires_grad:
+        if isinstance(y.grad_fn, BackwardCFunction):  # no other node can be referred to
             if len(self.nodes) >= self.most_nodes:
                 self.nodes = [node for node in self.nodes if _waits(node)]
                 self.most_nodes = max(8, 2 * len(self.nodes))

@@ -50,6 +50,12 @@ def lora_linear_group(x: Tensor, layers: Layers) -> tuple[Tensor, ...]:
         ValueError, TypeError: as lora_linear; lists of different lengths, or of too many layers.
 
     Source: one autograd node for q, k and v, and for gate and up, is how Unsloth does it, in patched models.
+
+    >>> qweight, absmax = nf4lora.ops.nf4_quantize(torch.eye(64)[:3])
+    >>> A, B = torch.zeros(1, 64), torch.zeros(3, 1)
+    >>> layers = Layers([qweight] * 2, [absmax] * 2, [None] * 2, [None] * 2, [A, A], [B, B])
+    >>> lora_linear_group(torch.arange(64.0), layers)
+    (tensor([0., 1., 2.]), tensor([0., 1., 2.]))
     """
     wants_gradient = x.requires_grad or any(f.requires_grad for f in (*layers.lora_A, *layers.lora_B))
     if torch.is_grad_enabled() and wants_gradient:

@@ -177,6 +177,24 @@ def lora_linear_backward(*arguments, acc=torch.float32, **options):
     return dx.to(dtype).reshape(a.x.shape), dA.to(a.lora_A.dtype), dB.to(a.lora_B.dtype)
 
 
+def lora_linear_group(x, qweight, absmax, nested, bias, lora_A, lora_B, scaling, blocksize):
+    """lora_linear of each layer of a group: lists of y and of S. The arguments are those of the op."""
+    layers = zip(qweight, absmax, nested, bias, lora_A, lora_B, strict=True)
+    results = [lora_linear(x, *layer, scaling, 0.0, None, blocksize) for layer in layers]
+    return [y for y, _ in results], [S for _, S in results]
+
+
+def lora_linear_group_backward(dy, x, S, qweight, absmax, nested, lora_A, lora_B, scaling, blocksize):
+    """lora_linear_backward of each layer of a group: dx is the sum of all, rounded once; lists of dA and dB."""
+    layers = zip(dy, S, qweight, absmax, nested, lora_A, lora_B, strict=True)
+    results = [
+        lora_linear_backward(gradient, x, low_rank, *layer, scaling, 0.0, None, blocksize)
+        for gradient, low_rank, *layer in layers
+    ]
+    dx = sum(part.float() for part, _, _ in results).to(x.dtype)
+    return dx, [dA for _, dA, _ in results], [dB for _, _, dB in results]
+
+
 def square_code() -> Tensor:
     """Unsigned dynamic 8-bit map (`create_dynamic_map(signed=False)`): [256] float32, ascending from zero."""
     values = [0.0, 1.0]
